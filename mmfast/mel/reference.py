@@ -1,0 +1,1 @@
+"""The mel slice in plain PyTorch: fallback, oracle and baseline in one."""

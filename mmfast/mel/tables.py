@@ -1,0 +1,1 @@
+"""Windows, filter banks and DCT matrices of a `MelConfig`."""
