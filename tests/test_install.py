@@ -126,7 +126,7 @@ def run(*command: str, cwd: Path = ROOT, succeeds: bool = True, **environment: s
     return done.stdout + done.stderr
 
 
-def wheel(source: Path, folder: Path, **options) -> str:
+def wheel(source: Path, folder: Path, **environment) -> str:
     """What ``pip wheel`` prints."""
     pip = [
         sys.executable,
@@ -138,7 +138,7 @@ def wheel(source: Path, folder: Path, **options) -> str:
         "--no-deps",
         "--no-build-isolation",
     ]
-    return run(*pip, "-w", str(folder), str(source), **options)
+    return run(*pip, "-w", str(folder), str(source), **environment)
 
 
 def installed(folder: Path) -> Path:

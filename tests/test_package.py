@@ -83,15 +83,13 @@ def test_links_no_runtime_of_its_own():
 
 @pytest.mark.native
 def test_instruction_sets():
-    info = _backend._C.build_info()
     x86 = os.uname().machine == "x86_64"
-    assert info["isa_built"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
-    assert info["isa_used"] in info["isa_built"]
+    assert _backend._C.build_info()["isa_built"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
 
 
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
-@pytest.mark.parametrize("limit", ["", "baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("limit", ["", "avx2"])
 def test_instruction_set_is_the_best_up_to_the_limit(limit):
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text() + "flags:")[1].split())
     best = 0
@@ -104,11 +102,17 @@ def test_instruction_set_is_the_best_up_to_the_limit(limit):
 
 @pytest.mark.native
 def test_unknown_instruction_set():
-    code = "import torch, mmfast._C as c\ntry: c.build_info()\nexcept ValueError as error: print(error)"
-    message = python(code, MMFAST_CPU_ISA="sse9")
+    code = """
+from mmfast import _backend as b
+try:
+    b._C.build_info()
+except ValueError as error:
+    print(error)
+    print(str(error) in b.format_info(b.info()))
+"""
+    message, shown = python(code, MMFAST_CPU_ISA="sse9").splitlines()
     assert message == "MMFAST_CPU_ISA must be 'baseline', 'avx2' or 'avx512', got 'sse9'"
-    text = python("from mmfast import _backend as b; print(b.format_info(b.info()))", MMFAST_CPU_ISA="sse9")
-    assert message in text
+    assert shown == "True"
 
 
 @pytest.mark.native
@@ -216,10 +220,9 @@ def test_argument_wins_over_environment(monkeypatch):
 
 
 @pytest.mark.native
-def test_native_is_the_default():
-    assert "cpu native kernels" in python(
-        "import torch; from mmfast import _backend as b; print(*b.choose('mel', torch.device('cpu')))"
-    )
+def test_native_is_the_default(monkeypatch):
+    monkeypatch.delenv("MMFAST_BACKEND", raising=False)
+    assert _backend.choose("mel", torch.device("cpu")) == ("cpu", "native kernels for cpu tensors")
 
 
 # ---- info
