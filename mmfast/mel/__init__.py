@@ -9,8 +9,9 @@ import torch
 from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
+from mmfast.mel.post import deltas, normalize, sliding_normalize
 
-__all__ = ["MelConfig", "extract"]
+__all__ = ["MelConfig", "deltas", "extract", "normalize", "sliding_normalize"]
 
 
 def extract(
