@@ -19,11 +19,12 @@ class MelFrontend(nn.Module):
         device, dtype: of the tables; the dtype is float32 by default.
 
     ``window``, ``filters`` and ``dct`` are buffers and part of the ``state_dict``; what a table does not exist for
-    (``config.filters=None``, ``config.n_mfcc=None``) is ``None``. Their current values are what is computed with, rounded
-    by ``.half()`` or ``.to(dtype)`` like any other buffer.
+    (``config.filters=None``, ``config.n_mfcc=None``) is ``None``. Their current values are what is computed with,
+    rounded by ``.half()`` or ``.to(dtype)`` like any other buffer.
 
-    Shapes: ``(..., T)`` → ``(..., C, frames)``, or as ``config.layout`` says; with ``lengths`` of the leading shape a pair with
-    the numbers of frames. The features have the waveform's dtype and are computed in float32 or float64 also under autocast.
+    Shapes: ``(..., T)`` → ``(..., C, frames)``, or as ``config.layout`` says; with ``lengths`` of the leading shape a
+    pair with the numbers of frames. The features have the waveform's dtype and are computed in float32 or float64 also
+    under autocast.
 
     Raises:
         TypeError, ValueError: ``trainable_filters`` without filters; otherwise as `extract`.
@@ -66,9 +67,7 @@ class MelFrontend(nn.Module):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Features, and with ``lengths`` the pair of them and the numbers of frames."""
-        return extract(
-            waveform, self.config, lengths=lengths, window=self.window, filters=self.filters, dct=self.dct
-        )
+        return extract(waveform, self.config, lengths=lengths, window=self.window, filters=self.filters, dct=self.dct)
 
     def extra_repr(self) -> str:
         """What differs from `MelConfig`'s defaults."""

@@ -29,8 +29,8 @@ def describe(
 ) -> tuple[MelConfig, int]:
     """Configuration of the chain, and the fewest samples it can take.
 
-    Window, filters and DCT are the modules' buffers, so their fields keep neutral values. ``decibel`` is (multiplier, amin,
-    reference, top_db). Cached: building and validating a configuration takes longer than a short clip.
+    Window, filters and DCT are the modules' buffers, so their fields keep neutral values. ``decibel`` is (multiplier,
+    amin, reference, top_db). Cached: building and validating a configuration takes longer than a short clip.
     """
     if power is None:
         raise ValueError("power must be a positive number, got None: complex spectra are torch.stft's business")
@@ -86,7 +86,7 @@ def run(
 
 
 def untouched(module: nn.Module, kind: type) -> bool:
-    """Whether calling ``module`` does what ``kind`` does and nothing else, so that a fused chain may stand in for it."""
+    """Whether calling ``module`` does what ``kind`` does and no more, so that a fused chain may stand in for it."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks

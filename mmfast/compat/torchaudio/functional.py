@@ -37,14 +37,14 @@ def spectrogram(
 ) -> Tensor:
     r"""``|STFT(waveform)| ** power`` in one pass: ``(..., time)`` → ``(..., n_fft // 2 + 1, frames)``.
 
-    Arguments as in ``torchaudio.functional.spectrogram``: ``pad`` zeros on both sides, then, with ``center``, ``n_fft // 2``
-    samples of ``pad_mode``; ``normalized`` ``True`` or ``"window"`` divides by the l2 norm of the window,
-    ``"frame_length"`` by ``sqrt(n_fft)``. ``onesided=False`` gives all ``n_fft`` bins. The result has the dtype of the
-    waveform; half precision is computed in float32; a float64 window makes a float32 waveform float64.
+    Arguments as in ``torchaudio.functional.spectrogram``: ``pad`` zeros on both sides, then, with ``center``,
+    ``n_fft // 2`` samples of ``pad_mode``; ``normalized`` ``True`` or ``"window"`` divides by the l2 norm of the
+    window, ``"frame_length"`` by ``sqrt(n_fft)``. ``onesided=False`` gives all ``n_fft`` bins. The result has the dtype
+    of the waveform; half precision is computed in float32; a float64 window makes a float32 waveform float64.
 
     Raises:
-        ValueError: ``power=None`` (the complex spectrum), or a waveform shorter than the padding or the frame need, among
-            the other values that do not fit.
+        ValueError: ``power=None`` (the complex spectrum), or a waveform shorter than the padding or the frame need,
+            among the other values that do not fit.
     """
     if return_complex is not None:
         warnings.warn("return_complex is deprecated and has no effect", stacklevel=2)
@@ -63,7 +63,8 @@ def amplitude_to_DB(
 
     The maximum is torchaudio's: over everything for ``(freq, time)`` and ``(channel, freq, time)``, and for
     ``(..., batch, channel, freq, time)`` over each item's channels together. A batch of mono spectrograms without its
-    channel dimension, ``(batch, freq, time)``, therefore shares one maximum, and an item's values depend on its neighbours.
+    channel dimension, ``(batch, freq, time)``, therefore shares one maximum, and an item's values depend on its
+    neighbours.
 
     Half precision is computed in float32. Returns the shape and dtype of ``x``.
     """
@@ -99,8 +100,8 @@ def melscale_fbanks(
     bank = tables.mel_filters(n_freqs, f_min, f_max, n_mels, sample_rate, norm, mel_scale, dtype=torch.float32)
     if (bank.max(dim=0).values == 0).any():
         warnings.warn(
-            f"At least one mel filterbank has all zero values: n_mels ({n_mels}) may be too high, or n_freqs ({n_freqs}) "
-            "too low.",
+            f"At least one mel filterbank has all zero values: n_mels ({n_mels}) may be too high, "
+            f"or n_freqs ({n_freqs}) too low.",
             stacklevel=2,
         )
     return bank
@@ -112,7 +113,7 @@ def linear_fbanks(n_freqs: int, f_min: float, f_max: float, n_filter: int, sampl
 
 
 def create_dct(n_mfcc: int, n_mels: int, norm: str | None) -> Tensor:
-    r"""DCT-II as a matrix to multiply from the right, float32 ``(n_mels, n_mfcc)``; ``norm`` is ``"ortho"`` or ``None``.
+    r"""DCT-II, to multiply from the right: float32 ``(n_mels, n_mfcc)``; ``norm`` is ``"ortho"`` or ``None``.
 
     Raises:
         ValueError: another ``norm``.
@@ -123,7 +124,7 @@ def create_dct(n_mfcc: int, n_mels: int, norm: str | None) -> Tensor:
 
 
 def compute_deltas(specgram: Tensor, win_length: int = 5, mode: str = "replicate") -> Tensor:
-    r"""Deltas over time: ``d[t] = sum_n n (c[t+n] - c[t-n]) / (2 sum_n n²)``, ``n`` from 1 to ``(win_length - 1) // 2``.
+    r"""Deltas: ``d[t] = sum_n n (c[t+n] - c[t-n]) / (2 sum_n n²)``, ``n`` from 1 to ``(win_length - 1) // 2``.
 
     Shape ``(..., freq, time)``, kept. ``mode`` says what lies beyond the ends, as in ``torch.nn.functional.pad``.
 
@@ -142,7 +143,7 @@ def sliding_window_cmn(
 ) -> Tensor:
     r"""Subtract the mean over a sliding window of frames, and with ``norm_vars`` divide by the deviation (Kaldi).
 
-    Shape ``(..., time, freq)``, kept. The window holds ``cmn_window`` frames around the current one (``center``), or those
-    up to it, at least ``min_cmn_window``. All frames at once, where torchaudio loops over them.
+    Shape ``(..., time, freq)``, kept. The window holds ``cmn_window`` frames around the current one (``center``), or
+    those up to it, at least ``min_cmn_window``. All frames at once, where torchaudio loops over them.
     """
     return post.sliding_normalize(specgram, cmn_window, min_cmn_window, center, norm_vars, dim=-2)

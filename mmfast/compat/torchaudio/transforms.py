@@ -1,8 +1,8 @@
 """The transforms of ``torchaudio.transforms`` that lead from a waveform to mel or MFCC features.
 
-Each is a module with torchaudio's sub-modules and buffers, and computes the whole chain in one pass with the values that
-these hold: a loaded or edited buffer counts, a sub-module's changed attribute counts, and a sub-module that was replaced,
-hooked or given another ``forward`` is called like any other, with the rest of the chain around it.
+Each is a module with torchaudio's sub-modules and buffers, and computes the whole chain in one pass with the values
+that these hold: a loaded or edited buffer counts, a sub-module's changed attribute counts, and a sub-module that was
+replaced, hooked or given another ``forward`` is called like any other, with the rest of the chain around it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Spectrogram(nn.Module):
         pad: zeros added on both sides.
         window_fn: called with ``win_length`` and ``wkwargs``, gives the buffer ``window``.
         power: exponent of the magnitude, > 0.
-        normalized: ``True`` or ``"window"`` divides by the l2 norm of the window, ``"frame_length"`` by ``sqrt(n_fft)``.
+        normalized: ``True`` or ``"window"`` divides by the l2 norm of the window, ``"frame_length"`` by
+            ``sqrt(n_fft)``.
         wkwargs: keywords for ``window_fn``.
         center: pad ``n_fft // 2`` samples on both sides, so that frame ``t`` is centred on sample ``t * hop_length``.
         pad_mode: ``"reflect"``, ``"constant"``, ``"replicate"`` or ``"circular"``.
@@ -94,8 +95,8 @@ class Spectrogram(nn.Module):
 class AmplitudeToDB(nn.Module):
     r"""Decibels: ``multiplier * log10 max(x, 1e-10)``, no lower than ``top_db`` below the maximum.
 
-    The multiplier is 10 for ``stype="power"`` and 20 otherwise. The maximum is shared by all channels of an item, and by a
-    whole batch that has no channel dimension, as in torchaudio: see `functional.amplitude_to_DB`.
+    The multiplier is 10 for ``stype="power"`` and 20 otherwise. The maximum is shared by all channels of an item, and
+    by a whole batch that has no channel dimension, as in torchaudio: see `functional.amplitude_to_DB`.
 
     Raises:
         ValueError: a negative ``top_db``.
@@ -122,8 +123,8 @@ class AmplitudeToDB(nn.Module):
 class MelScale(nn.Module):
     r"""Mel filters on a spectrogram: ``(..., n_stft, time)`` → ``(..., n_mels, time)``.
 
-    The buffer ``fb`` is `functional.melscale_fbanks`; ``f_max=None`` is ``float(sample_rate // 2)``. Computed in float32,
-    also for half precision and under autocast, where torchaudio's product is rounded to half precision.
+    The buffer ``fb`` is `functional.melscale_fbanks`; ``f_max=None`` is ``float(sample_rate // 2)``. Computed in
+    float32, also for half precision and under autocast, where torchaudio's product is rounded to half precision.
 
     Raises:
         ValueError: ``f_min`` above ``f_max``, or an unknown ``norm`` or ``mel_scale``.
@@ -168,8 +169,9 @@ class MelSpectrogram(nn.Module):
         f_min, f_max, n_mels, norm, mel_scale: see `MelScale`.
         onesided: deprecated, without effect.
 
-    The sub-modules are ``spectrogram`` and ``mel_scale``; the buffers ``spectrogram.window`` and ``mel_scale.fb``. Either
-    may be a trainable parameter in its place: filters are differentiated by the fused kernels, windows by the reference.
+    The sub-modules are ``spectrogram`` and ``mel_scale``; the buffers ``spectrogram.window`` and ``mel_scale.fb``.
+    Either may be a trainable parameter in its place: filters are differentiated by the fused kernels, windows by the
+    reference.
     """
 
     __constants__ = ["sample_rate", "n_fft", "win_length", "hop_length", "pad", "n_mels", "f_min"]  # noqa: RUF012
@@ -231,7 +233,7 @@ class MelSpectrogram(nn.Module):
 
 
 class MFCC(nn.Module):
-    r"""Mel-frequency cepstra: ``(..., time)`` → ``(..., n_mfcc, frames)``; `MelSpectrogram`, log and DCT-II in one pass.
+    r"""Mel-frequency cepstra: ``(..., time)`` → ``(..., n_mfcc, frames)``; `MelSpectrogram`, log, DCT-II in one pass.
 
     Args:
         sample_rate: samples a second.
@@ -241,10 +243,10 @@ class MFCC(nn.Module):
         log_mels: take ``log(mel + 1e-6)`` in place of decibels.
         melkwargs: keywords for `MelSpectrogram`.
 
-    Decibels are kept within 80 dB of the maximum, as in torchaudio, which offers no argument for it. Every value of a quiet
-    clip may therefore depend on its loudest moment, and for a batch ``(batch, time)`` on the loudest item of the batch: the
-    maximum is over all rows of the last leading dimension. Give clips as ``(batch, 1, time)`` to keep them apart, or set
-    ``mfcc.amplitude_to_DB.top_db = None``.
+    Decibels are kept within 80 dB of the maximum, as in torchaudio, which offers no argument for it. Every value of a
+    quiet clip may therefore depend on its loudest moment, and for a batch ``(batch, time)`` on the loudest item of the
+    batch: the maximum is over all rows of the last leading dimension. Give clips as ``(batch, 1, time)`` to keep them
+    apart, or set ``mfcc.amplitude_to_DB.top_db = None``.
 
     The sub-modules are ``MelSpectrogram`` and ``amplitude_to_DB``, the buffer of its own is ``dct_mat``.
 
@@ -283,7 +285,11 @@ class MFCC(nn.Module):
         mel, decibel = self.MelSpectrogram, self.amplitude_to_DB
         if _fused.untouched(mel, MelSpectrogram):
             spectrogram, mel_scale = mel.spectrogram, mel.mel_scale
-            if _onesided(spectrogram) and _fused.untouched(mel_scale, MelScale) and (self.log_mels or _logarithm(decibel)):
+            if (
+                _onesided(spectrogram)
+                and _fused.untouched(mel_scale, MelScale)
+                and (self.log_mels or _logarithm(decibel))
+            ):
                 return _chain(waveform, spectrogram, mel_scale.fb, None if self.log_mels else decibel, self.dct_mat)
         features = mel(waveform)
         features = _fused.log(features) if self.log_mels else decibel(features)
@@ -302,7 +308,8 @@ class LFCC(nn.Module):
         log_lf: take ``log(filtered + 1e-6)`` in place of decibels, whose range of 80 dB is that of `MFCC`.
         speckwargs: keywords for `Spectrogram`.
 
-    The sub-modules are ``Spectrogram`` and ``amplitude_to_DB``, the buffers of its own are ``filter_mat`` and ``dct_mat``.
+    The sub-modules are ``Spectrogram`` and ``amplitude_to_DB``, the buffers of its own are ``filter_mat`` and
+    ``dct_mat``.
 
     Raises:
         ValueError: another ``dct_type``, an unknown ``norm``, or more cepstra than ``n_fft`` (torchaudio's limit).

@@ -1,42 +1,44 @@
 r"""``torchaudio.compliance.kaldi``: Kaldi's spectrogram, filter bank and MFCC features, for a clip or for a batch.
 
-The functions take one clip, a waveform ``(c, n)`` of ``c`` channels of which ``channel`` is used, and give ``(m, bins)``, as
-torchaudio does; and they take a batch ``(b, c, n)`` and give ``(b, m, bins)``. With ``lengths``, an integer tensor ``(b,)`` of
-valid samples, they give a pair: the features, in which each item has exactly the frames that it has alone and zeros
-beyond, and the number of frames of each item, ``(b,)`` int64.
+The functions take one clip, a waveform ``(c, n)`` of ``c`` channels of which ``channel`` is used, and give
+``(m, bins)``, as torchaudio does; and they take a batch ``(b, c, n)`` and give ``(b, m, bins)``. With ``lengths``, an
+integer tensor ``(b,)`` of valid samples, they give a pair: the features, in which each item has exactly the frames that
+it has alone and zeros beyond, and the number of frames of each item, ``(b,)`` int64.
 
 Each frame passes, in this order, through: dither, removal of the mean, energy (if ``raw_energy``), pre-emphasis
-``s[n] -= p s[max(n-1, 0)]``, window, energy (if not ``raw_energy``), zeros to the length of the transform, power spectrum,
-and triangles in ``mel = 1127 ln(1 + f / 700)``, ``ln max(m, 2**-23)``, DCT-II, lifter. Arguments they have in common:
+``s[n] -= p s[max(n-1, 0)]``, window, energy (if not ``raw_energy``), zeros to the length of the transform, power
+spectrum, triangles in ``mel = 1127 ln(1 + f / 700)``, ``ln max(m, 2**-23)``, DCT-II, lifter. Arguments in common:
 
 * ``blackman_coeff``: parameter of the Blackman window.
 * ``channel``: which one; -1 is the first.
-* ``dither``: standard deviation of noise added to each sample of a frame; it follows torch's CPU generator, with numbers
-  other than torchaudio's.
+* ``dither``: standard deviation of noise added to each sample of a frame; it follows torch's CPU generator, with
+  numbers other than torchaudio's.
 * ``energy_floor``: least energy of a frame, before the logarithm; 0 is no floor beyond 2**-23.
 * ``frame_length``, ``frame_shift``: milliseconds; samples are ``int(sample_frequency * ms * 0.001)``.
-* ``min_duration``: seconds; a shorter clip has no frames (torchaudio's ``mfcc`` fails there). A clip gives an empty tensor
-  of one dimension, as in torchaudio, a batch ``(b, 0, bins)``, an item of a ragged batch 0 frames.
+* ``min_duration``: seconds; a shorter clip has no frames (torchaudio's ``mfcc`` fails there). A clip gives an empty
+  tensor of one dimension, as in torchaudio, a batch ``(b, 0, bins)``, an item of a ragged batch 0 frames.
 * ``preemphasis_coefficient``: ``p``, in [0, 1].
 * ``raw_energy``, ``remove_dc_offset``: see above.
-* ``round_to_power_of_two``: length of the transform, the next power of two or the frame itself, which must then be even.
+* ``round_to_power_of_two``: length of the transform, the next power of two or the frame itself, which must then be
+  even.
 * ``sample_frequency``: Hz.
-* ``snip_edges``: only frames that lie inside the clip, ``1 + (n - length) // shift``; otherwise ``(n + shift // 2) // shift``,
-  centred, with the clip mirrored at its ends.
+* ``snip_edges``: only frames that lie inside the clip, ``1 + (n - length) // shift``; otherwise
+  ``(n + shift // 2) // shift``, centred, with the clip mirrored at its ends.
 * ``subtract_mean``: subtract from each feature its mean over the frames of the clip.
-* ``window_type``: ``"povey"`` (hann ** 0.85), ``"hanning"``, ``"hamming"``, ``"blackman"`` or ``"rectangular"``; symmetric.
+* ``window_type``: ``"povey"`` (hann ** 0.85), ``"hanning"``, ``"hamming"``, ``"blackman"`` or ``"rectangular"``;
+  symmetric.
 * ``high_freq``, ``low_freq``: Hz; a ``high_freq`` ≤ 0 counts from half the sample frequency.
 * ``num_mel_bins``: number of triangles, at least 4.
-* ``use_energy``: the log energy as a feature: in ``fbank`` one more, the first (with ``htk_compat`` the last), in ``mfcc`` in
-  place of C0.
+* ``use_energy``: the log energy as a feature: in ``fbank`` one more, the first (with ``htk_compat`` the last), in
+  ``mfcc`` in place of C0.
 * ``htk_compat``: energy or C0 last, C0 times √2.
-* ``vtln_warp``, ``vtln_low``, ``vtln_high``: vocal tract length warp of the triangles; a negative ``vtln_high`` counts from
-  half the sample frequency.
+* ``vtln_warp``, ``vtln_low``, ``vtln_high``: vocal tract length warp of the triangles; a negative ``vtln_high`` counts
+  from half the sample frequency.
 
-A clip shorter than a frame is an error, as in torchaudio; an item of a ragged batch then has no frames (``snip_edges``) or
-those that Kaldi gives it. Features have the dtype of the waveform; half precision and int16 are computed in float32, int16
-gives float32. Differentiable with respect to the waveform. Arguments that do not fit raise ``ValueError``, where torchaudio
-has assertions.
+A clip shorter than a frame is an error, as in torchaudio; an item of a ragged batch then has no frames (``snip_edges``)
+or those that Kaldi gives it. Features have the dtype of the waveform; half precision and int16 are computed in float32,
+int16 gives float32. Differentiable with respect to the waveform. Arguments that do not fit raise ``ValueError``, where
+torchaudio has assertions.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def spectrogram(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log power spectrum, ``ln max(|X|², 2**-23)``, with the log energy in place of bin 0.
 
-    Shapes: ``(c, n)`` → ``(m, n_fft // 2 + 1)``; ``(b, c, n)`` → ``(b, m, n_fft // 2 + 1)``, with ``lengths`` a pair with the
-    numbers of frames. Arguments, errors and differences from torchaudio: see the module.
+    Shapes: ``(c, n)`` → ``(m, n_fft // 2 + 1)``; ``(b, c, n)`` → ``(b, m, n_fft // 2 + 1)``, with ``lengths`` a pair
+    with the numbers of frames. Arguments, errors and differences from torchaudio: see the module.
     """
     config = _spectrogram_config(
         blackman_coeff,
@@ -128,8 +130,8 @@ def fbank(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log mel filter bank; linear without ``use_log_fbank``, of the magnitude without ``use_power``.
 
-    Shapes: ``(c, n)`` → ``(m, num_mel_bins + use_energy)``; ``(b, c, n)`` → ``(b, m, ...)``, with ``lengths`` a pair with the
-    numbers of frames. Arguments, errors and differences from torchaudio: see the module.
+    Shapes: ``(c, n)`` → ``(m, num_mel_bins + use_energy)``; ``(b, c, n)`` → ``(b, m, ...)``, with ``lengths`` a pair
+    with the numbers of frames. Arguments, errors and differences from torchaudio: see the module.
     """
     config = _fbank_config(
         blackman_coeff,
@@ -193,8 +195,8 @@ def mfcc(
     ``Q = cepstral_lifter``, 0 for none; ``num_ceps`` cepstra, C0 among them, at most ``num_mel_bins``. The defaults are
     torchaudio's; Kaldi itself has ``use_energy=True``, ``energy_floor=0.0`` and ``dither=1.0``.
 
-    Shapes: ``(c, n)`` → ``(m, num_ceps)``; ``(b, c, n)`` → ``(b, m, num_ceps)``, with ``lengths`` a pair with the numbers of
-    frames. Arguments, errors and differences from torchaudio: see the module.
+    Shapes: ``(c, n)`` → ``(m, num_ceps)``; ``(b, c, n)`` → ``(b, m, num_ceps)``, with ``lengths`` a pair with the
+    numbers of frames. Arguments, errors and differences from torchaudio: see the module.
     """
     config = _mfcc_config(
         blackman_coeff,
@@ -235,7 +237,9 @@ def _features(
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
     dims = waveform.dim()
     if dims != 2 and dims != 3:
-        raise ValueError(f"waveform must be (channels, samples) or (batch, channels, samples), got {tuple(waveform.shape)}")
+        raise ValueError(
+            f"waveform must be (channels, samples) or (batch, channels, samples), got {tuple(waveform.shape)}"
+        )
     channel = max(channel, 0)
     if channel >= waveform.shape[-2]:
         raise ValueError(f"channel must be below {waveform.shape[-2]}, the channels of the waveform, got {channel}")
@@ -334,7 +338,7 @@ def _filter_fields(
         if not low_freq < vtln_low < top < high:
             raise ValueError(
                 f"vtln_low and vtln_high must satisfy {low_freq:g} < vtln_low < vtln_high < {high:g} Hz, "
-                f"got vtln_low={vtln_low:g}, vtln_high={vtln_high:g}"
+                f"got vtln_low={vtln_low:g}, vtln_high={vtln_high:g} (that is, {top:g})"
             )
         fields |= {"vtln_warp": vtln_warp, "vtln_low": vtln_low, "vtln_high": top}
     return fields
