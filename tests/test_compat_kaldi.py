@@ -310,6 +310,18 @@ def test_against_kaldi_native_fbank(name, kwargs):
     torch.testing.assert_close(getattr(ours, name)(x, **arguments), expected, rtol=1e-4, atol=5e-4)
 
 
+def test_compile_fullgraph():
+    torch._dynamo.reset()
+    x, lengths = clips((2, 1, 900), dtype=torch.float32), torch.tensor([900, 500])
+
+    def features(x, lengths):
+        return ours.mfcc(x, use_energy=True, subtract_mean=True, lengths=lengths)
+
+    compiled = torch.compile(features, fullgraph=True, backend="aot_eager")(x, lengths)
+    for out, expected in zip(compiled, features(x, lengths), strict=True):
+        torch.testing.assert_close(out, expected)
+
+
 def test_configurations_are_built_once():
     ours._fbank_config.cache_clear()
     x = clips((1, 800))

@@ -34,11 +34,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_equals_extract(name, dtype):
@@ -116,6 +111,14 @@ def test_autocast_changes_nothing(trainable):
     with torch.autocast("cpu", torch.bfloat16):
         out = frontend(x)
     assert torch.equal(out, frontend(x))
+
+
+def test_compile_fullgraph():
+    torch._dynamo.reset()
+    frontend, x, lengths = MelFrontend(CONFIGS["mfcc"]), torch.randn(2, 700), torch.tensor([700, 300])
+    compiled = torch.compile(frontend, fullgraph=True, backend="aot_eager")
+    for out, expected in zip(compiled(x, lengths), frontend(x, lengths), strict=True):
+        torch.testing.assert_close(out, expected)
 
 
 def test_repr_names_what_differs():

@@ -70,7 +70,9 @@ def run(
 ) -> Tensor:
     """`extract` with the modules' buffers, refusing what torch.stft refuses."""
     config, least = described
-    if isinstance(waveform, Tensor) and waveform.dim() and waveform.shape[-1] < least:
+    if not isinstance(waveform, Tensor):
+        raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
+    if waveform.dim() and waveform.shape[-1] < least:
         raise ValueError(
             f"waveform must have at least {least} samples for n_fft={config.n_fft}, framing={config.framing!r}, "
             f"pad_mode={config.pad_mode!r}, pad={config.pad}, got {waveform.shape[-1]}"
@@ -83,6 +85,18 @@ def run(
         if window.requires_grad or (dct is not None and dct.requires_grad):
             backend = "reference"
     return extract(waveform, config, window=window, filters=filters, dct=dct, backend=backend)
+
+
+def child(module: nn.Module, name: str) -> nn.Module:
+    """``module.name`` by its dictionary: a module's attribute lookup is slow, a short clip's features quick."""
+    found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def table(module: nn.Module, name: str) -> Tensor:
+    """``module.name``, a buffer, or the parameter that took its place."""
+    found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def untouched(module: nn.Module, kind: type) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmfast.compat.torchaudio import _fused
 from mmfast.compat.torchaudio import functional as F
+from mmfast.compat.torchaudio._fused import child, table, untouched
 
 __all__ = ["LFCC", "MFCC", "AmplitudeToDB", "MelScale", "MelSpectrogram", "Spectrogram"]
 
@@ -226,10 +227,10 @@ class MelSpectrogram(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """``(..., time)`` → ``(..., n_mels, frames)``."""
-        spectrogram, mel_scale = self.spectrogram, self.mel_scale
-        if not (_onesided(spectrogram) and _fused.untouched(mel_scale, MelScale)):
+        spectrogram, mel_scale = child(self, "spectrogram"), child(self, "mel_scale")
+        if not (_onesided(spectrogram) and untouched(mel_scale, MelScale)):
             return mel_scale(spectrogram(waveform))
-        return _chain(waveform, spectrogram, mel_scale.fb)
+        return _chain(waveform, spectrogram, table(mel_scale, "fb"))
 
 
 class MFCC(nn.Module):
@@ -282,18 +283,14 @@ class MFCC(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """``(..., time)`` → ``(..., n_mfcc, frames)``."""
-        mel, decibel = self.MelSpectrogram, self.amplitude_to_DB
-        if _fused.untouched(mel, MelSpectrogram):
-            spectrogram, mel_scale = mel.spectrogram, mel.mel_scale
-            if (
-                _onesided(spectrogram)
-                and _fused.untouched(mel_scale, MelScale)
-                and (self.log_mels or _logarithm(decibel))
-            ):
-                return _chain(waveform, spectrogram, mel_scale.fb, None if self.log_mels else decibel, self.dct_mat)
+        mel, decibel, dct = child(self, "MelSpectrogram"), child(self, "amplitude_to_DB"), table(self, "dct_mat")
+        if untouched(mel, MelSpectrogram) and (self.log_mels or _logarithm(decibel)):
+            spectrogram, mel_scale = child(mel, "spectrogram"), child(mel, "mel_scale")
+            if _onesided(spectrogram) and untouched(mel_scale, MelScale):
+                return _chain(waveform, spectrogram, table(mel_scale, "fb"), None if self.log_mels else decibel, dct)
         features = mel(waveform)
         features = _fused.log(features) if self.log_mels else decibel(features)
-        return _fused.project(features, self.dct_mat)
+        return _fused.project(features, dct)
 
 
 class LFCC(nn.Module):
@@ -351,22 +348,23 @@ class LFCC(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """``(..., time)`` → ``(..., n_lfcc, frames)``."""
-        spectrogram, decibel, dct = self.Spectrogram, self.amplitude_to_DB, self.dct_mat
+        spectrogram, decibel = child(self, "Spectrogram"), child(self, "amplitude_to_DB")
+        filters, dct = table(self, "filter_mat"), table(self, "dct_mat")
         fits = dct.shape[1] <= dct.shape[0]  # torchaudio lets there be more cepstra than filters
         if fits and _onesided(spectrogram) and (self.log_lf or _logarithm(decibel)):
-            return _chain(waveform, spectrogram, self.filter_mat, None if self.log_lf else decibel, dct)
-        features = _fused.project(spectrogram(waveform), self.filter_mat)
+            return _chain(waveform, spectrogram, filters, None if self.log_lf else decibel, dct)
+        features = _fused.project(spectrogram(waveform), filters)
         features = _fused.log(features) if self.log_lf else decibel(features)
         return _fused.project(features, dct)
 
 
 def _onesided(spectrogram: nn.Module) -> bool:
-    return _fused.untouched(spectrogram, Spectrogram) and (spectrogram.onesided is None or bool(spectrogram.onesided))
+    return untouched(spectrogram, Spectrogram) and (spectrogram.onesided is None or bool(spectrogram.onesided))
 
 
 def _logarithm(decibel: nn.Module) -> bool:
     """Whether the decibels are the configuration's: an edited ``db_multiplier`` may be no logarithm of a reference."""
-    return _fused.untouched(decibel, AmplitudeToDB) and decibel.db_multiplier == math.log10(
+    return untouched(decibel, AmplitudeToDB) and decibel.db_multiplier == math.log10(
         max(decibel.amin, decibel.ref_value)
     )
 
@@ -394,4 +392,4 @@ def _chain(
         _fused.LOG_OFFSET if dct is not None and decibel is None else None,
         None if dct is None else dct.shape[1],
     )
-    return _fused.run(waveform, described, s.window, filters, dct)
+    return _fused.run(waveform, described, table(s, "window"), filters, dct)
