@@ -332,6 +332,7 @@ def test_autocast_changes_nothing(name, hooked):
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x)
     assert torch.equal(out, module(x))
+    torch.testing.assert_close(out, getattr(ours, name)()(x), rtol=1e-4, atol=1e-3)
 
 
 def test_double_module_answers_in_double():

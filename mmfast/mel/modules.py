@@ -55,7 +55,7 @@ class MelFrontend(nn.Module):
         self.trainable_filters = trainable_filters
 
         def table(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device, dtype or torch.float32, copy=True).contiguous()
+            return None if values is None else values.to(device, dtype or torch.float32).contiguous()
 
         self.register_buffer("window", table(tables.window(config)))
         filters = table(tables.filters(config))
