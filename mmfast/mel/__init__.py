@@ -78,20 +78,11 @@ def extract(
     group = 1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
     seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
     rows = waveform if len(shape) == 2 else waveform.reshape(shape[:-1].numel(), shape[-1])
-    run = _reference if _backend.choose("mel", waveform.device, backend)[0] == "reference" else op.mel
+    run = reference.mel_reference if _backend.choose("mel", waveform.device, backend)[0] == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:
         features = features.view(shape[:-1] + features.shape[1:])
     return features if lengths is None else (features, counts.view(shape[:-1]))
-
-
-def _reference(rows: torch.Tensor, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference out of autocast's reach, which would round its matrix products to half precision."""
-    kind = rows.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return reference.mel_reference(rows, *arguments)
-    with torch.autocast(kind, enabled=False):
-        return reference.mel_reference(rows, *arguments)
 
 
 _COMPUTE = {
