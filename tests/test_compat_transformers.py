@@ -15,6 +15,8 @@ theirs = pytest.importorskip("transformers")
 from mmfast.compat import transformers as ours  # noqa: E402
 from mmfast.compat import whisper  # noqa: E402
 
+pytestmark = pytest.mark.peer
+
 # Features of 1 are 40 dB. Both sides are float32, and the weakest bands, 80 dB down, hold some of its rounding.
 ATOL = 5e-5
 LENGTHS = (30000, 12345, 16000, 700)
@@ -23,7 +25,8 @@ LENGTHS = (30000, 12345, 16000, 700)
 def clips(lengths=LENGTHS, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [
-        (rng.standard_normal(n) * np.geomspace(1e-4, 0.5, n) * 4.0**-i).astype(np.float32) for i, n in enumerate(lengths)
+        (rng.standard_normal(n) * np.geomspace(1e-4, 0.5, n) * 4.0**-i).astype(np.float32)
+        for i, n in enumerate(lengths)
     ]
 
 
@@ -76,7 +79,9 @@ def test_whisper_call(call):
     assert_same(ours.WhisperFeatureExtractor(chunk_length=2)(clips(), sampling_rate=16000, **call), expected, ATOL)
 
 
-@pytest.mark.parametrize("speech", [clips()[0], clips()[0].astype(np.float64), clips()[3].tolist(), np.stack([clips()[0]] * 2)])
+@pytest.mark.parametrize(
+    "speech", [clips()[0], clips()[0].astype(np.float64), clips()[3].tolist(), np.stack([clips()[0]] * 2)]
+)
 def test_whisper_inputs(speech):
     expected = theirs.WhisperFeatureExtractor()(speech, sampling_rate=16000)
     assert_same(ours.WhisperFeatureExtractor()(speech, sampling_rate=16000), expected, ATOL)
@@ -175,7 +180,9 @@ def test_whisper_extract_gradient():
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_mel_bins": 40, "feature_size": 40}, {"stride": 1}, {"sampling_rate": 8000}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_mel_bins": 40, "feature_size": 40}, {"stride": 1}, {"sampling_rate": 8000}], ids=str
+)
 @pytest.mark.parametrize("call", [{}, {"do_normalize_per_mel_bins": False}, {"return_tensors": "pt"}], ids=str)
 def test_seamless(options, call):
     call = {"sampling_rate": options.get("sampling_rate", 16000)} | call

@@ -11,6 +11,7 @@ import torch
 from mmfast.compat import whisper as ours
 
 theirs = pytest.importorskip("whisper.audio", reason="openai-whisper is not installed")
+pytestmark = pytest.mark.peer
 
 
 def speechlike(*shape: int, seed: int = 0) -> np.ndarray:

@@ -1,16 +1,16 @@
 """librosa's mel features on arrays and tensors, under librosa's names (0.11).
 
-An array in gives an array out, a tensor gives a tensor, with gradients, on its device. ``feature`` and ``filters`` group
-the functions as librosa does::
+An array in gives an array out, a tensor gives a tensor, with gradients, on its device. ``feature`` and ``filters``
+group the functions as librosa does::
 
     import mmfast.compat.librosa as librosa
     librosa.feature.mfcc(y=y, sr=16000, n_mfcc=13)
 
-Results have the dtype of the input. Errors are ValueError and TypeError. Samples that are NaN or infinite are not looked
-for (librosa raises); they give NaN in the frames they fall into.
+Results have the dtype of the input. Errors are ValueError and TypeError. Samples that are NaN or infinite are not
+looked for (librosa raises); they give NaN in the frames they fall into.
 
-``top_db`` is where librosa's versions differ: up to 0.11 the maximum is taken over the whole array, from 1.0 on over each
-channel. ``top_db_scope="batch"`` is the former and the default, ``"item"`` the latter.
+``top_db`` is where librosa's versions differ: up to 0.11 the maximum is taken over the whole array, from 1.0 on over
+each channel. ``top_db_scope="batch"`` is the former and the default, ``"item"`` the latter.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def melspectrogram(
         S: spectrogram ``(..., 1 + n_fft / 2, frames)`` in place of ``y``; only the filters are applied.
         n_fft, hop_length, win_length, center, power: as `MelConfig`; ``hop_length=None`` is ``win_length // 4``.
         window: name, tuple or number that ``scipy.signal.get_window`` knows, a function of the length, or the values.
-        pad_mode: ``"constant"``, ``"reflect"``, ``"edge"`` or ``"symmetric"``. (At the last frames librosa 0.11 reflects only
-            what is left of the signal if ``hop_length > n_fft / 2``; here the whole signal is reflected, as documented.)
+        pad_mode: ``"constant"``, ``"reflect"``, ``"edge"`` or ``"symmetric"``. (If ``hop_length > n_fft / 2``, librosa
+            0.11 reflects in its last frame only what the hop left over; here the whole signal, as documented.)
         kwargs: of `mel`.
 
     Returns:
@@ -150,8 +150,8 @@ def mel(
     """Mel filter bank ``(n_mels, 1 + n_fft // 2)``, as ``librosa.filters.mel``.
 
     Triangles in Hz between points evenly spaced on the mel scale (Slaney's, or HTK's with ``htk``); ``norm="slaney"``
-    gives them equal area, a number p divides each by its l_p norm. ``fmax`` may not exceed ``sr / 2``; empty filters are
-    kept without a warning.
+    gives them equal area, a number p divides each by its l_p norm. ``fmax`` may not exceed ``sr / 2``; empty filters
+    are kept without a warning.
     """
     config = _config(sr, n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax, htk=htk, norm=norm)
     return _filters(config, torch.float64, torch.device("cpu")).T.numpy().astype(dtype)

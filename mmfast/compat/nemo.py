@@ -27,25 +27,26 @@ _WINDOWS = {
 class FilterbankFeatures(nn.Module):
     r"""Log-mel filter bank of a ragged batch, normalised: NeMo's class of this name (2.x), under its arguments.
 
-    For an item of ``len`` samples, ``x[t] - preemph * x[t-1]`` (zero past ``len``), centred frames with zeros outside the
-    signal, ``(|X|² + guard) ** (mag_power / 2)``, Slaney filters, logarithm, normalisation over the item's frames, then
-    ``pad_value`` in the frames past the item's end. The buffers ``window`` and ``fb``, ``(1, nfilt, n_fft // 2 + 1)``, have
-    NeMo's names: a checkpoint loads, and what it holds is used.
+    For an item of ``len`` samples, ``x[t] - preemph * x[t-1]`` (zero past ``len``), centred frames with zeros outside
+    the signal, ``(|X|² + guard) ** (mag_power / 2)``, Slaney filters, logarithm, normalisation over the item's frames,
+    then ``pad_value`` in the frames past the item's end. The buffers ``window`` and ``fb`` (of shape
+    ``(1, nfilt, n_fft // 2 + 1)``) have NeMo's names: a checkpoint loads, and what it holds is used.
 
     Args:
         sample_rate: in Hz.
         n_window_size, n_window_stride: window and hop in samples.
         window: ``"hann"``, ``"hamming"``, ``"blackman"``, ``"bartlett"`` (all symmetric) or ``"none"``.
         normalize: ``"per_feature"`` (mean and deviation of each filter over the item's frames), ``"all_features"`` (of
-            the whole item), a dict of ``fixed_mean`` and ``fixed_std``, each ``(nfilt,)`` or ``(batch, nfilt)``; anything
-            else is no normalisation. Deviations are unbiased, plus 1e-5; that of a single frame counts as 0.
+            the whole item), a dict of ``fixed_mean`` and ``fixed_std``, each ``(nfilt,)`` or ``(batch, nfilt)``;
+            anything else is no normalisation. Deviations are unbiased, plus 1e-5; that of a single frame counts as 0.
         n_fft: default the next power of two.
         preemph: coefficient, or None.
         nfilt, lowfreq, highfreq, mel_norm: the filters, see `mmfast.compat.librosa.mel`.
         log: take the logarithm, of ``m + log_zero_guard_value`` (``log_zero_guard_type="add"``) or
             ``max(m, log_zero_guard_value)`` (``"clamp"``); the value is a number, ``"tiny"`` or ``"eps"`` (float32's).
         dither: in training only: noise of this deviation is added to the waveform (a copy; NeMo changes its argument).
-        pad_to: the number of frames returned is rounded up to a multiple of it (0: is not; ``"max"``: is ``max_length``).
+        pad_to: the number of frames returned is rounded up to a multiple of it (0: it is not); ``"max"`` gives
+            ``max_length`` frames.
         max_duration: seconds, for ``max_length``.
         frame_splicing: how often the features are repeated along their dimension (which is what NeMo computes: its
             "stacked" frames are not shifted).
@@ -60,10 +61,10 @@ class FilterbankFeatures(nn.Module):
 
     Where NeMo departs from its own documentation, the documented behaviour is computed:
 
-    * with ``exact_pad``, ``num_frames = audio_length // hop_length`` as documented, all of them valid; NeMo 2.x declares
-      the last one padding, and with ``preemph`` also silences the last ``(n_fft - hop) // 2`` samples;
+    * with ``exact_pad``, ``num_frames = audio_length // hop_length`` as documented, all of them valid; NeMo 2.x
+      declares the last one padding, and with ``preemph`` also silences the last ``(n_fft - hop) // 2`` samples;
     * samples past an item's length are ignored without ``preemph`` too, where NeMo lets them into the last frames;
-    * ``window="none"``, ``pad_to="max"`` and ``nb_augmentation_prob`` with ``n_fft=None`` work; NeMo stops with an error.
+    * ``window="none"``, ``pad_to="max"`` and ``nb_augmentation_prob`` with ``n_fft=None`` work; NeMo raises.
 
     Example:
         >>> features, lengths = FilterbankFeatures(nfilt=80).eval()(torch.randn(2, 16000), torch.tensor([16000, 9000]))
@@ -138,7 +139,12 @@ class FilterbankFeatures(nn.Module):
         self._nb_max_fft_bin = int(nb_max_freq / sample_rate * self.n_fft)
         self.register_buffer("window", _WINDOWS[window](n_window_size, periodic=False))
         bank = librosa.mel(
-            sr=sample_rate, n_fft=self.n_fft, n_mels=nfilt, fmin=lowfreq, fmax=highfreq or sample_rate / 2, norm=mel_norm
+            sr=sample_rate,
+            n_fft=self.n_fft,
+            n_mels=nfilt,
+            fmin=lowfreq,
+            fmax=highfreq or sample_rate / 2,
+            norm=mel_norm,
         )
         self.register_buffer("fb", torch.from_numpy(bank).unsqueeze(0))
         longest = self._config().frame_count(int(max_duration * sample_rate))
@@ -150,7 +156,7 @@ class FilterbankFeatures(nn.Module):
         return self.fb
 
     def get_seq_len(self, seq_len: torch.Tensor) -> torch.Tensor:
-        """Frames of items of ``seq_len`` samples: ``floor((len + padding - n_fft) / hop)`` (one more with exact_pad)."""
+        """Frames of items of ``seq_len`` samples: ``floor((len + padding - n_fft) / hop)`` (exact_pad: one more)."""
         frames = torch.div(seq_len + self._config().count_offset, self.hop_length, rounding_mode="floor")
         return frames.clamp(min=0).to(torch.int64)
 
@@ -162,8 +168,8 @@ class FilterbankFeatures(nn.Module):
         Args:
             x: float waveforms.
             seq_len: ``(batch,)``: valid samples of each item, of any integer or float dtype.
-            linear_spec: return the spectrogram, ``(batch, n_fft // 2 + 1, 1 + time // hop)``, before the filters. Frames
-                that lie past an item's end hold 0.
+            linear_spec: return the spectrogram, ``(batch, n_fft // 2 + 1, 1 + time // hop)``, before the filters.
+                Frames that lie past an item's end hold 0.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.use_grads):
             lengths = seq_len.to(torch.int64)

@@ -1,8 +1,8 @@
 """Hugging Face feature extractors that compute with mmfast.
 
 Each class here is a subclass of the one of the same name in ``transformers`` and is used in its place:
-``from_pretrained``, ``save_pretrained``, processors, padding, attention masks and ``return_tensors`` are all theirs. Only
-the features are computed by `mmfast.mel.extract`. Compared with transformers 5.23.
+``from_pretrained``, ``save_pretrained``, processors, padding, attention masks and ``return_tensors`` are all theirs.
+Only the features are computed by `mmfast.mel.extract`. Compared with transformers 5.23.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from mmfast.mel import MelConfig, extract
 try:
     import transformers
 except ImportError as error:
-    raise ImportError(
-        "mmfast.compat.transformers needs the package transformers: pip install 'mmfast[transformers]' "
-        "(or pip install transformers)"
-    ) from error
+    raise ImportError("mmfast.compat.transformers needs the package transformers: pip install transformers") from error
 
 __all__ = ["ASTFeatureExtractor", "SeamlessM4TFeatureExtractor", "WhisperFeatureExtractor"]
 
@@ -57,8 +54,8 @@ class WhisperFeatureExtractor(transformers.WhisperFeatureExtractor):
             max_length: in samples; default ``self.n_samples``, 30 seconds.
 
         Returns:
-            Features ``(..., feature_size, samples // hop_length)`` in the dtype of ``waveform``; with ``lengths`` a pair of
-            them and the number of valid frames of each item, int64: the sum of Hugging Face's attention mask.
+            Features ``(..., feature_size, samples // hop_length)`` in the dtype of ``waveform``; with ``lengths`` a
+            pair of them and the number of valid frames of each item, int64: the sum of Hugging Face's attention mask.
         """
         if padding not in ("max_length", "longest"):
             raise ValueError(f"padding must be 'max_length' or 'longest', got {padding!r}")
@@ -131,7 +128,9 @@ class SeamlessM4TFeatureExtractor(transformers.SeamlessM4TFeatureExtractor):
         This is the step before the normalisation per bin and the stacking of frames. With ``lengths`` a pair of the
         features (0 past an item's end) and the number of frames of each item.
         """
-        return extract(waveform, _kaldi(self.num_mel_bins, self.sampling_rate, "povey", 2.0**15, 400, 160), lengths=lengths)
+        return extract(
+            waveform, _kaldi(self.num_mel_bins, self.sampling_rate, "povey", 2.0**15, 400, 160), lengths=lengths
+        )
 
     def _extract_fbank_features(self, waveform: np.ndarray) -> np.ndarray:
         # Of several channels Hugging Face takes the first.

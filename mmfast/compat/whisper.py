@@ -131,7 +131,9 @@ def log_mel_spectrogram(
     if not torch.is_tensor(audio):
         audio = torch.from_numpy(load_audio(audio) if isinstance(audio, (str, os.PathLike)) else np.asarray(audio))
     if not audio.dtype.is_floating_point:
-        raise TypeError(f"audio must be floating point samples in [-1, 1], got {audio.dtype}; divide int16 samples by 32768")
+        raise TypeError(
+            f"audio must be floating point samples in [-1, 1], got {audio.dtype}; divide int16 samples by 32768"
+        )
     if device is not None:
         audio = audio.to(device)
     if padding > 0:
@@ -143,4 +145,6 @@ def _optional(name: str):
     try:
         return __import__(name)
     except ImportError as error:
-        raise ImportError(f"reading audio files needs {name}: pip install 'mmfast[audio]' (or pip install {name})") from error
+        raise ImportError(
+            f"reading audio files needs {name}: pip install 'mmfast[audio]' (or pip install {name})"
+        ) from error
