@@ -56,8 +56,8 @@ def melspectrogram(
         S: spectrogram ``(..., 1 + n_fft / 2, frames)`` in place of ``y``; only the filters are applied.
         n_fft, hop_length, win_length, center, power: as `MelConfig`; ``hop_length=None`` is ``win_length // 4``.
         window: name, tuple or number that ``scipy.signal.get_window`` knows, a function of the length, or the values.
-        pad_mode: ``"constant"``, ``"reflect"``, ``"edge"`` or ``"symmetric"``. (If ``hop_length > n_fft / 2``, librosa
-            0.11 reflects in its last frame only what the hop left over; here the whole signal, as documented.)
+        pad_mode: ``"constant"``, ``"reflect"``, ``"edge"`` or ``"symmetric"``. (In the last frame librosa 0.11
+            reflects only half a frame of signal: one sample is wrong if ``hop_length >= n_fft / 2`` divides the length.)
         kwargs: of `mel`.
 
     Returns:
