@@ -57,7 +57,7 @@ def melspectrogram(
         n_fft, hop_length, win_length, center, power: as `MelConfig`; ``hop_length=None`` is ``win_length // 4``.
         window: name, tuple or number that ``scipy.signal.get_window`` knows, a function of the length, or the values.
         pad_mode: ``"constant"``, ``"reflect"``, ``"edge"`` or ``"symmetric"``. (In the last frame librosa 0.11
-            reflects only half a frame of signal: one sample is wrong if ``hop_length >= n_fft / 2`` divides the length.)
+            reflects only half a frame of signal: a sample is wrong if ``hop_length >= n_fft / 2`` divides the length.)
         kwargs: of `mel`.
 
     Returns:
