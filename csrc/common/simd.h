@@ -8,6 +8,10 @@
 
 #include "common/hd.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace mmfast {
 inline namespace MMFAST_ISA {
 
@@ -65,10 +69,43 @@ struct Simd {
         return y;
     }
 
+    // Lanes 1 .. of x, then `next`.
+    static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
+
+    // columns[c] = element c of each of the rows, read at `at`.
+    static MMFAST_INLINE void load_transposed(const T* const* rows, int64_t at, V* columns) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            // Quarters of four rows are put together as they are loaded, which leaves half the shuffles.
+            for (int q = 0; q < 4; ++q) {
+                __m512 z[4];
+                for (int i = 0; i < 4; ++i) {
+                    const auto part = [&](int k) { return _mm_loadu_ps(rows[4 * k + i] + at + 4 * q); };
+                    z[i] = _mm512_insertf32x4(_mm512_castps128_ps512(part(0)), part(1), 1);
+                    z[i] = _mm512_insertf32x4(_mm512_insertf32x4(z[i], part(2), 2), part(3), 3);
+                }
+                const __m512d a = (__m512d)_mm512_unpacklo_ps(z[0], z[1]), b = (__m512d)_mm512_unpacklo_ps(z[2], z[3]);
+                const __m512d c = (__m512d)_mm512_unpackhi_ps(z[0], z[1]), d = (__m512d)_mm512_unpackhi_ps(z[2], z[3]);
+                columns[4 * q] = (V)_mm512_unpacklo_pd(a, b);
+                columns[4 * q + 1] = (V)_mm512_unpackhi_pd(a, b);
+                columns[4 * q + 2] = (V)_mm512_unpacklo_pd(c, d);
+                columns[4 * q + 3] = (V)_mm512_unpackhi_pd(c, d);
+            }
+            return;
+        }
+#endif
+        for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at);
+        transpose(columns);
+    }
+
     // rows[i] becomes lane i of what the rows held: log2(lanes) rounds of interleaving.
     static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
 
 private:
+    template <size_t... K>
+    static MMFAST_INLINE V shift_in(V x, T next, std::index_sequence<K...>) {
+        return __builtin_shufflevector(x, splat(next), (K + 1)...);
+    }
     template <size_t... K>
     static MMFAST_INLINE void transpose(V* rows, std::index_sequence<K...>) {
         for (int round = 1; round < lanes; round *= 2) {
@@ -84,16 +121,26 @@ private:
 };
 
 // Natural logarithm, within 1 ulp for float: x = m 2^e with m in [sqrt(1/2), sqrt(2)), a polynomial in m - 1 (the
-// coefficients of Cephes' logf) and e ln 2 in two parts. As std::log for zero, infinity, NaN, negative and subnormal x.
+// coefficients of Cephes' logf) and e ln 2 in two parts. As std::log for zero, infinity, NaN, negative and subnormal x;
+// with kNormal, x is known to be NaN or at least the smallest normal number.
+template <bool kNormal = false>
 MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
     using S = Simd<float>;
     using V = S::V;
     using I = S::I;
-    const auto subnormal = x < 1.17549435e-38f;
-    const V scaled = subnormal ? x * 8388608.0f : x;
-    const I u = S::bits<V, I>(scaled) - 0x3f3504f3;  // sqrt(1/2)
-    V e = __builtin_convertvector((u >> 23) + (subnormal ? I{} - 23 : I{}), V);
-    const V m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    const V infinity = S::splat(__builtin_inff());
+    V e, m;
+    if constexpr (kNormal) {
+        const I u = S::bits<V, I>(x) - 0x3f3504f3;  // sqrt(1/2)
+        e = __builtin_convertvector(u >> 23, V);
+        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    } else {
+        const auto subnormal = x < 1.17549435e-38f;
+        const I u = S::bits<V, I>(subnormal ? x * 8388608.0f : x) - 0x3f3504f3;
+        e = __builtin_convertvector((u >> 23) + (subnormal ? I{} - 23 : I{}), V);
+        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    }
+    const V m2 = m * m;
     V y = m * 7.0376836292e-2f - 1.1514610310e-1f;
     y = y * m + 1.1676998740e-1f;
     y = y * m - 1.2420140846e-1f;
@@ -102,15 +149,16 @@ MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
     y = y * m + 2.0000714765e-1f;
     y = y * m - 2.4999993993e-1f;
     y = y * m + 3.3333331174e-1f;
-    const V m2 = m * m;
     y = y * m * m2 + e * -2.12194440e-4f - m2 * 0.5f;
     V result = m + y + e * 0.693359375f;
-    const V infinity = S::splat(__builtin_inff());
-    result = x == 0.0f ? -infinity : result;
-    result = x < 0.0f ? S::splat(__builtin_nanf("")) : result;
+    if constexpr (!kNormal) {
+        result = x == 0.0f ? -infinity : result;
+        result = x < 0.0f ? S::splat(__builtin_nanf("")) : result;
+    }
     return x < infinity ? result : x;  // infinity and NaN themselves
 }
 
+template <bool kNormal = false>
 MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
     for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_log(x[i]);
     return x;

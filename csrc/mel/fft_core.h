@@ -95,6 +95,20 @@ constexpr double cos_turn(int64_t k, int64_t n) {
     return cos_series(kTwoPi * double(k) / double(n));
 }
 
+// cos and sin of 2 pi k / N for a codelet's constants.
+template <int N, class T>
+struct Turns {
+    T cos[N] = {}, sin[N] = {};
+    constexpr Turns() {
+        for (int k = 0; k < N; ++k) {
+            cos[k] = T(cos_turn(k, N));
+            sin[k] = T(sin_turn(k, N));
+        }
+    }
+};
+template <int N, class T>
+constexpr Turns<N, T> kTurns{};
+
 // (re, im) * (c - i s)
 template <class V, class T>
 MMFAST_INLINE void twist(V& re, V& im, T c, T s) {
@@ -119,13 +133,13 @@ struct Dft {
             im[0] += si[j];
         }
         for (int k = 1; k <= H; ++k) {
-            V ar = r0, ai = i0, br = dr[1] * T(sin_turn(k, P)), bi = di[1] * T(sin_turn(k, P));
+            V ar = r0, ai = i0, br = dr[1] * kTurns<P, T>.sin[k], bi = di[1] * kTurns<P, T>.sin[k];
             for (int j = 1; j <= H; ++j) {
-                ar += sr[j] * T(cos_turn(int64_t(j) * k, P));
-                ai += si[j] * T(cos_turn(int64_t(j) * k, P));
+                ar += sr[j] * kTurns<P, T>.cos[j * k % P];
+                ai += si[j] * kTurns<P, T>.cos[j * k % P];
                 if (j > 1) {
-                    br += dr[j] * T(sin_turn(int64_t(j) * k, P));
-                    bi += di[j] * T(sin_turn(int64_t(j) * k, P));
+                    br += dr[j] * kTurns<P, T>.sin[j * k % P];
+                    bi += di[j] * kTurns<P, T>.sin[j * k % P];
                 }
             }
             re[k] = ar + bi;
@@ -221,7 +235,7 @@ struct RealDft {
             re[Q] = er[0] - dr[0];
             im[0] = im[Q] = V{};
             for (int k = 1; k < Q / 2; ++k) {
-                twist(dr[k], di[k], T(cos_turn(k, R)), T(sin_turn(k, R)));
+                twist(dr[k], di[k], kTurns<R, T>.cos[k], kTurns<R, T>.sin[k]);
                 re[k] = er[k] + dr[k];
                 im[k] = ei[k] + di[k];
                 re[Q - k] = er[k] - dr[k];
@@ -243,8 +257,8 @@ struct RealDft {
             for (int k = 1; k <= H; ++k) {
                 V a = x[0], b = V{};
                 for (int j = 1; j <= H; ++j) {
-                    a += sum[j] * T(cos_turn(int64_t(j) * k, R));
-                    b -= dif[j] * T(sin_turn(int64_t(j) * k, R));
+                    a += sum[j] * kTurns<R, T>.cos[j * k % R];
+                    b -= dif[j] * kTurns<R, T>.sin[j * k % R];
                 }
                 re[k] = a;
                 im[k] = b;
@@ -270,7 +284,7 @@ struct RealDft {
                 ei[k] = im[k] - im[Q - k];
                 dr[k] = re[k] - re[Q - k];
                 di[k] = im[k] + im[Q - k];
-                twist(dr[k], di[k], T(cos_turn(k, R)), T(-sin_turn(k, R)));
+                twist(dr[k], di[k], kTurns<R, T>.cos[k], -kTurns<R, T>.sin[k]);
             }
             er[Q / 2] = re[Q / 2] + re[Q / 2];
             dr[Q / 2] = -(im[Q / 2] + im[Q / 2]);
@@ -289,8 +303,8 @@ struct RealDft {
             for (int n = 1; n <= H; ++n) {
                 V a = re[0], b = V{};
                 for (int k = 1; k <= H; ++k) {
-                    a += re[k] * T(2 * cos_turn(int64_t(k) * n, R));
-                    b += im[k] * T(2 * sin_turn(int64_t(k) * n, R));
+                    a += re[k] * (2 * kTurns<R, T>.cos[k * n % R]);
+                    b += im[k] * (2 * kTurns<R, T>.sin[k * n % R]);
                 }
                 x[n] = a - b;
                 x[R - n] = a + b;

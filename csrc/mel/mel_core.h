@@ -95,6 +95,11 @@ struct MelParams {
 
     MMFAST_HD MMFAST_INLINE int64_t bins() const { return fft.n / 2 + 1; }
     MMFAST_HD MMFAST_INLINE int64_t bands() const { return filters.rows ? filters.rows : bins(); }
+    // A filter without weights gives the same v in every frame. With a DCT and top_db it is left out of the first round and
+    // of FrameTile.lowest, for it lies below nearly every threshold; mel_cpu.cpp adds its part.
+    MMFAST_HD MMFAST_INLINE bool constant_band(int64_t i) const {
+        return cepstra && filters.rows && filters.offset[i] == filters.offset[i + 1];
+    }
     // Whether samples change between the waveform and the window.
     MMFAST_HD MMFAST_INLINE bool conditions() const {
         return input_scale != 1 || dither != 0 || remove_dc || preemphasis != 0 || energy != Energy::none;
@@ -109,6 +114,11 @@ struct FrameTile {
     int64_t row, frame;  // of lane 0, for the dither
     bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)
     T threshold;
+    // [Two rounds] of mel_cpu.cpp. In the first, a tile with a v below `defer_below` stops there: `deferred` is written, and v
+    // is saved at `kept` unless that is null. In the second, with `resume`, v comes from `kept`.
+    bool may_defer, resume, deferred;
+    T defer_below;
+    T* kept;
     T* out;  // feature c of frame f at out[c * feature_stride + f * frame_stride]
     int64_t feature_stride, frame_stride;
     T lowest, highest;  // written: extrema of v over the tile; NaN where any v is

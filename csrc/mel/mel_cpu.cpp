@@ -10,7 +10,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <mutex>
 #include <new>
+#include <type_traits>
+#include <vector>
 
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -47,53 +50,57 @@ MelKernels<double> kernels<double>() {
     return MMFAST_FOR_ISA(best_isa(), mel, kernels_double)();
 }
 
-// Memory of a thread, kept from call to call: a fresh page costs as much as computing several frames. More than
-// kKeep is given back.
+// Blocks of memory kept from call to call, since a fresh page costs as much as computing several frames. One block serves
+// one thread at a time; blocks over kLargest are given back.
 class Scratch {
 public:
-    static constexpr size_t kKeep = size_t(4) << 20;
+    static constexpr size_t kLargest = size_t(4) << 20;
+    Scratch() = default;
     explicit Scratch(size_t bytes) {
-        Kept& k = kept();
-        if (k.busy || bytes > kKeep) {
-            own_ = allocate(bytes);
-            data_ = own_;
-            return;
+        const auto lock = try_lock();
+        if (lock) {
+            auto& idle = blocks();
+            for (size_t i = 0; i < idle.size(); ++i) {
+                if (idle[i].size < bytes) continue;
+                block_ = idle[i];
+                idle.erase(idle.begin() + i);
+                return;
+            }
+            if (!idle.empty() && bytes <= kLargest) {  // rather a larger one than one more
+                std::free(idle.back().data);
+                idle.pop_back();
+            }
         }
-        if (k.size < bytes) {
-            std::free(k.data);
-            k.data = nullptr;
-            k.size = 0;
-            k.data = allocate(bytes);
-            k.size = bytes;
-        }
-        k.busy = true;
-        data_ = k.data;
+        block_.size = (bytes + 4095) / 4096 * 4096;
+        block_.data = std::aligned_alloc(64, block_.size);
+        if (!block_.data) throw std::bad_alloc();
     }
+    Scratch(Scratch&& other) noexcept : block_(other.block_) { other.block_ = {}; }
+    Scratch& operator=(Scratch&&) = delete;
     ~Scratch() {
-        if (own_) std::free(own_);
-        else kept().busy = false;
+        if (!block_.data) return;
+        const auto lock = try_lock();
+        if (lock && block_.size <= kLargest) blocks().push_back(block_);
+        else std::free(block_.data);
     }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    char* data() const { return static_cast<char*>(data_); }
+    char* data() const { return static_cast<char*>(block_.data); }
 
 private:
-    struct Kept {
+    struct Block {
         void* data = nullptr;
         size_t size = 0;
-        bool busy = false;
-        ~Kept() { std::free(data); }
     };
-    static Kept& kept() {
-        thread_local Kept k;
-        return k;
+    // Never waits: in the child of a fork() that came at a bad moment the lock is held for ever. Never destroyed: threads may
+    // still return blocks while the process ends.
+    static std::unique_lock<std::mutex> try_lock() {
+        static auto* m = new std::mutex;
+        return std::unique_lock<std::mutex>(*m, std::try_to_lock);
     }
-    static void* allocate(size_t bytes) {
-        void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-        if (!p) throw std::bad_alloc();
-        return p;
+    static std::vector<Block>& blocks() {
+        static auto* b = new std::vector<Block>;
+        return *b;
     }
-    void *data_ = nullptr, *own_ = nullptr;
+    Block block_;
 };
 
 // f(i, scratch) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking. Runs of
@@ -292,12 +299,24 @@ public:
         row_stride_ = job.features * job.frames;
     }
     bool direct() const { return type_ == scalar_type_of<T>(); }
-    int64_t block() const { return direct() ? 0 : job_.features * job_.kernel.lanes; }
+    size_t scratch_bytes() const {
+        const int64_t block = direct() ? 0 : job_.features * job_.kernel.lanes;
+        return job_.kernel.forward_scratch(job_.p) + (job_.staging() + block) * sizeof(T);
+    }
 
-    void begin(FrameTile<T>& t, T* block) const {
-        t.out = direct() ? static_cast<T*>(out_) + at(t) : block;
-        t.feature_stride = direct() ? feature_stride_ : job_.kernel.lanes;
+    // Readies tile i: frames past the end of the row are filled; false if there are no others.
+    bool begin(int64_t i, const int64_t* counts, char* scratch, FrameTile<T>& t) const {
+        const int64_t row = i / job_.tiles, lanes = job_.kernel.lanes, frame = i % job_.tiles * lanes;
+        const int64_t inside = std::clamp<int64_t>(counts[row] - frame, 0, lanes);
+        const int64_t here = std::min<int64_t>(lanes, job_.frames - frame);
+        if (inside < here) fill(row, frame + inside, here - inside);
+        if (inside == 0) return false;
+        T* const staged = reinterpret_cast<T*>(scratch + job_.kernel.forward_scratch(job_.p));
+        job_.point(row, frame, int(inside), staged, t);
+        t.out = direct() ? static_cast<T*>(out_) + row * row_stride_ + frame * frame_stride_ : staged + job_.staging();
+        t.feature_stride = direct() ? feature_stride_ : lanes;
         t.frame_stride = direct() ? frame_stride_ : 1;
+        return true;
     }
     void end(const FrameTile<T>& t) const {
         if (direct()) return;
@@ -327,11 +346,157 @@ public:
     }
 
 private:
-    int64_t at(const FrameTile<T>& t) const { return t.row * row_stride_ + t.frame * frame_stride_; }
     const Job<T>& job_;
     void* out_;
     ScalarType type_;
     int64_t feature_stride_, frame_stride_, row_stride_;
+};
+
+// Note: [Two rounds]
+//   top_db needs the maximum of the group before any of its values is final. Without a DCT the features themselves are raised
+//   afterwards, in place, where a tile has values below. With a DCT, v is gone by then; so the first round leaves out the
+//   cepstra of tiles that lie below what is known of the maximum already (it only grows) and keeps v of as many as fit
+//   into kKept bytes a thread; the second round computes those, and whatever else turned out to lie below. What is
+//   computed twice, and by whom, changes with the order of events; the values do not.
+template <class T>
+class TwoRounds {
+public:
+    TwoRounds(const Job<T>& job, const Output<T>& output, const int64_t* counts, T* maxima)
+        : job_(job), p_(job.p), output_(output), counts_(counts), maxima_(maxima), total_(job.wave.rows * job.tiles),
+          lowest_(total_, kInfinity), highest_(total_, -kInfinity), kept_(p_.cepstra ? total_ : 0),
+          known_(p_.cepstra ? job.groups : 0), threshold_(job.groups) {
+        for (auto& k : known_) k.store(-kInfinity, std::memory_order_relaxed);
+        kept_size_ = (p_.bands() + 1) * job.kernel.lanes;
+    }
+
+    void run() {
+        deal_out(total_, job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) { first(i, scratch); });
+        for (int64_t g = 0; g < job_.groups; ++g) {
+            T top = -kInfinity;
+            for (int64_t i = g * job_.group * job_.tiles; i < std::min((g + 1) * job_.group * job_.tiles, total_); ++i)
+                if (top == top && !(highest_[i] <= top)) top = highest_[i];  // a NaN stays
+            maxima_[g] = top;
+            threshold_[g] = top - p_.top_db;
+        }
+        p_.cepstra ? finish_cepstra() : finish_bands();
+    }
+
+private:
+    static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    static constexpr size_t kKept = size_t(3) << 20;
+
+    bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
+
+    void first(int64_t i, char* scratch) {
+        FrameTile<T> t{};
+        if (!output_.begin(i, counts_, scratch, t)) return;
+        const int64_t group = t.row / job_.group;
+        if (p_.cepstra) {
+            t.may_defer = true;
+            t.defer_below = known_[group].load(std::memory_order_relaxed) - p_.top_db;
+            t.kept = take();
+        }
+        job_.kernel.forward(p_, t, scratch);
+        lowest_[i] = t.lowest;
+        highest_[i] = t.highest;
+        if (p_.cepstra) {
+            T known = known_[group].load(std::memory_order_relaxed);
+            while (known < t.highest && !known_[group].compare_exchange_weak(known, t.highest, std::memory_order_relaxed)) {
+            }
+            if (t.deferred) kept_[i] = t.kept;
+            else give_back(t.kept);
+        }
+        if (!t.deferred) output_.end(t);
+    }
+
+    // Room for v of a tile, null when all is used; give_back is for the one just taken.
+    T* take() {
+        const int64_t n = next_.fetch_add(1, std::memory_order_relaxed), in_block = int64_t(kKept / (kept_size_ * sizeof(T)));
+        if (in_block == 0 || n >= in_block * max_threads()) return nullptr;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!free_.empty()) {
+            T* const p = free_.back();
+            free_.pop_back();
+            return p;
+        }
+        if (used_ == int64_t(blocks_.size()) * in_block) blocks_.emplace_back(kKept);
+        return reinterpret_cast<T*>(blocks_.back().data()) + used_++ % in_block * kept_size_;
+    }
+    void give_back(T* p) {
+        next_.fetch_sub(1, std::memory_order_relaxed);
+        if (!p) return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        free_.push_back(p);
+    }
+
+    void finish_cepstra() {
+        // What filters without weights add to each cepstrum, by group.
+        std::vector<T> constant;
+        bool some = false;
+        for (int64_t m = 0; m < p_.bands(); ++m) some |= p_.constant_band(m);
+        if (some) constant.resize(job_.groups * p_.cepstra);
+        const T v0 = p_.log_scale * T(std::log(double(p_.log_floor) + double(p_.log_offset))) + p_.log_shift;
+        for (int64_t g = 0; some && g < job_.groups; ++g) {
+            const T v = (std::max(v0, threshold_[g]) + p_.output_offset) * p_.output_scale;
+            for (int64_t m = 0; m < p_.bands(); ++m)
+                for (int64_t j = 0; p_.constant_band(m) && j < p_.cepstra; ++j)
+                    constant[g * p_.cepstra + j] += v * p_.dct[m * p_.cepstra + j];
+        }
+        const int64_t first = p_.energy == Energy::prepend;
+        const int64_t from = first + (p_.energy == Energy::replace_first);
+        const int64_t to = first + p_.cepstra - (p_.energy == Energy::replace_last);
+        deal_out(total_, 0.3 * job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
+            const int64_t row = i / job_.tiles, group = row / job_.group;
+            FrameTile<T> t{};
+            if (below(i)) {
+                t.clip = true;
+                t.threshold = threshold_[group];
+                t.kept = kept_[i];
+                t.resume = t.kept != nullptr;
+                if (!output_.begin(i, counts_, scratch, t)) return;
+                job_.kernel.forward(p_, t, scratch);
+                output_.end(t);
+            } else if (some) {
+                const int64_t frame = i % job_.tiles * job_.kernel.lanes;
+                output_.for_each(row, frame, std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes), from, to,
+                                 [&](auto& value, int64_t, int64_t c) {
+                                     using Value = std::remove_reference_t<decltype(value)>;
+                                     value = Value(T(value) + constant[group * p_.cepstra + c - first]);
+                                 });
+            }
+        });
+    }
+
+    void finish_bands() {
+        std::vector<int64_t> tiles;
+        for (int64_t i = 0; i < total_; ++i)
+            if (below(i)) tiles.push_back(i);
+        const int64_t from = p_.energy == Energy::prepend || p_.energy == Energy::replace_first;
+        const int64_t to = job_.features - (p_.energy == Energy::append || p_.energy == Energy::replace_last);
+        deal_out(int64_t(tiles.size()), 0.05 * job_.tile_cost(), 0, [&](int64_t j, char*) {
+            const int64_t i = tiles[j], row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
+            const T raised = (threshold_[row / job_.group] + p_.output_offset) * p_.output_scale;
+            output_.for_each(row, frame, std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes), from, to,
+                             [raised](auto& value, int64_t, int64_t) {
+                                 using Value = std::remove_reference_t<decltype(value)>;
+                                 value = raised != raised || T(value) < raised ? Value(raised) : value;
+                             });
+        });
+    }
+
+    const Job<T>& job_;
+    const MelParams<T>& p_;
+    const Output<T>& output_;
+    const int64_t* counts_;
+    T* maxima_;
+    int64_t total_, kept_size_, used_ = 0;
+    std::vector<T> lowest_, highest_;
+    std::vector<T*> kept_, free_;
+    std::vector<std::atomic<T>> known_;
+    std::vector<T> threshold_;
+    std::vector<Scratch> blocks_;
+    std::atomic<int64_t> next_{0};
+    std::mutex mutex_;
 };
 
 }  // namespace
@@ -342,63 +507,19 @@ void forward_cpu(const Plan& plan, const Waveform& wave, const Tables<T>& tables
     const Job<T> job(plan, wave, tables, group, seed, false);
     const Output<T> output(job, features, out_type);
     const MelParams<T>& p = job.p;
-    const int lanes = job.kernel.lanes;
     for (int64_t b = 0; b < wave.rows; ++b) counts[b] = job.count(b);
 
-    const int64_t total = wave.rows * job.tiles;
-    std::vector<T> lowest(p.has_top_db ? total : 0), highest(lowest.size());
-    const int64_t kernel_bytes = job.kernel.forward_scratch(p);
-    const size_t bytes = kernel_bytes + (job.staging() + output.block()) * sizeof(T);
-    // Tile i with, in the second round, the threshold of its group.
-    const auto run = [&](int64_t i, char* scratch, const T* threshold) {
-        const int64_t row = i / job.tiles, frame = i % job.tiles * lanes;
-        const int64_t inside = std::clamp<int64_t>(counts[row] - frame, 0, lanes);
-        const int64_t here = std::min<int64_t>(lanes, job.frames - frame);
-        if (!threshold && inside < here) output.fill(row, frame + inside, here - inside);
-        if (inside == 0) {
-            if (p.has_top_db) lowest[i] = std::numeric_limits<T>::infinity(), highest[i] = -lowest[i];
-            return;
-        }
-        FrameTile<T> t;
-        t.clip = threshold != nullptr;
-        t.threshold = threshold ? *threshold : T(0);
-        T* const staged = reinterpret_cast<T*>(scratch + kernel_bytes);
-        job.point(row, frame, int(inside), staged, t);
-        output.begin(t, staged + job.staging());
-        job.kernel.forward(p, t, scratch);
-        output.end(t);
-        if (p.has_top_db && !threshold) lowest[i] = t.lowest, highest[i] = t.highest;
-    };
-    deal_out(total, job.tile_cost(), bytes, [&](int64_t i, char* scratch) { run(i, scratch, nullptr); });
-    if (!p.has_top_db) return;
-
-    std::vector<T> threshold(job.groups);
-    for (int64_t g = 0; g < job.groups; ++g) {
-        T top = -std::numeric_limits<T>::infinity();
-        for (int64_t i = g * job.group * job.tiles; i < std::min((g + 1) * job.group * job.tiles, total); ++i)
-            if (top == top && !(highest[i] <= top)) top = highest[i];  // a NaN stays
-        maxima[g] = top;
-        threshold[g] = top - p.top_db;
+    if (p.has_top_db) {
+        TwoRounds<T>(job, output, counts, maxima).run();
+        return;
     }
-    std::vector<int64_t> below;  // tiles with something to raise
-    for (int64_t i = 0; i < total; ++i)
-        if (!(lowest[i] >= threshold[i / job.tiles / job.group]) && counts[i / job.tiles] > i % job.tiles * lanes) below.push_back(i);
-    const bool in_place = !p.cepstra;
-    const int64_t c0 = p.energy == Energy::prepend || p.energy == Energy::replace_first;
-    const int64_t c1 = job.features - (p.energy == Energy::append || p.energy == Energy::replace_last);
-    deal_out(int64_t(below.size()), in_place ? 0.05 * job.tile_cost() : job.tile_cost(), in_place ? 0 : bytes,
-                   [&](int64_t j, char* scratch) {
-                       const int64_t i = below[j], row = i / job.tiles, frame = i % job.tiles * lanes;
-                       const T limit = threshold[row / job.group];
-                       if (!in_place) return run(i, scratch, &limit);
-                       const T raised = (limit + p.output_offset) * p.output_scale;
-                       output.for_each(row, frame, std::min<int64_t>(lanes, counts[row] - frame), c0, c1,
-                                       [raised](auto& value, int64_t, int64_t) {
-                                           using Value = std::remove_reference_t<decltype(value)>;
-                                           const T v = T(value);
-                                           value = raised != raised || v < raised ? Value(raised) : value;
-                                       });
-                   });
+    deal_out(wave.rows * job.tiles, job.tile_cost(), output.scratch_bytes(), [&](int64_t i, char* scratch) {
+        FrameTile<T> t{};
+        if (output.begin(i, counts, scratch, t)) {
+            job.kernel.forward(p, t, scratch);
+            output.end(t);
+        }
+    });
 }
 
 namespace {

@@ -77,18 +77,28 @@ int64_t scratch_bytes(const MelParams<T>& p) {
     return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
 }
 
-// x[n] = sample n of each lane.
+// x[n] = sample n of each lane. Where the frames overlap only the first `hop` samples are transposed: sample n of frame f
+// is sample n - hop of frame f + 1, so the rest moves down by one lane and takes one new value.
 template <class T>
 void load_frames(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x) {
     constexpr int N = Simd<T>::lanes;
-    const int64_t length = p.framing.window;
-    for (int64_t n = 0; n < length; n += N) {
-        const int count = length - n < N ? int(length - n) : N;
+    const int64_t length = p.framing.window, hop = p.framing.hop;
+    const bool overlap = t.frames == N && hop < length;
+    const int64_t fresh = overlap ? hop : length;
+    int64_t n = 0;
+    for (; n + N <= fresh; n += N) Simd<T>::load_transposed(t.lane, n, x + n);
+    if (n < fresh) {
+        const int count = int(fresh - n);
         Vec<T> rows[N];
         for (int i = 0; i < N; ++i) rows[i] = Simd<T>::load(t.lane[i] + n, count);
         Simd<T>::transpose(rows);
         for (int i = 0; i < count; ++i) x[n + i] = rows[i];
     }
+    const T* const last = t.lane[N - 1];
+    for (n = fresh; n < length; ++n) x[n] = Simd<T>::shift_in(x[n - hop], last[n]);
+    // The next tile's samples, which the sixteen interleaved streams above hide from the hardware's prefetcher.
+    if (overlap)
+        for (n = 0; n < N * hop; n += 64 / int(sizeof(T))) __builtin_prefetch(last + length + n, 0, 2);
 }
 
 // The reference's dither_noise: two hashes of (seed, row, frame, sample) and the cosine branch of Box-Muller.
@@ -235,19 +245,32 @@ void filter(const Filters<T>& f, const Vec<T>* power, Vec<T>* m) {
     }
 }
 
-// v = log_scale ln(max(m, floor) + offset) + log_shift, and the extrema of it.
+// v = log_scale ln(max(m, floor) + offset) + log_shift and, for top_db, the extrema of it.
 template <class T>
 void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t) {
     using S = Simd<T>;
     using V = Vec<T>;
     const V floor = S::splat(p.log_floor);
-    V low = S::splat(T(__builtin_inf())), high = -low;
+    const int64_t bands = p.bands();
+    const auto logarithm = [&](auto normal) {
+        for (int64_t i = 0; i < bands; ++i) {
+            const V y = (m[i] < floor ? floor : m[i]) + p.log_offset;
+            v[i] = log<decltype(normal)::value>(y) * p.log_scale + p.log_shift;
+        }
+    };
+    if (!p.log) {
+        for (int64_t i = 0; i < bands && v != m; ++i) v[i] = m[i];
+    } else if (p.log_floor + p.log_offset >= T(1.17549435e-38)) {
+        logarithm(std::true_type());
+    } else {
+        logarithm(std::false_type());
+    }
+    if (!p.has_top_db) return;
+    V high = S::splat(-T(__builtin_inf())), low = -high;
     typename S::I bad{};
-    for (int64_t i = 0; i < p.bands(); ++i) {
-        V y = m[i];
-        if (p.log) y = log((y < floor ? floor : y) + p.log_offset) * p.log_scale + p.log_shift;
-        v[i] = y;
-        low = y < low ? y : low;
+    for (int64_t i = 0; i < bands; ++i) {
+        const V y = v[i];
+        if (!p.constant_band(i)) low = y < low ? y : low;
         high = y > high ? y : high;
         bad |= y != y;
     }
@@ -326,9 +349,23 @@ template <class T>
 void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
     using V = Vec<T>;
     const Workspace<T> s(p, scratch, false);
-    V *raised, *m;
-    const V energy = analyse<T, false>(p, t, s, &raised, &m);
     V* const v = s.v;
+    V* const kept = reinterpret_cast<V*>(t.kept);
+    V energy;
+    if (t.resume) {
+        for (int64_t i = 0; i < p.bands(); ++i) v[i] = kept[i];
+        energy = kept[p.bands()];
+    } else {
+        V *raised, *m;
+        energy = analyse<T, false>(p, t, s, &raised, &m);
+        t.deferred = t.may_defer && !(t.lowest >= t.defer_below);
+        if (t.deferred) {
+            if (!kept) return;
+            for (int64_t i = 0; i < p.bands(); ++i) kept[i] = v[i];
+            kept[p.bands()] = energy;
+            return;
+        }
+    }
     if (t.clip) {
         const T threshold = t.threshold;
         for (int64_t i = 0; i < p.bands(); ++i)
@@ -336,6 +373,9 @@ void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
     }
     if (p.output_offset != 0 || p.output_scale != 1)
         for (int64_t i = 0; i < p.bands(); ++i) v[i] = (v[i] + p.output_offset) * p.output_scale;
+    if (p.has_top_db && p.cepstra && !t.clip)
+        for (int64_t i = 0; i < p.bands(); ++i)
+            if (p.constant_band(i)) v[i] = V{};
     V* features = v;
     if (p.cepstra || p.energy == Energy::prepend || p.energy == Energy::append) {
         features = s.features;
