@@ -78,7 +78,7 @@ class Streaming:
         self.dtype = dtype
         self._compute = _COMPUTE[dtype]
         self._options = {"window": window, "filters": filters, "dct": dct, "backend": backend}
-        # Pre-emphasis of the signal comes before the padding: it is done on arrival, and only the last sample is carried.
+        # Pre-emphasis of the signal comes before the padding: it is done on arrival; the last sample is carried.
         self._emphasis = config.preemphasis if config.preemphasis_scope == "signal" else 0.0
         self._offline = config.replace(preemphasis=0.0, preemphasis_scope="frame") if self._emphasis else config
         inner = {"framing": "valid", "center_pad": 0, "pad": 0, "drop_last": False}
