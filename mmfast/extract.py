@@ -140,7 +140,7 @@ def find(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> tuple[li
         else:
             pairs = [(path, Path(path.name))]
         for source, relative in pairs:
-            name = relative.as_posix()
+            name = _printable(relative.as_posix())  # safetensors opens no other
             other = clips.setdefault(name, Clip(source, name, Path(out, name + _SUFFIX)))
             if other.source != source and other.source.resolve() != source.resolve():
                 raise UsageError(
@@ -154,7 +154,7 @@ def share(clips: Sequence[Clip], rank: int, world_size: int) -> list[Clip]:
 
     Neighbours in name order tend to be alike in length; ordering by a hash of the name first evens the shares out.
     """
-    key = lambda clip: hashlib.blake2b(clip.name.encode("utf-8", "surrogateescape")).digest()  # noqa: E731
+    key = lambda clip: hashlib.blake2b(clip.name.encode()).digest()  # noqa: E731
     mine = sorted(clips, key=key)[rank::world_size]
     return sorted(mine, key=lambda clip: clip.name)
 
@@ -170,7 +170,7 @@ def is_done(clip: Clip, config: MelConfig) -> bool:
             complete = "features" in file.keys()  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError):
         return False
-    want = {"config": config.key, "source": _printable(clip.name), "source_bytes": str(source.st_size)}
+    want = {"config": config.key, "source": clip.name, "source_bytes": str(source.st_size)}
     return complete and target.st_mtime_ns >= source.st_mtime_ns and want.items() <= metadata.items()
 
 
@@ -188,7 +188,7 @@ def probe(clip: Clip) -> float:
             raise ClipError("not a regular file")
         with open(clip.source, "rb"):  # libsndfile does not say why it cannot open a file
             pass
-        with soundfile.SoundFile(clip.source) as file:
+        with soundfile.SoundFile(_plain(clip.source)) as file:
             if file.frames == 0:
                 raise ClipError("empty: no samples")
             return file.frames / file.samplerate
@@ -207,7 +207,7 @@ def decode(clip: Clip, sample_rate: float) -> tuple[np.ndarray, int]:
     import soundfile
 
     try:
-        with soundfile.SoundFile(clip.source) as file:
+        with soundfile.SoundFile(_plain(clip.source)) as file:
             rate, announced = file.samplerate, file.frames
             cut = _is_cut(file)
             samples = file.read(dtype="float32", always_2d=True)
@@ -225,6 +225,11 @@ def decode(clip: Clip, sample_rate: float) -> tuple[np.ndarray, int]:
     if rate != sample_rate:
         mono = _resample(mono, rate, sample_rate)
     return np.ascontiguousarray(mono, dtype=np.float32), rate
+
+
+def _plain(path: Path) -> str | bytes:
+    """A path as soundfile takes it; as bytes where names are bytes that need not be text."""
+    return os.fsencode(path) if os.name == "posix" else str(path)
 
 
 def _is_cut(file) -> bool:
@@ -378,7 +383,7 @@ class Extraction:
         try:
             metadata = {
                 "config": self.config.key,
-                "source": _printable(clip.name),
+                "source": clip.name,
                 "source_bytes": str(clip.source.stat().st_size),
                 "source_sample_rate": str(rate),
                 "sample_rate": f"{self.config.sample_rate:g}",
