@@ -76,6 +76,11 @@ WANTED = {
 }
 
 
+def test_members_of_odd_size_are_padded():
+    members = [("a", b"one"), ("b", b""), ("c", b"four"), ("d", b"x")]
+    assert list(speech._read_ar(ar(*members))) == members
+
+
 @pytest.mark.parametrize("mode", ["w:xz", "w:gz", "w:"])
 def test_unpack_without_dpkg(tmp_path, mode):
     (tmp_path / "tiny.deb").write_bytes(deb(mode=mode))
