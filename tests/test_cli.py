@@ -231,9 +231,10 @@ def test_a_wave_of_unknown_length_is_whole(tmp_path):
     assert read(tmp_path / "out/pipe.wav.safetensors")[1]["samples"] == "8000"
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may read everything")
 def test_unreadable_files_and_folders(corpus, tmp_path, capsys):
     (corpus / "a.wav").chmod(0)
+    if os.access(corpus / "a.wav", os.R_OK):
+        pytest.skip("root may read everything")
     (corpus / "deep" / "er").chmod(0)
     try:
         assert run(corpus, "--features", "mfcc", "--out", tmp_path / "out") == 1
