@@ -89,7 +89,11 @@ TUNED = (
 )
 
 _SIZES = tuple(
-    Case(f"n_fft_{n}", MelConfig(n_fft=n, n_mels=min(20, max(1, n // 8)), **_LN), (2, max(40, 3 * n + 7)))
+    Case(
+        f"n_fft_{n}",
+        MelConfig(n_fft=n, filters="mel" if n > 30 else None, n_mels=min(20, n), **_LN),
+        (2, max(40, 3 * n + 7)),
+    )
     for n in (1, 2, 3, 7, 31, 101, 225, 256, 401, 600, 882, 1009, 1536)
 )
 

@@ -40,6 +40,12 @@ def mel_reference(
         features ``(B, C, config.frame_count(T))`` (or transposed, by ``config.layout``), contiguous, in the dtype of
         ``rows`` (float32 for int16), and the ``(B,)`` int64 counts.
     """
+    # Under autocast the matrix products would drop to half precision, which a logarithm does not forgive.
+    with torch.autocast(rows.device.type, enabled=False):
+        return _features(rows, window, filters, dct, lengths, group, seed, config)
+
+
+def _features(rows, window, filters, dct, lengths, group, seed, config) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     x = rows.to(dtype)
     count = config.frame_count(rows.shape[1])
@@ -57,7 +63,7 @@ def mel_reference(
     if valid is not None:
         frames = frames.masked_fill(~valid, 0)
     frames, energy = _prepare(frames, window, seed, config)
-    v = _filtered(_spectrum(frames, config.n_fft), window, filters, config)
+    v = _filtered(_power(frames, config), window, filters, config)
     v = _compress(v, valid, group, config)
     if dct is not None:
         v = v @ dct
@@ -77,7 +83,7 @@ def _frame_counts(lengths: torch.Tensor, config: MelConfig) -> torch.Tensor:
 def _frames(x: torch.Tensor, lengths: torch.Tensor | None, count: int, config: MelConfig) -> torch.Tensor:
     """``(B, count, win_length)``: the samples under the window, from the signal and what stands outside it."""
     if count == 0 or x.shape[0] == 0:
-        return x.new_zeros(x.shape[0], count, config.win_length)
+        return x.sum(dim=1)[:, None, None].expand(-1, count, config.win_length)  # no values, but a gradient: zeros
     start = config.first_sample
     end = start + (count - 1) * config.hop_length + config.win_length
     spread = _spread if lengths is None else _spread_ragged
@@ -163,17 +169,17 @@ def _log_energy(frames: torch.Tensor, config: MelConfig) -> torch.Tensor:
     return energy.clamp(min=math.log(config.energy_floor)) if config.energy_floor else energy
 
 
-def _spectrum(frames: torch.Tensor, n_fft: int) -> torch.Tensor:
-    if frames.numel():
-        return torch.fft.rfft(frames, n_fft)
-    nothing = frames[..., :1].expand(*frames.shape[:-1], n_fft // 2 + 1)  # MKL refuses to transform no frames
-    return torch.complex(nothing, nothing)
+def _power(frames: torch.Tensor, config: MelConfig) -> torch.Tensor:
+    """``|X|²``, ``(B, frames, n_freqs)``. Where the window stands in the transform changes only phases."""
+    if not frames.numel():  # MKL refuses empty batches
+        return frames.sum(dim=2, keepdim=True).expand(-1, -1, config.n_freqs)
+    spectrum = torch.fft.rfft(frames, config.n_fft)
+    return spectrum.real.square() + spectrum.imag.square()
 
 
 def _filtered(
-    spectrum: torch.Tensor, window: torch.Tensor, filters: torch.Tensor | None, config: MelConfig
+    power: torch.Tensor, window: torch.Tensor, filters: torch.Tensor | None, config: MelConfig
 ) -> torch.Tensor:
-    power = spectrum.real.square() + spectrum.imag.square()
     if config.normalized == "window":
         power = power / window.square().sum()
     elif config.normalized == "frame_length":
