@@ -96,8 +96,8 @@ def info() -> dict[str, Any]:
     """What was built, what this machine has, and which backend each operator uses and why; see `format_info`.
 
     Keys: ``versions``, ``extension`` (its file, or None), ``load_error``, ``build`` (``_C.build_info()``, or None),
-    ``machine``, ``environment`` (the ``MMFAST_*`` variables that are set) and ``ops``: for each operator the devices, for
-    each device ``{"backend", "reason"}``; the backend is None where the environment asks for what cannot be.
+    ``machine``, ``environment`` (the ``MMFAST_*`` variables that are set) and ``ops``: operator → device →
+    ``{"backend", "reason"}``; the backend is None where the environment asks for what cannot be.
     """
     import mmfast
 
