@@ -25,6 +25,7 @@ class MelCase:
     Args:
         peers: names of the providers, besides mmfast's own, that compute the same numbers (tests/test_benchmarks.py checks it).
         default: part of a run that names no case.
+        same_shapes_as: a case in `CASES` with the same shapes and configuration, if this one is not there itself.
     """
 
     name: str
@@ -33,6 +34,7 @@ class MelCase:
     config: MelConfig
     peers: tuple[str, ...]
     default: bool = True
+    same_shapes_as: str | None = None
     slice = "mel"
 
     @property

@@ -166,8 +166,9 @@ def _memory(case, mode: str, providers: list[Provider], settings: Settings, bar)
     wanted = [p.name for p in providers if any(fnmatchcase(p.name, g) for g in settings.memory)]
     bar.set_postfix_str("memory")
     threads = torch.get_num_threads()
+    stored = case.same_shapes_as or case.name  # what a fresh process finds
     with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // threads, len(wanted)))) as pool:
-        measure = lambda name: memory.in_fresh_process(case.name, name, mode, settings.device, threads, settings.seed)  # noqa: E731
+        measure = lambda name: memory.in_fresh_process(stored, name, mode, settings.device, threads, settings.seed)  # noqa: E731
         return dict(zip(wanted, pool.map(measure, wanted), strict=True))
 
 
