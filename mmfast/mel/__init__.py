@@ -9,8 +9,9 @@ import torch
 from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
+from mmfast.mel.streaming import Streaming
 
-__all__ = ["MelConfig", "extract"]
+__all__ = ["MelConfig", "Streaming", "extract"]
 
 
 def extract(
