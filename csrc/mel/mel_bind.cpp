@@ -1,0 +1,7 @@
+#include <torch/csrc/utils/pybind.h>
+
+namespace mmfast {
+
+void bind_mel(pybind11::module_& /*m*/) {}
+
+}  // namespace mmfast

@@ -1,0 +1,2 @@
+#include "common/isa.h"
+#include "common/parallel.h"
