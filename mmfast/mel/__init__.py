@@ -9,9 +9,10 @@ import torch
 from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
+from mmfast.mel.post import deltas, normalize, sliding_normalize
 from mmfast.mel.streaming import Streaming
 
-__all__ = ["MelConfig", "Streaming", "extract"]
+__all__ = ["MelConfig", "Streaming", "deltas", "extract", "normalize", "sliding_normalize"]
 
 
 def extract(

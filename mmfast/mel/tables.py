@@ -1,8 +1,8 @@
 """Windows, filter banks and DCT matrices of a `MelConfig`.
 
-`window`, `filters` and `dct` follow a configuration in float64. The functions below them take plain arguments and a dtype;
-in float32 they take the same steps in the same order as torchaudio, so that a filter bank built here and one loaded from a
-torchaudio checkpoint are the same numbers.
+`window`, `filters` and `dct` follow a configuration in float64. The functions below them take plain arguments and a
+dtype; in float32 they take the same steps in the same order as torchaudio, so that a filter bank built here and one
+loaded from a torchaudio checkpoint are the same numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def window(config: MelConfig) -> torch.Tensor:
     r"""The ``(win_length,)`` window of ``config`` in float64.
 
     With ``a = 2 pi n / N``, ``N = win_length`` for a periodic window and ``win_length - 1`` for a symmetric one: hann
-    ``.5 - .5 cos a``, hamming ``.54 - .46 cos a``, blackman ``c - .5 cos a + (.5 - c) cos 2a`` with ``c = blackman_coeff``,
-    povey ``hann ** 0.85`` (Kaldi). A window of one sample is 1, as in torch and scipy.
+    ``.5 - .5 cos a``, hamming ``.54 - .46 cos a``, blackman ``c - .5 cos a + (.5 - c) cos 2a`` with ``c =
+    blackman_coeff``, povey ``hann ** 0.85`` (Kaldi). A window of one sample is 1, as in torch and scipy.
     """
     if isinstance(config.window, tuple):
         return torch.tensor(config.window, dtype=torch.float64)
@@ -114,7 +114,8 @@ def mel_filters(
 
     ``"htk"`` is ``2595 log10(1 + f / 700)``; ``"slaney"`` (Auditory Toolbox) is linear below 1 kHz, ``3 f / 200``, and
     logarithmic above, 27 steps to a factor of 6.4. ``nyquist`` is the frequency of the last bin; the default,
-    ``sample_rate // 2``, is torchaudio's and half a hertz low for odd rates. A filter that meets no bin stays, as zeros.
+    ``sample_rate // 2``, is torchaudio's and half a hertz low for odd rates. A filter that meets no bin stays, as
+    zeros.
     """
     low, high = (_mel(f, scale) for f in (f_min, f_max))
     points = torch.linspace(low, high, n_filters + 2, dtype=dtype)
@@ -156,9 +157,9 @@ def kaldi_filters(
 ) -> torch.Tensor:
     r"""Kaldi's triangles, linear in ``mel = 1127 ln(1 + f / 700)``: ``(n_fft // 2 + 1, n_filters)``.
 
-    Only the first ``n_fft // 2`` bins carry weight: the last bin of an even transform, at half the sample rate, has none.
-    With ``vtln_warp`` ≠ 1 the corners of the triangles pass through Kaldi's piecewise linear warp of the frequency axis; a
-    negative ``vtln_high`` counts from half the sample rate.
+    Only the first ``n_fft // 2`` bins carry weight: the last bin of an even transform, at half the sample rate, has
+    none. With ``vtln_warp`` ≠ 1 the corners of the triangles pass through Kaldi's piecewise linear warp of the
+    frequency axis; a negative ``vtln_high`` counts from half the sample rate.
 
     Raises:
         ValueError: a warp whose cut-offs do not satisfy ``f_min < vtln_low < vtln_high < f_max``.
@@ -187,7 +188,8 @@ def dct_matrix(
 ) -> torch.Tensor:
     r"""``D[m, k] = s cos(pi / n_mels (m + 1/2) k)``: ``(n_mels, n_mfcc)``.
 
-    ``s`` is ``sqrt(2 / n_mels)``, for ``k = 0`` ``sqrt(1 / n_mels)``, with ``norm="ortho"``, and 2 with ``None`` (scipy).
+    ``s`` is ``sqrt(2 / n_mels)``, for ``k = 0`` ``sqrt(1 / n_mels)``, with ``norm="ortho"``, and 2 with ``None``
+    (scipy).
     """
     m, k = torch.arange(n_mels, dtype=dtype), torch.arange(n_mfcc, dtype=dtype)
     matrix = torch.cos(math.pi / n_mels * (m + 0.5) * k[:, None])
@@ -245,10 +247,11 @@ def _kaldi_to_hz(mel: torch.Tensor) -> torch.Tensor:
 
 
 def _warp(hertz: torch.Tensor, f_min: float, f_max: float, low: float, high: float, warp: float) -> torch.Tensor:
-    """Kaldi's VTLN: ``f / warp`` in the middle, bent at both ends so that ``f_min`` and ``f_max`` stay where they are."""
+    """Kaldi's VTLN: ``f / warp`` in the middle, bent at both ends so that ``f_min`` and ``f_max`` stay."""
     if not f_min < low < high < f_max:
         raise ValueError(
-            f"vtln_low and vtln_high must satisfy f_min < vtln_low < vtln_high < f_max, got {f_min}, {low}, {high}, {f_max}"
+            f"vtln_low and vtln_high must satisfy f_min < vtln_low < vtln_high < f_max, "
+            f"got {low} and {high} between {f_min} and {f_max}"
         )
     first, last = low * max(1.0, warp), high * min(1.0, warp)
     if not f_min < first < last < f_max:
