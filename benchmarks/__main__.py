@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, compare, report. ``--help`` lists the options; results/README.md says how to use them."""
+"""``python -m benchmarks``: measure, compare, report. ``--help`` lists the options, results/README.md uses them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("slices", nargs="*", metavar="slice", help="mel, …; all without any")
     p.add_argument("--cases", metavar="GLOB", help="comma-separated patterns of case names")
     p.add_argument("--providers", metavar="A,B", help="comma-separated patterns of provider names")
-    p.add_argument("--mode", choices=("forward", "backward", "both"), default="both", help="backward is forward + backward")
-    p.add_argument("--threads", type=int, metavar="N", help="threads of torch and its peers (default: torch's own choice)")
+    p.add_argument("--mode", choices=("forward", "backward", "both"), default="both", help="backward: with the forward")
+    p.add_argument("--threads", type=int, metavar="N", help="threads of torch and the peers (default: torch's choice)")
     effort = p.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="a few rounds; memory of three providers only")
     effort.add_argument("--full", action="store_true", help="the measurement that results/ holds (default)")
@@ -28,18 +28,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", metavar="A,B", help="providers whose peak memory is measured; '' for none")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--thp", action="store_true", help="start again with THP_MEM_ALLOC_ENABLE=1 (huge pages for tensors)")
+    p.add_argument("--thp", action="store_true", help="start again with THP_MEM_ALLOC_ENABLE=1: huge pages for tensors")
     p.add_argument("--out", type=Path, default=_DEFAULT_OUT, metavar="DIR", help="rows.jsonl, report.md and plots")
     p.add_argument("--list", action="store_true", help="print cases and providers and stop")
-    p.add_argument("--speech", action="store_true", help="real speech: check agreement, then time it (benchmarks/readme_bench.py)")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratio of two rows.jsonl; exit code 1 on a regression")
+    p.add_argument("--speech", action="store_true", help="real speech: check agreement, then time (readme_bench.py)")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratio of two rows.jsonl; exit 1 on a regression")
     p.add_argument("--tolerance", type=float, default=0.05, help="slow-down that is no regression (default 0.05)")
     p.add_argument("--report", nargs="+", metavar="FILE", help="write the report of existing rows.jsonl files to --out")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; the exit code is 0, 1 for a regression, a disagreement or failed rows, 2 for wrong usage."""
+    """Runs the command line. Exit code: 0; 1 for a regression, a disagreement or a failed row; 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     p = parser()
     args = p.parse_args(arguments)
@@ -85,7 +85,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _set_threads(threads: int | None) -> None:
-    """Threads of torch, and of the BLAS and OpenMP libraries that peers bring along and that read the environment once."""
+    """Threads of torch, and of the BLAS and OpenMP libraries of peers, which read the environment once."""
     if threads is None:
         return
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
@@ -120,7 +120,8 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if args.list:
         for case in chosen:
-            print(f"{case.name:24} {case.shape:36} {', '.join(p.name for p in available if p.supports(case, 'forward'))}")
+            names = ", ".join(p.name for p in available if p.supports(case, "forward"))
+            print(f"{case.name:24} {case.shape:36} {names}")
         return 0
     if not available:
         raise ValueError(f"--providers: none of {args.providers} can run here")

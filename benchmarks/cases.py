@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from mmfast.mel import MelConfig, extract
+from mmfast.mel import MelConfig, extract, tables
 
 MODES = ("forward", "backward")
 
@@ -23,7 +23,7 @@ class MelCase:
     """Features of ``batch`` clips of ``seconds`` s.
 
     Args:
-        peers: names of the providers, besides mmfast's own, that compute the same numbers (tests/test_benchmarks.py checks it).
+        peers: names of the providers, besides mmfast's own, that compute the same numbers; the tests check it.
         default: part of a run that names no case.
         same_shapes_as: a case in `CASES` with the same shapes and configuration, if this one is not there itself.
     """
@@ -67,9 +67,14 @@ class MelCase:
             shape = (shape[0], shape[2], shape[1])
         return torch.randn(shape, generator=generator).to(device)
 
-    def compute(self, waveform: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-        """The features from mmfast."""
-        return extract(waveform, self.config, backend=backend)
+    def compute(self, waveform: torch.Tensor, backend: str | None = None, **given: torch.Tensor) -> torch.Tensor:
+        """The features from mmfast, with its own tables or those ``given``."""
+        return extract(waveform, self.config, backend=backend, **given)
+
+    def tables(self) -> dict[str, torch.Tensor]:
+        """The float64 tables of the configuration, under the names of `extract`'s arguments."""
+        names = ["window", *(["filters"] if self.config.filters else []), *(["dct"] if self.config.n_mfcc else [])]
+        return {name: getattr(tables, name)(self.config) for name in names}
 
     def gold(self, waveform: torch.Tensor, upstream: torch.Tensor | None = None) -> torch.Tensor:
         """The float64 features, or with ``upstream`` the float64 gradient of the waveform, from the reference."""
@@ -82,11 +87,12 @@ class MelCase:
     def work(self, mode: str) -> tuple[float, float]:
         r"""Floating point operations and bytes that the fused op needs for one call.
 
-        A frame of ``n`` points, hop ``H``, ``F = n // 2 + 1`` bins, ``M`` filters and ``C`` cepstra takes ``n`` operations
-        for the window, ``2.5 n log2 n`` for the real FFT, ``3 F`` for the power, ``4 F`` for the filters (at most two a
-        bin) and ``2 M C`` for the DCT; logarithms are not counted. It reads ``4 H`` bytes and writes ``4`` a feature; a
-        ``top_db`` followed by a DCT writes and reads the ``M`` log values once more. The backward recomputes the frame and
-        applies the adjoint, 2.1 times the forward; it reads the waveform and the gradient and writes the waveform's gradient.
+        A frame of ``n`` points, hop ``H``, ``F = n // 2 + 1`` bins, ``M`` filters and ``C`` cepstra takes ``n``
+        operations for the window, ``2.5 n log2 n`` for the real FFT, ``3 F`` for the power, ``4 F`` for the filters (at
+        most two a bin) and ``2 M C`` for the DCT; logarithms are not counted. It reads ``4 H`` bytes and writes ``4`` a
+        feature; a ``top_db`` followed by a DCT writes and reads the ``M`` log values once more. The backward recomputes
+        the frame and applies the adjoint, 2.1 times the forward; it reads the waveform and the gradient and writes the
+        waveform's gradient.
         """
         c = self.config
         flops = c.n_fft + 2.5 * c.n_fft * math.log2(c.n_fft) + 3 * c.n_freqs
@@ -100,7 +106,7 @@ class MelCase:
 
 
 def speech_like(batch: int, samples: int, sample_rate: float, generator: torch.Generator) -> torch.Tensor:
-    """Voiced syllables, breath noise and pauses at speech level: the dynamic range that floors and ``top_db`` meet in use."""
+    """Voiced syllables, breath noise and pauses down to 16-bit rounding: the range that floors and ``top_db`` meet."""
     t = torch.arange(samples) / sample_rate
     uniform = partial(torch.rand, batch, 1, generator=generator)
     pitch = 90 + 140 * uniform()
@@ -111,10 +117,10 @@ def speech_like(batch: int, samples: int, sample_rate: float, generator: torch.G
     noise = torch.randn(batch, samples, generator=generator)
     syllables = torch.sin(math.pi * ((2.5 + 2 * uniform()) * t + uniform())).clamp(min=0) ** 2
     pauses = (torch.sin(2 * math.pi * (0.4 * t + uniform())) > -0.6).float()
-    return (pauses * syllables * (0.08 * voiced + 0.02 * noise) + 1e-4 * noise).contiguous()
+    return (pauses * syllables * (0.08 * voiced + 0.02 * noise) + 1e-5 * noise).contiguous()
 
 
-_TORCHAUDIO = ("torchaudio", "torchaudio-compile", "reference-compile")
+_TORCHAUDIO = ("torchaudio", "stft-compile", "reference-compile")
 _WHISPER = MelConfig(
     n_fft=400,
     hop_length=160,
@@ -132,9 +138,7 @@ _WHISPER = MelConfig(
 _MFCC = MelConfig(
     n_fft=400, hop_length=200, n_mels=128, n_mfcc=40, log="db", log_floor=1e-10, top_db=80.0, top_db_scope="channels"
 )
-_MEL2048 = MelConfig(
-    sample_rate=22050, n_fft=2048, hop_length=512, n_mels=128, mel_scale="slaney", mel_norm="slaney"
-)
+_MEL2048 = MelConfig(sample_rate=22050, n_fft=2048, hop_length=512, n_mels=128, mel_scale="slaney", mel_norm="slaney")
 _LOGMEL = MelConfig(n_fft=400, hop_length=160, n_mels=80, log="ln", log_offset=1e-6)
 _KALDI = MelConfig(
     n_fft=512,
@@ -213,7 +217,8 @@ def select(slices: list[str] | None = None, glob: str | None = None) -> list[Mel
     patterns = glob.split(",")
     for pattern in patterns:
         if not any(fnmatchcase(case.name, pattern) for case in of_slices):
-            raise ValueError(f"--cases: nothing matches {pattern!r}; cases: {', '.join(case.name for case in of_slices)}")
+            names = ", ".join(case.name for case in of_slices)
+            raise ValueError(f"--cases: nothing matches {pattern!r}; cases: {names}")
     return [
         case
         for case in of_slices

@@ -60,7 +60,8 @@ def changes(
     result = []
     for row in first:
         other = later.get(_key(row))
-        if other is None or "rounds" not in row or not any(fnmatchcase(row["provider"], p) for p in providers.split(",")):
+        wanted = any(fnmatchcase(row["provider"], pattern) for pattern in providers.split(","))
+        if other is None or "rounds" not in row or not wanted:
             continue
         generator = np.random.default_rng(zlib.crc32(repr(_key(row)).encode()))
         drawn = _medians(other["rounds"], generator, resamples) / _medians(row["rounds"], generator, resamples)

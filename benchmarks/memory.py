@@ -1,7 +1,7 @@
 """Peak extra memory of one call, in a process of its own.
 
-``python -m benchmarks.memory CASE PROVIDER MODE DEVICE THREADS SEED`` prints the JSON of `measure`. The process calls once to
-load libraries and compile, gives all free memory back, resets the kernel's high-water mark and calls again.
+``python -m benchmarks.memory CASE PROVIDER MODE DEVICE THREADS SEED`` prints the JSON of `measure`. The process calls
+once to load libraries and compile, gives all free memory back, resets the kernel's high-water mark and calls again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 def in_fresh_process(case: str, provider: str, mode: str, device: str, threads: int, seed: int) -> dict[str, Any]:
     """`measure` in a new interpreter; ``{"error": ...}`` when that fails.
 
-    The allocator gives every block of 128 KiB or more back when it is freed, so that no call can hide in an earlier one's.
+    The allocator gives every block of 128 KiB or more back when it is freed: no call hides in what another left.
     """
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     command = [sys.executable, "-m", "benchmarks.memory", case, provider, mode, device, str(threads), str(seed)]
@@ -35,8 +35,8 @@ def in_fresh_process(case: str, provider: str, mode: str, device: str, threads: 
 
 
 def measure(case_name: str, provider_name: str, mode: str, device: str, threads: int, seed: int) -> dict[str, Any]:
-    """Bytes above what was resident before the call: ``extra`` at the peak without the results, ``output`` of the results,
-    ``kept`` after the first call and its clean-up (tables, plans, scratch, libraries), and ``method``.
+    """Bytes: ``extra`` at the peak above what was resident before, without the results; ``output`` of the results;
+    ``kept`` after the first call and its clean-up (tables, plans, scratch, libraries); and the ``method``.
 
     The kernel counts pages in batches a thread, so ``extra`` is good to about 0.1 MB.
     """

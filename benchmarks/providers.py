@@ -138,7 +138,7 @@ def every() -> dict[str, Provider]:
 
 
 def select(globs: str | None, device: str = "cpu") -> tuple[list[Provider], dict[str, str]]:
-    """Providers whose names match ``globs`` (comma-separated, ``None`` for all) that can run here, and for the others why not.
+    """Providers that match ``globs`` (comma-separated, ``None`` for all) and can run here, and why the others cannot.
 
     Raises:
         ValueError: a pattern that matches no provider.

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from benchmarks import machine
 
-# Grey of equal contrast (4.4 : 1) on white and on the near-black of dark pages, behind nothing: the plots are transparent.
+# The plots are transparent: a grey with the same contrast, 4 : 1, on white pages and on near-black ones.
 _TEXT = "#7a8189"
 _OURS, _REFERENCE, _PEER = "#e5731c", "#8a8f98", "#4c8dc4"
 _TITLES = {"forward": "forward", "backward": "forward + backward"}
@@ -37,7 +37,7 @@ def baseline(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: the machine, and one table a mode with the cases in the order they ran, the fastest first."""
+    """The rows as Markdown: the machine, and a table a mode, cases in the order they ran, the fastest first."""
     if not rows:
         raise ValueError("rows must not be empty")
     against = baseline(rows)
@@ -48,15 +48,17 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for case in _groups(rows, mode):
             base = next((row["median"] for row in case if row["provider"] == against), math.nan)
             lines += [_line(row, base, first=index == 0) for index, row in enumerate(case)]
-        parts.append(f"### {_TITLES[mode]}\n\n" + tabulate(lines, _HEADERS, tablefmt="pipe", disable_numparse=True) + "\n")
+        table = tabulate(lines, _HEADERS, tablefmt="pipe", disable_numparse=True)
+        parts.append(f"### {_TITLES[mode]}\n\n{table}\n")
     failed = [row for row in rows if "failed" in row]
     if failed:
-        parts.append("Failed:\n\n" + "\n".join(f"- {r['case']} {r['mode']} {r['provider']}: {r['failed']}" for r in failed) + "\n")
+        lines = [f"- {row['case']} {row['mode']} {row['provider']}: {row['failed']}" for row in failed]
+        parts.append("Failed:\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def plots(rows: list[dict[str, Any]], folder: str | Path) -> list[Path]:
-    """One SVG a mode in ``folder``: a bar a provider, with the 20th to 80th percentile, in ms on a logarithmic scale."""
+    """One SVG a mode in ``folder``: a bar a provider, from zero, with the 20th to 80th percentile."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -72,7 +74,8 @@ def plots(rows: list[dict[str, Any]], folder: str | Path) -> list[Path]:
         options = {"svg.hashsalt": "mmfast", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
         with mpl.rc_context(options):
             figure = Figure(figsize=(8, 0.24 * sum(heights) + 0.62 * len(groups) + 0.3), layout="constrained")
-            axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": [h + 0.8 for h in heights]})
+            ratios = [height + 0.8 for height in heights]
+            axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})
             for axis, group in zip(axes[:, 0], groups, strict=True):
                 _bars(axis, group, against)
             axes[-1, 0].set_xlabel(f"ms a call, {_TITLES[mode]}", color=_TEXT)
@@ -108,9 +111,7 @@ def _bars(axis, group: list[dict[str, Any]], against: str) -> None:
     colours = [{"mmfast": _OURS, "reference": _REFERENCE}.get(name, _PEER) for name in names]
     axis.barh(names, milliseconds, xerr=spread, color=colours, height=0.72, error_kw={"ecolor": _TEXT, "elinewidth": 1})
     axis.invert_yaxis()
-    axis.set_xscale("log")
-    low, high = min(milliseconds), max(r["p80"] * 1e3 for r in group)
-    axis.set_xlim(low / 3, high * (high * 3 / low) ** 0.3)
+    axis.set_xlim(0, 1.25 * max(row["p80"] * 1e3 for row in group))  # room for the words beside the longest bar
     for y, row in enumerate(group):
         ratio = "" if base is None or row["provider"] == against else f"  ({row['median'] / base:.3g}×)"
         axis.annotate(
@@ -122,8 +123,7 @@ def _bars(axis, group: list[dict[str, Any]], against: str) -> None:
             color=_TEXT,
         )
     axis.set_title(f"{group[0]['case']}  ({group[0]['shape']})", loc="left", color=_TEXT, fontsize=9, fontweight="bold")
-    axis.tick_params(which="both", colors=_TEXT, labelsize=8)
-    axis.tick_params(which="minor", labelbottom=False)
+    axis.tick_params(colors=_TEXT, labelsize=8)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(_TEXT)

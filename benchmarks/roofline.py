@@ -10,8 +10,8 @@ import torch
 def measure(device: str = "cpu", size: int = 2048, megabytes: int = 256, repeats: int = 5) -> dict[str, float]:
     """Peak rates of this process on ``device`` with its current number of threads.
 
-    ``gflops`` is a float32 matrix product of ``size``³ (2 size³ operations), ``gbytes`` a copy of ``megabytes`` MB counted as
-    read and written; the best of ``repeats`` each, since a roof is what can be reached.
+    ``gflops`` is a float32 matrix product of ``size``³ (2 size³ operations), ``gbytes`` a copy of ``megabytes`` MB
+    counted as read and written; the best of ``repeats`` each, since a roof is what can be reached.
     """
     a, b = torch.randn(2, size, size, device=device)
     out = torch.empty_like(a)

@@ -62,20 +62,21 @@ class _Turn:
     spent: float = 0.0
 
 
-def run(cases, providers: list[Provider], settings: Settings, progress: bool = True) -> Iterator[dict[str, Any]]:
+def run(
+    cases, providers: list[Provider], settings: Settings, progress: bool = True, roof: dict[str, float] | None = None
+) -> Iterator[dict[str, Any]]:
     """One row for every case, mode and provider that computes it, as soon as the case and mode are done.
 
-    A provider that fails gives a row with ``error`` in words and costs the others nothing.
+    The ``roof`` is measured unless it is given. A provider that fails gives a row with ``error`` in words and costs the others nothing.
     """
     jobs = [(case, mode) for case in cases for mode in settings.modes]
-    roof = roofline.measure(settings.device)
     common = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": settings.device,
         "dtype": "float32",
         "seed": settings.seed,
         "machine": machine.describe(settings.device),
-        "roofline": roof,
+        "roofline": roof or roofline.measure(settings.device),
     }
     with tqdm(total=len(jobs), disable=not progress, unit="case", file=sys.stderr) as bar:
         for case, mode in jobs:
@@ -85,7 +86,7 @@ def run(cases, providers: list[Provider], settings: Settings, progress: bool = T
             bar.update()
 
 
-def _rows(case, mode: str, providers: list[Provider], settings: Settings, common: dict, bar) -> Iterator[dict[str, Any]]:
+def _rows(case, mode: str, providers: list[Provider], settings: Settings, common: dict, bar) -> Iterator[dict]:
     head = {
         **common,
         "slice": case.slice,

@@ -1,4 +1,4 @@
-"""kaldi-native-fbank: one extractor a clip, as its documentation shows; single-threaded. Samples come as a list, its fastest way in."""
+"""kaldi-native-fbank: one extractor a clip, as its documentation shows, on one thread. Lists are its fastest way in."""
 
 from __future__ import annotations
 

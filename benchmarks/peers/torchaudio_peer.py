@@ -62,7 +62,12 @@ class Torchaudio(Provider):
 def _kaldi(config):
     import torchaudio.compliance.kaldi as kaldi
 
-    options = {"num_mel_bins": config.n_mels, "sample_frequency": config.sample_rate, "low_freq": config.f_min, "dither": 0.0}
+    options = {
+        "num_mel_bins": config.n_mels,
+        "sample_frequency": config.sample_rate,
+        "low_freq": config.f_min,
+        "dither": 0.0,
+    }
     if config.n_mfcc:
         one = kaldi.mfcc
         options |= {"num_ceps": config.n_mfcc, "cepstral_lifter": config.lifter}

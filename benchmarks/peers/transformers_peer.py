@@ -1,4 +1,4 @@
-"""transformers: ``WhisperFeatureExtractor`` on a list of arrays, and the torch function inside it, without padding and packing."""
+"""transformers: ``WhisperFeatureExtractor`` on a list of arrays, and the torch function inside it, without packing."""
 
 from __future__ import annotations
 
