@@ -59,7 +59,7 @@ def sentence(machine: dict[str, Any]) -> str:
     commit = (machine["commit"] or "unknown")[:10] + (" with local changes" if machine["dirty"] else "")
     parts = [
         machine.get("gpu") or machine["cpu"],
-        f"{machine['cpus']} CPUs, {machine['threads']} threads, {isa}",
+        f"{machine['cpus']} CPUs, {machine['threads']} used, {isa}",
         f"{machine['memory_gib']:g} GiB",
         f"Python {machine['python']}, torch {machine['torch']}",
         f"THP_MEM_ALLOC_ENABLE {'on' if machine['thp'] else 'off'}",

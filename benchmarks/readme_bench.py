@@ -145,7 +145,7 @@ def speech_case(case: MelCase, stream: torch.Tensor) -> SpeechCase:
 
 
 def agreement_table(found: list[Agreement]) -> str:
-    """The agreements as Markdown."""
+    """The agreements as Markdown: largest absolute differences."""
     show = lambda value: "not built" if value is None else f"{value:.2e}"  # noqa: E731
     lines = [
         (
@@ -160,7 +160,7 @@ def agreement_table(found: list[Agreement]) -> str:
         )
         for a in found
     ]
-    differences = ("|fused - reference|", "|fused - float64|", "|reference - float64|")
+    differences = ("fused to reference", "fused to float64", "reference to float64")
     headers = ("features", "clips", "frames", *differences, "largest", "agrees")
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 

@@ -63,11 +63,12 @@ class _Turn:
 
 
 def run(
-    cases, providers: list[Provider], settings: Settings, progress: bool = True, roof: dict[str, float] | None = None
+    cases, providers: list[Provider], settings: Settings, progress: bool = True, roof: dict | None = None
 ) -> Iterator[dict[str, Any]]:
     """One row for every case, mode and provider that computes it, as soon as the case and mode are done.
 
-    The ``roof`` is measured unless it is given. A provider that fails gives a row with ``error`` in words and costs the others nothing.
+    The ``roof`` is measured unless it is given. A provider that fails gives a row with ``failed`` in words and costs
+    the others nothing.
     """
     jobs = [(case, mode) for case in cases for mode in settings.modes]
     common = {

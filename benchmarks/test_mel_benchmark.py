@@ -1,4 +1,4 @@
-"""pytest-benchmark entries of the mel cases: ``pytest benchmarks/``, or with ``--full`` at full size and with all peers.
+"""pytest-benchmark entries of the mel cases: ``pytest benchmarks/``, with ``--full`` at full size and with all peers.
 
 Times of one provider after another, for pytest-benchmark's own storage and comparison; published figures come from
 ``python -m benchmarks``, which interleaves the providers.

@@ -22,8 +22,8 @@ from benchmarks import cases, compare, machine, memory, providers, readme_bench,
 ALL = providers.every()
 ROOF = {"gflops": 100.0, "gbytes": 10.0}
 COMPILED = ("reference-compile", "stft-compile")
-# float32 against float64. torchaudio's filter banks are themselves built in float32, which costs some 1e-6 of the largest
-# feature and 1e-5 of the largest gradient; a wrong window, scale, norm, floor or maximum costs 1e-3 and more.
+# float32 against float64. torchaudio's filter banks are themselves built in float32, which costs some 1e-6 of the
+# largest feature and 1e-5 of the largest gradient; a wrong window, scale, norm, floor or maximum costs 1e-3 and more.
 TOLERANCE = {"forward": 1e-5, "backward": 5e-5}
 
 
@@ -312,7 +312,7 @@ def test_plot_text_reads_on_light_and_dark_pages(tmp_path):
 
 
 def test_peak_memory_of_the_reference_holds_its_spectrogram():
-    """The reference allocates at least the frames and the complex spectrum of 4 × 30 s; what it returns does not count."""
+    """The reference allocates at least the complex spectrum of 4 × 30 s; what it returns does not count."""
     case = cases.CASES["mel2048-4x30s"]
     peak = memory.in_fresh_process(case.name, "reference", "forward", "cpu", 1, 0)
     assert peak["output"] == 4 * 128 * case.frames
