@@ -67,7 +67,7 @@ def find_nvcc() -> tuple[str, str] | None:
 
 
 def decide_cuda(torch_version: str, torch_cuda: str | None, nvcc: str | None) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and why. `torch_cuda` and `nvcc` are versions, None if there is no such thing."""
+    """Whether to build the CUDA kernels, and why. `torch_cuda` and `nvcc` are versions, None where there is none."""
     asked, name = flag("MMFAST_CUDA"), "MMFAST_CUDA"
     if asked is None:
         asked, name = flag("FORCE_CUDA"), "FORCE_CUDA"
@@ -88,7 +88,8 @@ def decide_cuda(torch_version: str, torch_cuda: str | None, nvcc: str | None) ->
         return True, f"torch {torch_version} is built for CUDA {torch_cuda}, and nvcc is version {nvcc}"
     if asked:
         fail(
-            f"{name}={os.environ[name]} asks for CUDA kernels, but {problem}.\nFix: {fix}; or set {name}=0 to build without CUDA."
+            f"{name}={os.environ[name]} asks for CUDA kernels, but {problem}.\n"
+            f"Fix: {fix}; or set {name}=0 to build without CUDA."
         )
     return False, problem
 
@@ -100,8 +101,8 @@ def find_compiler() -> str:
         tried = f"CXX={compiler} does not run" if compiler else "there is none of g++, c++, clang++ on PATH"
         fail(
             f"no C++ compiler: {tried}.\n"
-            "Fix: install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install gxx) or set CXX;\n"
-            "or set MMFAST_NO_EXT=1 to install without native kernels: then everything runs on the reference, in plain PyTorch."
+            "Fix: install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)\n"
+            "or name one in CXX; or install without native kernels, so that all runs on the reference: MMFAST_NO_EXT=1."
         )
     if sys.platform == "linux" and "clang" in version:
         fail(
@@ -119,9 +120,7 @@ def find_tool(name: str, package_dir: str) -> str:
             module = __import__(name)
             found = shutil.which(name, path=getattr(module, package_dir))
         except ImportError:
-            fail(
-                f"{name} was not found.\nFix: pip install {name}; or set MMFAST_NO_EXT=1 to install without native kernels."
-            )
+            fail(f"{name} was not found.\nFix: pip install {name}; or install without native kernels: MMFAST_NO_EXT=1.")
     return found
 
 
@@ -138,7 +137,8 @@ def import_torch():
         import torch
     except ImportError as error:
         fail(
-            f"torch cannot be imported by {sys.executable}: {error}.\nThe extension is built against the torch that is installed. "
+            f"torch cannot be imported by {sys.executable}: {error}.\n"
+            "The extension is built against the torch that is installed.\n"
             "Fix: install torch 2.11 or later first, then\n    pip install --no-build-isolation ."
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):

@@ -87,7 +87,7 @@ def fetch(cache: Path | None = None, say: Callable[[str], None] = lambda text: N
 
 
 def download(package: Package, folder: Path) -> tuple[Path, str]:
-    """The package as a file in ``folder``, and its origin: apt, which checks signatures, else HTTPS and the known hash."""
+    """The package as a file in ``folder``, and its origin: apt (signed), else HTTPS and the known hash."""
     tried = []
     if shutil.which("apt-get"):
         for refresh in (False, True):

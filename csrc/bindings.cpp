@@ -19,8 +19,8 @@ void bind_mel(py::module_& m);
 
 namespace {
 
-// Found as text in the file when loading it fails, so that the error can say which torch it was built for.
-constexpr const char* kBuiltFor = "mmfast._C built for torch " TORCH_VERSION ";";
+// Python finds this text in the file when loading it fails, so that the error can say which torch it was built for.
+[[gnu::used]] constexpr char kBuiltFor[] = "mmfast._C built for torch " TORCH_VERSION ";";
 
 std::vector<std::string> words(const std::string& text) {
     std::istringstream stream(text);
@@ -46,7 +46,6 @@ py::dict build_info() {
     py::dict info;
     info["mmfast"] = MMFAST_VERSION;
     info["torch"] = TORCH_VERSION;
-    info["marker"] = kBuiltFor;
     info["compiler"] = MMFAST_COMPILER;
     info["cxx"] = __cplusplus;
     info["build_type"] = MMFAST_BUILD_TYPE;
@@ -75,6 +74,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+    m.attr("torch_version") = TORCH_VERSION;
     m.def("build_info", &build_info, "What the extension was built with, and what it uses on this machine.");
     mmfast::bind_mel(m);
 }

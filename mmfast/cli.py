@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="audio files and folders to features, one safetensors file each",
         description="Writes the features of each audio file under PATH to DIR, as the tensor 'features' of a "
         "safetensors file whose metadata holds the configuration. Files already there with the same configuration are "
-        "left as they are, so the same command resumes an interrupted run. Under torchrun the processes share the files.",
+        "left as they are, so the same command resumes an interrupted run. The processes of torchrun share the files.",
         epilog="Exit code: 0 all files have features, 1 some failed (listed at the end), 2 wrong usage, "
         "130 interrupted.",
     )

@@ -54,10 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Taken from folders. Those that libsndfile cannot decode are reported, so that no recording is left out in silence.
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph .nist .voc .ircam .sf .avr "
-    ".paf .pvf .svx .m4a .m4b .mp4 .aac .wma .amr .ape .wv .mka .webm .ac3 .dts .mp2 .mpc .tta .ra .3gp".split()  # noqa: SIM905
-)
+_AUDIO = """wav wave flac ogg oga opus mp3 aif aiff aifc au snd caf w64 rf64 sph nist voc ircam sf avr paf pvf svx
+    m4a m4b mp4 aac wma amr ape wv mka webm ac3 dts mp2 mpc tta ra 3gp"""
+AUDIO_SUFFIXES = frozenset("." + name for name in _AUDIO.split())
 _SUFFIX = ".safetensors"
 _UNKNOWN_SIZE = 0x7FFF0000  # WAV written to a pipe announces a size from here up
 
@@ -251,7 +250,7 @@ def _resample(samples: np.ndarray, rate: float, wanted: float) -> np.ndarray:
 
 
 def batches(clips: Iterable[tuple[Clip, float]], seconds: float) -> list[list[Clip]]:
-    """Clips with their durations → batches of similar ones, at most ``seconds`` each after padding, or a single clip."""
+    """Clips with their durations → batches of similar ones, at most ``seconds`` after padding, or a single clip."""
     made: list[list[Clip]] = []
     for clip, duration in sorted(clips, key=lambda pair: (pair[1], pair[0].name)):
         # Ascending: this clip is the longest so far, the length that the others are padded to.

@@ -57,7 +57,7 @@ def mel_reference(
     if valid is not None:
         frames = frames.masked_fill(~valid, 0)
     frames, energy = _prepare(frames, window, seed, config)
-    v = _filtered(torch.fft.rfft(frames, config.n_fft), window, filters, config)
+    v = _filtered(_spectrum(frames, config.n_fft), window, filters, config)
     v = _compress(v, valid, group, config)
     if dct is not None:
         v = v @ dct
@@ -161,6 +161,13 @@ def _prepare(
 def _log_energy(frames: torch.Tensor, config: MelConfig) -> torch.Tensor:
     energy = frames.square().sum(dim=2, keepdim=True).clamp(min=_ENERGY_FLOOR).log()
     return energy.clamp(min=math.log(config.energy_floor)) if config.energy_floor else energy
+
+
+def _spectrum(frames: torch.Tensor, n_fft: int) -> torch.Tensor:
+    if frames.numel():
+        return torch.fft.rfft(frames, n_fft)
+    nothing = frames[..., :1].expand(*frames.shape[:-1], n_fft // 2 + 1)  # MKL refuses to transform no frames
+    return torch.complex(nothing, nothing)
 
 
 def _filtered(

@@ -77,8 +77,9 @@ class Streaming:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self._compute = _COMPUTE[dtype]
+        self._returned = dtype if dtype.is_floating_point else self._compute
         self._options = {"window": window, "filters": filters, "dct": dct, "backend": backend}
-        # Pre-emphasis of the signal comes before the padding: it is done on arrival, and only the last sample is carried.
+        # Pre-emphasis of the signal comes before the padding: it is done on arrival; the last sample is carried.
         self._emphasis = config.preemphasis if config.preemphasis_scope == "signal" else 0.0
         self._offline = config.replace(preemphasis=0.0, preemphasis_scope="frame") if self._emphasis else config
         inner = {"framing": "valid", "center_pad": 0, "pad": 0, "drop_last": False}
@@ -209,7 +210,8 @@ class Streaming:
     def _features(self, first: int, stop: int) -> torch.Tensor:
         """Frames ``first`` to ``stop`` (excluded), whose samples are all in the buffer."""
         if stop <= first:
-            return self._run(self._empty, self._inner)
+            size = (self.config.n_features, 0) if self.config.layout == "feature_time" else (0, self.config.n_features)
+            return self._empty.new_empty((*self.shape, *size), dtype=self._returned)
         at = first * self.config.hop_length + self._begin - self._offset
         span = (stop - first - 1) * self.config.hop_length + self._frame
         self._next = stop
@@ -218,9 +220,7 @@ class Streaming:
     def _run(self, samples: torch.Tensor, config: MelConfig) -> torch.Tensor:
         from mmfast.mel import extract  # the package imports this module
 
-        return extract(samples, config, **self._options).to(
-            self.dtype if self.dtype.is_floating_point else self._compute
-        )
+        return extract(samples, config, **self._options).to(self._returned)
 
     def _forget(self, arrived: int) -> None:
         """Drop what neither a later frame nor the padding on the right reads."""

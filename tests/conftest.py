@@ -1,0 +1,74 @@
+"""What every test gets: poisoned uninitialised memory, its own random state, and the backends that can run here."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from mmfast import _backend
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("search", deadline=None, print_blob=True)
+settings.load_profile("repeatable" if os.environ.get("CI") else "search")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU; fails instead of skipping under MMFAST_REQUIRE_CUDA=1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        _missing("MMFAST_REQUIRE_CUDA", "no GPU that torch can use")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """``torch.empty`` and ``at::empty`` hand out NaN and the largest integer, so that what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state():
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend for CPU tensors; ``cpu`` needs the native extension."""
+    if request.param == "cpu":
+        need_native()
+    return request.param
+
+
+@pytest.fixture
+def native() -> str:
+    """The backend ``cpu``, for what only the native kernels promise."""
+    need_native()
+    return "cpu"
+
+
+def need_native() -> None:
+    """Skip without the native extension, or fail under ``MMFAST_REQUIRE_NATIVE=1``."""
+    if _backend._C is None:
+        _missing("MMFAST_REQUIRE_NATIVE", f"the native extension did not load: {_backend.LOAD_ERROR}")
+
+
+def _missing(variable: str, reason: str) -> None:
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{variable}=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
