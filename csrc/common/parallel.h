@@ -9,6 +9,18 @@
 
 namespace mmfast {
 
+// True in a child of fork(): an OpenMP runtime that had threads before cannot start any there and would wait for ever.
+bool forked();
+
+// Threads that parallel_for may use here and now.
+inline int64_t max_threads() {
+#if defined(MMFAST_STANDALONE)
+    return 1;
+#else
+    return forked() || at::in_parallel_region() ? 1 : at::get_num_threads();
+#endif
+}
+
 // Calls f(first, last) on disjoint ranges that together are [begin, end), each of at least `grain` items if there are
 // that many, possibly at the same time. Nested calls run in the calling thread. An exception of f reaches the caller.
 template <typename F>
