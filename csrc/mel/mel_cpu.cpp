@@ -169,7 +169,7 @@ struct Job {
 
     void set_window(const T* given) {
         const int64_t n = p.framing.window;
-        p.window = given;
+        p.window = p.energy_window = given;
         if (!spec.normalized) return;
         T sum = 0;
         for (int64_t i = 0; i < n; ++i) sum += given[i] * given[i];
