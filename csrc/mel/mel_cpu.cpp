@@ -448,7 +448,8 @@ private:
         deal_out(total_, 0.3 * job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
             const int64_t row = i / job_.tiles, group = row / job_.group;
             FrameTile<T> t{};
-            if (below(i)) {
+            // Half-precision features are computed anew: adding to them would round twice.
+            if (below(i) || (some && !output_.direct())) {
                 t.clip = true;
                 t.threshold = threshold_[group];
                 t.kept = kept_[i];
