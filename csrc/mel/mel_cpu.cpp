@@ -550,7 +550,7 @@ public:
         run_frames_ = run_tiles_ * lanes;
         runs_ = (job.tiles + run_tiles_ - 1) / run_tiles_;
         items_ = job.wave.rows * runs_;
-        span_ = (run_frames_ - 1) * hop + p_.framing.window;
+        span_ = (std::min(run_frames_, job.frames) - 1) * hop + p_.framing.window;
         padded_ = (p_.bins() + 15) / 16 * 16;
         kernel_bytes_ = job.kernel.backward_scratch(p_);
     }
