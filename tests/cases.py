@@ -98,7 +98,11 @@ _SIZES = tuple(
 )
 
 _FRAMINGS = tuple(
-    Case(f"{framing}_{mode}{'_padded' * (pad > 0)}", _small(framing=framing, pad_mode=mode, win_length=win, pad=pad, **_LN), (2, 1001))
+    Case(
+        f"{framing}_{mode}{'_padded' * (pad > 0)}",
+        _small(framing=framing, pad_mode=mode, win_length=win, pad=pad, **_LN),
+        (2, 1001),
+    )
     for framing, win, pad in (("center", 64, 0), ("kaldi", 50, 0), ("kaldi", 31, 13))
     for mode in ("reflect", "constant", "replicate", "circular", "mirror")
     if pad == 0 or mode != "constant"
@@ -165,7 +169,7 @@ _ODD = (
             log_offset=2.0**-24,
         ),
     ),
-    Case("frame_preemphasis", _small(preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
+    Case("frame_preemphasis", _small(window="hamming", preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
 )
 
 CASES = {case.name: case for case in (*TUNED, *_SIZES, *_FRAMINGS, *_ODD)}

@@ -20,7 +20,10 @@ def features(
     config: MelConfig,
 ) -> tuple[np.ndarray, list[int]]:
     """As `mmfast.mel.reference.mel_reference`, in float64."""
-    items = [_item(row[:length], b, window, filters, seed, config) for b, (row, length) in enumerate(zip(rows, lengths, strict=True))]
+    items = [
+        _item(row[:length], b, window, filters, seed, config)
+        for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
+    ]
     counts = [len(v) for v, _ in items]
     group = group or max(1, len(items))
     shape = (len(items), config.frame_count(rows.shape[1]), config.n_features)

@@ -49,7 +49,9 @@ def test_fork(backend):
     torch.set_num_threads(2)
     try:
         expected = extract(clips, _config(0), backend=backend)
-        loader = DataLoader(_Clips(clips, backend), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60)
+        loader = DataLoader(
+            _Clips(clips, backend), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
         torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-5, atol=1e-4)
     finally:
         torch.set_num_threads(threads)

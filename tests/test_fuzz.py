@@ -126,7 +126,9 @@ def test_reference_matches_definition(data):
     channels = waveform.shape[-2] if waveform.dim() > 1 else 0
     group = {"item": 1, "channels": channels, "batch": 0}[config.top_db_scope]
     expected, _ = definition.features(rows.numpy(), ends, *arrays, group, 0, config)
-    torch.testing.assert_close(out.reshape(expected.shape), torch.from_numpy(expected), rtol=1e-8, atol=1e-8, equal_nan=True)
+    torch.testing.assert_close(
+        out.reshape(expected.shape), torch.from_numpy(expected), rtol=1e-8, atol=1e-8, equal_nan=True
+    )
 
 
 @settings(max_examples=150, **QUICK)
@@ -134,7 +136,9 @@ def test_reference_matches_definition(data):
 def test_native_matches_gold(data, native):
     """Values and gradients of the native kernels against the float64 reference; a few values have less luck than many."""
     config = data.draw(configs())
-    waveform = data.draw(waveforms(config, (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)))
+    waveform = data.draw(
+        waveforms(config, (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))
+    )
     lengths = _lengths(data.draw, waveform)
     results = []
     for x, backend in ((waveform, native), (waveform, "reference"), (waveform.double(), "reference")):
@@ -167,7 +171,18 @@ def _near_a_clamp(waveform: torch.Tensor, config: MelConfig, exact: torch.Tensor
 def test_rejects_or_computes(data, backend):
     """Fields of any value give a `ValueError` or `TypeError` that names one of them, or a configuration that works."""
     numbers = st.one_of(st.integers(-2, 70), st.floats(-2.0, 70.0), st.just(float("nan")), st.booleans(), st.none())
-    names = ("n_fft", "win_length", "hop_length", "center_pad", "pad", "n_mels", "n_mfcc", "power", "log_floor", "f_max")
+    names = (
+        "n_fft",
+        "win_length",
+        "hop_length",
+        "center_pad",
+        "pad",
+        "n_mels",
+        "n_mfcc",
+        "power",
+        "log_floor",
+        "f_max",
+    )
     fields = data.draw(st.dictionaries(st.sampled_from(names), numbers, max_size=4))
     waveform = torch.randn(2, 80)
     try:
@@ -180,7 +195,9 @@ def test_rejects_or_computes(data, backend):
         assert config.power > 4 or not out.isnan().any()  # above, squares overflow
 
 
-@pytest.mark.parametrize("config", [MelConfig(), MelConfig(window=(0.5, 1.0), n_fft=2, n_mels=1)], ids=["plain", "values"])
+@pytest.mark.parametrize(
+    "config", [MelConfig(), MelConfig(window=(0.5, 1.0), n_fft=2, n_mels=1)], ids=["plain", "values"]
+)
 def test_key_round_trip(config):
     assert MelConfig.from_key(config.key) == config and hash(MelConfig.from_key(config.key)) == hash(config)
 

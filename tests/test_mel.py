@@ -116,7 +116,9 @@ def test_autocast(case, backend):
     assert torch.equal(inside, extract(waveform, case.config, backend=backend))
 
 
-@pytest.mark.parametrize("n_fft, win_length", [(400, 400), (401, 401), (512, 400), (513, 400), (64, 41), (1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    "n_fft, win_length", [(400, 400), (401, 401), (512, 400), (513, 400), (64, 41), (1, 1), (2, 1)]
+)
 @pytest.mark.parametrize("pad_mode", ["reflect", "constant", "replicate", "circular"])
 def test_matches_torchaudio_formula(n_fft, win_length, pad_mode, backend):
     """`torch.stft` and torchaudio's chain of operations after it."""
@@ -183,7 +185,10 @@ def test_gradients_are_finite(power, log, floor, offset, signal, backend):
     out = extract(waveform, config, filters=filters, backend=backend)
     first = torch.autograd.grad(out.nan_to_num(0, 0, 0).sum(), (waveform, filters), create_graph=True)
     assert all(g.isfinite().all() for g in first)
-    assert signal != "silence" or not first[0].any()
+    if signal == "silence":
+        assert not first[0].any()
+        wanted = {None: 0.0, "ln": -INF, "db": -100.0, "log10": -6.0}[log]
+        torch.testing.assert_close(out, torch.full_like(out, wanted), rtol=1e-6, atol=0)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), (waveform, filters), allow_unused=True)
     assert all(g is None or g.isfinite().all() for g in second)
 
@@ -327,7 +332,9 @@ def test_ragged_equals_single(case, backend):
     """A row gives what its valid samples give alone, whatever follows them; so does its gradient, 0 beyond."""
     config = case.config.replace(fill=-3.0)
     samples, least = case.shape[-1], case.config.min_length
-    lengths = torch.tensor([samples, samples - 1, samples // 2 + 1, samples // 3, least + 5, least, max(0, least - 1), 0])
+    lengths = torch.tensor(
+        [samples, samples - 1, samples // 2 + 1, samples // 3, least + 5, least, max(0, least - 1), 0]
+    )
     lengths = lengths.clamp(max=samples)
     rows = torch.randn(len(lengths), samples, dtype=torch.float64)
     if backend != "reference":
@@ -354,25 +361,58 @@ def test_ragged_equals_single(case, backend):
 
 
 @pytest.mark.parametrize("scope", ["item", "channels", "batch"])
-def test_ragged_maximum(scope, backend):
-    """The maximum that ``top_db`` counts from is that of valid frames, of the rows in the scope."""
-    config = MelConfig(n_fft=16, hop_length=6, n_mels=4, log="db", log_floor=1e-10, top_db=6.0, top_db_scope=scope)
+@pytest.mark.parametrize("dither", [0.0, 2.0])
+def test_ragged_maximum(dither, scope, backend):
+    """The maximum that ``top_db`` counts from is that of valid frames, of the rows in the scope; dither is no exception."""
+    config = MelConfig(
+        n_fft=16, hop_length=6, n_mels=4, log="db", log_floor=1e-10, top_db=6.0, top_db_scope=scope, dither=dither
+    )
     rows = torch.randn(2, 3, 100, dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.2])[:, None]
     rows[..., 60:] *= 50  # loud where it does not count
     lengths = torch.tensor([[60, 33, 50], [9, 0, 7]])
+    torch.manual_seed(5)
     out, counts = extract(rows, config, lengths=lengths, backend=backend)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31 - 1, ()))  # as `extract` draws it
     args = tables.window(config).numpy(), tables.filters(config).numpy(), None
-    group = {"item": 1, "channels": 3, "batch": 0}[scope]
-    expected, wanted = definition.features(rows.view(6, 100).numpy(), lengths.flatten().tolist(), *args, group, 0, config)
+    group, ends = {"item": 1, "channels": 3, "batch": 0}[scope], lengths.flatten().tolist()
+    expected, wanted = definition.features(rows.view(6, 100).numpy(), ends, *args, group, seed, config)
     assert counts.flatten().tolist() == wanted
     torch.testing.assert_close(out.view(6, 4, -1), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_ragged_unread_samples(backend):
+    """Valid samples after the last whole frame are in no frame: NaN there reaches neither features nor gradient."""
+    config = MelConfig(n_fft=16, hop_length=8, n_mels=4, framing="valid", log="ln", log_floor=1e-6)
+    waveform = torch.randn(2, 64)
+    waveform[0, 38] = math.nan
+    waveform.requires_grad_()
+    out, counts = extract(waveform, config, lengths=torch.tensor([39, 64]), backend=backend)
+    assert counts.tolist() == [3, 7] and out.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.sum(), waveform)
+    assert gradient.isfinite().all() and not gradient[0, 32:].any() and gradient[0, 31] != 0
+
+
+@pytest.mark.parametrize("mode", ["reflect", "constant", "replicate", "circular", "mirror"])
+def test_outside_index(mode):
+    """Every position around signals of a few samples, as often folded as it takes."""
+    for length in range(1, 6):
+        config = MelConfig(pad_mode=mode)
+        signal = [float(t + 1) for t in range(length)]
+        position = torch.arange(-17, 18)
+        index = reference.outside_index(position, length, mode)
+        found = [signal[i] if 0 <= i < length else 0.0 for i in index.tolist()]
+        assert found == [definition._sample(signal, t, config) for t in position.tolist()]
+        assert torch.equal(index, reference.outside_index(position, torch.tensor(length), mode))
 
 
 def test_ragged_shapes(backend):
     """Counts have the leading shape; a single waveform takes a scalar; int32 will do; no frames at all is a result."""
     out, count = extract(torch.randn(50), EDGES, lengths=torch.tensor(30), backend=backend)
     assert out.shape == (4, 11) and count.shape == () and count == 7
-    out, counts = extract(torch.randn(2, 3, 50), EDGES, lengths=torch.full((2, 3), 50, dtype=torch.int32), backend=backend)
+    out, counts = extract(
+        torch.randn(2, 3, 50), EDGES, lengths=torch.full((2, 3), 50, dtype=torch.int32), backend=backend
+    )
     assert counts.dtype == torch.int64 and counts.tolist() == [[11] * 3] * 2
     out, counts = extract(torch.randn(2, 3), EDGES, lengths=torch.tensor([3, 0]), backend=backend)
     assert out.shape == (2, 4, 0) and counts.tolist() == [0, 0]
@@ -407,7 +447,9 @@ def test_rows_are_independent(native):
 
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
-@pytest.mark.parametrize("name", ["whisper_item", "kaldi_fbank", "empty_filters", "spectrum", "energy_prepend", "mfcc_log"])
+@pytest.mark.parametrize(
+    "name", ["whisper_item", "kaldi_fbank", "empty_filters", "spectrum", "energy_prepend", "mfcc_log"]
+)
 def test_nan_inf(name, value, backend):
     """A bad sample spoils the frames that read it, as in the reference, and no others."""
     config = CASES[name].config.replace(top_db=None)

@@ -39,7 +39,9 @@ def test_filters_are_torchaudios(sample_rate, norm, scale):
     """Bit for bit in float32: checkpoints hold these numbers."""
     functional = pytest.importorskip("torchaudio.functional")
     warnings.simplefilter("ignore")  # of empty filters
-    for n_freqs, n_filters, (low, high) in itertools.product((1, 2, 33, 201, 1025), (1, 23, 128), ((0, None), (20, 4000))):
+    for n_freqs, n_filters, (low, high) in itertools.product(
+        (1, 2, 33, 201, 1025), (1, 23, 128), ((0, None), (20, 4000))
+    ):
         args = n_freqs, float(low), float(high or sample_rate // 2), n_filters, sample_rate
         ours = tables.mel_filters(*args, norm, scale)
         assert ours.dtype == torch.float32 and torch.equal(ours, functional.melscale_fbanks(*args, norm, scale)), args
@@ -64,13 +66,21 @@ def test_filters_are_librosas(norm, htk):
 def test_filters_are_kaldis(warp):
     """Bit for bit what torchaudio computes in float32; the float64 ones are the same to float32's precision."""
     kaldi = pytest.importorskip("torchaudio.compliance.kaldi")
-    for n_fft, n_mels, sample_rate, high in itertools.product((64, 400, 512), (4, 23, 80), (8000, 16000), (0.0, -400.0)):
+    for n_fft, n_mels, sample_rate, high in itertools.product(
+        (64, 400, 512), (4, 23, 80), (8000, 16000), (0.0, -400.0)
+    ):
         bank, _ = kaldi.get_mel_banks(n_mels, n_fft, sample_rate, 20.0, high, 100.0, -500.0, warp)
         expected = torch.nn.functional.pad(bank, (0, 1)).T
         f_max = high + sample_rate / 2
         assert torch.equal(tables.kaldi_filters(n_fft, 20.0, f_max, n_mels, sample_rate, warp), expected)
         config = MelConfig(
-            sample_rate=sample_rate, n_fft=n_fft, n_mels=n_mels, f_min=20.0, f_max=f_max, mel_scale="kaldi", vtln_warp=warp
+            sample_rate=sample_rate,
+            n_fft=n_fft,
+            n_mels=n_mels,
+            f_min=20.0,
+            f_max=f_max,
+            mel_scale="kaldi",
+            vtln_warp=warp,
         )
         torch.testing.assert_close(tables.filters(config), expected.double(), rtol=1e-4, atol=1e-4)
 
