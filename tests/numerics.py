@@ -20,10 +20,10 @@ def assert_no_worse_than_eager(
     floor: float | None = None,
     what: str = "result",
 ) -> None:
-    """The error of ``out`` against ``gold`` (float64) is at most ``factor`` times that of ``eager``, in the mean and at worst.
+    """The error of ``out`` is at most ``factor`` times that of ``eager``, both against ``gold``, in the mean and at worst.
 
-    ``floor`` is the error that is always allowed, relative to the largest value of ``gold``; by default 4 units in the last
-    place of ``out``'s dtype. Where ``eager`` is NaN or infinite, ``out`` is the same.
+    ``floor`` is the error that is always allowed, relative to the largest value of ``gold``; by default 4 units in the
+    last place of ``out``'s dtype. Where ``eager`` is NaN or infinite, ``out`` is the same.
     """
     assert out.shape == eager.shape == gold.shape, f"{what}: shapes {out.shape}, {eager.shape}, {gold.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but {eager.dtype} in eager mode"
@@ -51,7 +51,7 @@ def _largest(x: torch.Tensor) -> float:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Bytes that ``call`` had resident at its peak beyond what was before and what its result (a tensor or tuple) holds.
+    """Bytes resident at the peak of ``call`` beyond what was before and what its result (a tensor or tuple) holds.
 
     Read from the kernel, so that memory which torch does not know of counts too; good to about 0.2 MB.
     """

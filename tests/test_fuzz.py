@@ -134,7 +134,7 @@ def test_reference_matches_definition(data):
 @settings(max_examples=150, **QUICK)
 @given(data=st.data())
 def test_native_matches_gold(data, native):
-    """Values and gradients of the native kernels against the float64 reference; a few values have less luck than many."""
+    """Values and gradients of the native kernels against float64; a few values have less luck than many."""
     config = data.draw(configs())
     waveform = data.draw(
         waveforms(config, (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16))

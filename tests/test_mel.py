@@ -8,7 +8,7 @@ import math
 import definition
 import pytest
 import torch
-from cases import CASES, DTYPES, TUNED, Case
+from cases import CASES, DTYPES, TUNED
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -172,7 +172,7 @@ def _checked(name: str, which: str, backend: str):
 @pytest.mark.parametrize("log, floor, offset", [(None, 0, 0), ("ln", 0, 0), ("db", 1e-10, 0), ("log10", 0, 1e-6)])
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
 def test_gradients_are_finite(power, log, floor, offset, signal, backend):
-    """Also where ``|X| ** p`` or the logarithm has no derivative; there it counts as 0, in the first order and the second."""
+    """Also where ``|X| ** p`` or the logarithm has no derivative: there it counts as 0, in both orders."""
     config = MelConfig(
         n_fft=16, hop_length=8, n_mels=5, power=power, log=log, log_floor=floor, log_offset=offset, remove_dc=True,
         top_db=None if log is None else 80.0,
@@ -363,7 +363,7 @@ def test_ragged_equals_single(case, backend):
 @pytest.mark.parametrize("scope", ["item", "channels", "batch"])
 @pytest.mark.parametrize("dither", [0.0, 2.0])
 def test_ragged_maximum(dither, scope, backend):
-    """The maximum that ``top_db`` counts from is that of valid frames, of the rows in the scope; dither is no exception."""
+    """The maximum that ``top_db`` counts from is that of valid frames of the rows in the scope, with dither too."""
     config = MelConfig(
         n_fft=16, hop_length=6, n_mels=4, log="db", log_floor=1e-10, top_db=6.0, top_db_scope=scope, dither=dither
     )
@@ -480,7 +480,7 @@ def test_nan_maximum(backend):
 
 
 def test_dither(backend):
-    """Noise by the documented formula from the seed, frame by frame; a new one with every call, the same after a seed."""
+    """Noise by the documented formula from the seed; new with every call, the same after a seed."""
     config = MelConfig(n_fft=16, win_length=12, hop_length=7, filters=None, dither=0.5)
     noise = reference.dither_noise(7, 3, 2, 12, torch.float64)
     wanted = [[[definition.noise(7, b, f, n) for n in range(12)] for f in range(2)] for b in range(3)]
@@ -562,7 +562,7 @@ def test_rejects(message):
 
 
 def test_peak_memory(native):
-    """Beyond its result the op needs less than 4 MB a thread, forward and backward; it saves no more than the waveform."""
+    """Beyond its result the op needs less than 4 MB a thread, forward and backward, and saves only the waveform."""
     budget = 4 * 2**20 * torch.get_num_threads() + 2**19
     for name, samples in (("whisper_item", 480000), ("mfcc_db", 480000), ("mel_2048", 480000), ("kaldi_mfcc", 480000)):
         config = CASES[name].config
