@@ -1,6 +1,6 @@
 """Fused kernels for multimodal learning in PyTorch."""
 
-from mmfast import mel
+from mmfast import mel, nn
 
-__all__ = ["mel"]
+__all__ = ["mel", "nn"]
 __version__ = "0.1.0"

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
 import os
+import platform
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -11,13 +21,47 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # Which backends each operator has besides the reference, for the device the tensors are on.
 OPS: dict[str, dict[str, str]] = {"mel": {"cpu": "cpu"}}
 
-try:
-    from mmfast import _C
-except ImportError as error:  # kept: `mmfast info` and a request for backend="cpu" show it
-    _C = None
-    LOAD_ERROR: ImportError | None = error
-else:
-    LOAD_ERROR = None
+_REBUILD = "install mmfast again from its source: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def _load() -> tuple[ModuleType | None, ImportError | None]:
+    """The extension, or the error that says why there is none and what to do."""
+    try:
+        module = importlib.import_module("mmfast._C")
+    except ImportError as error:
+        explained = ImportError(_explain(error))
+        explained.__cause__ = error
+        return None, explained
+    if _series(module.torch_version) != _series(torch.__version__):
+        # It may load and even run, but nothing promises that its idea of a tensor is this torch's.
+        return None, ImportError(_built_for(module.torch_version))
+    return module, None
+
+
+def _explain(error: ImportError) -> str:
+    """Why loading failed, from the files that lie where the extension should be."""
+    files = sorted(path for path in Path(__file__).parent.glob("_C.*") if path.suffix in (".so", ".pyd", ".dylib"))
+    mine = [path for path in files if path.name[2:] in importlib.machinery.EXTENSION_SUFFIXES]
+    if not files:
+        return f"mmfast is installed without native kernels; to have them, {_REBUILD}"
+    if not mine:
+        this = importlib.machinery.EXTENSION_SUFFIXES[0]
+        return f"{files[0].name} was built for another Python (this one loads _C{this}); {_REBUILD}"
+    built = re.search(rb"mmfast\._C built for torch ([^;]+);", mine[0].read_bytes())
+    if built and _series(built[1].decode()) != _series(torch.__version__):
+        return _built_for(built[1].decode())
+    return f"{mine[0].name} did not load: {error}"
+
+
+def _built_for(version: str) -> str:
+    return f"the native extension was built for torch {version}, and this is torch {torch.__version__}; {_REBUILD}"
+
+
+def _series(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+_C, LOAD_ERROR = _load()  # the error is kept: `mmfast info` and a request for backend="cpu" show it
 
 
 def choose(op: str, device: torch.device, requested: str | None = None) -> tuple[str, str]:
@@ -43,6 +87,117 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         return "reference", f"no native {op} kernels for {device.type} tensors"
     if _C is None:
         if requested is not None:
-            raise ImportError(f"backend {requested!r} needs the native extension mmfast._C, which did not load") from LOAD_ERROR
-        return "reference", f"the native extension did not load: {LOAD_ERROR}"
+            raise ImportError(f"backend {requested!r} needs the native extension: {LOAD_ERROR}") from LOAD_ERROR
+        return "reference", f"no native extension: {LOAD_ERROR}"
     return native, f"native kernels for {device.type} tensors"
+
+
+def info() -> dict[str, Any]:
+    """What was built, what this machine has, and which backend each operator uses and why; see `format_info`.
+
+    Keys: ``versions``, ``extension`` (its file, or None), ``load_error``, ``build`` (``_C.build_info()``, or None),
+    ``machine``, ``environment`` (the ``MMFAST_*`` variables that are set) and ``ops``: operator → device →
+    ``{"backend", "reason"}``; the backend is None where the environment asks for what cannot be.
+    """
+    import mmfast
+
+    build = build_error = None
+    if _C is not None:
+        try:
+            build = _C.build_info()
+        except ValueError as error:  # MMFAST_CPU_ISA names no instruction set
+            build_error = str(error)
+    return {
+        "versions": {
+            "mmfast": mmfast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+        },
+        "extension": None if _C is None else _C.__file__,
+        "load_error": build_error if LOAD_ERROR is None else str(LOAD_ERROR),
+        "build": build,
+        "machine": _machine(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MMFAST_")},
+        "ops": {op: {device: _choice(op, device) for device in _devices()} for op in OPS},
+    }
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _choice(op: str, device: str) -> dict[str, str | None]:
+    try:
+        backend, reason = choose(op, torch.device(device))
+    except (ValueError, ImportError) as error:
+        backend, reason = None, str(error)
+    return {"backend": backend, "reason": reason}
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "torch_cuda": torch.version.cuda,
+        "gpus": [
+            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+            for i in gpus
+        ],
+    }
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if name:
+            return name[1]
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """The dictionary of `info` as the text that ``mmfast info`` prints."""
+    versions, build, machine = info["versions"], info["build"], info["machine"]
+    lines = [f"mmfast {versions['mmfast']}, torch {versions['torch']}, Python {versions['python']}"]
+    if versions["triton"]:
+        lines[0] += f", triton {versions['triton']}"
+    lines += ["", "Built"]
+    if build:
+        cuda = f"{build['cuda_version']}, for {' '.join(build['cuda_archs'])}" if build["cuda"] else "no"
+        reason = f" ({build['cuda_reason']})" if build["cuda_reason"] else ""
+        lines += [
+            f"  extension      {info['extension']}",
+            f"  for            torch {build['torch']}, by {build['compiler']}, {build['build_type']}",
+            f"  OpenMP         {build['openmp'] or 'no'}",
+            f"  CPU kernels    {' '.join(build['isa_built'])}",
+            f"  CUDA kernels   {cuda}{reason}",
+        ]
+    else:
+        lines.append(f"  nothing that can be used: {info['load_error']}")
+    used = f", uses {build['isa_used']}" if build else ""
+    lines += [
+        "",
+        "Machine",
+        f"  CPU            {machine['cpu']}, {machine['cores']} cores{used}, {machine['threads']} threads",
+        f"  GPU            {', '.join(machine['gpus']) or 'none that torch can use'} "
+        f"(torch built {'for CUDA ' + machine['torch_cuda'] if machine['torch_cuda'] else 'without CUDA'})",
+        "",
+        "Backends",
+    ]
+    for op, devices in info["ops"].items():
+        lines += [f"  {op:<8} {device:<5} {c['backend'] or 'error'}: {c['reason']}" for device, c in devices.items()]
+    if info["environment"]:
+        lines += ["", "Environment", *(f"  {name}={value}" for name, value in info["environment"].items())]
+    return "\n".join(lines)

@@ -17,13 +17,11 @@ settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("repeatable" if os.environ.get("CI") else "search")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a GPU; fails instead of skipping under MMFAST_REQUIRE_CUDA=1")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         _missing("MMFAST_REQUIRE_CUDA", "no GPU that torch can use")
+    if item.get_closest_marker("native"):
+        need_native()
 
 
 @pytest.fixture(autouse=True)

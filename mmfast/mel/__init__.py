@@ -10,8 +10,9 @@ from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
 from mmfast.mel.post import deltas, normalize, sliding_normalize
+from mmfast.mel.streaming import Streaming
 
-__all__ = ["MelConfig", "deltas", "extract", "normalize", "sliding_normalize"]
+__all__ = ["MelConfig", "Streaming", "deltas", "extract", "normalize", "sliding_normalize"]
 
 
 def extract(
@@ -96,7 +97,7 @@ _COMPUTE = {
 
 @lru_cache(maxsize=256)
 def _cached_table(name: str, config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return getattr(tables, name)(config).to(device, dtype)
+    return getattr(tables, name)(config).to(device, dtype).contiguous()
 
 
 def _table(name, given, config, waveform, dtype, shape) -> torch.Tensor:
@@ -109,7 +110,7 @@ def _table(name, given, config, waveform, dtype, shape) -> torch.Tensor:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
     if given.device != waveform.device:
         raise ValueError(f"{name} must be on the waveform's device {waveform.device}, got {given.device}")
-    return given if given.dtype == dtype else given.to(dtype)
+    return given.to(dtype).contiguous()
 
 
 def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tensor:

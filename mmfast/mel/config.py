@@ -293,6 +293,13 @@ class MelConfig:
             fields["window"] = tuple(fields["window"])
         return MelConfig(**fields)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # looked up several times a call
+        return hash(self.key)
+
     def replace(self, **changes: Any) -> MelConfig:
         """Copy with fields changed; sizes that followed from a changed field by default must be given anew."""
         return dataclasses.replace(self, **changes)

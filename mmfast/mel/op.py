@@ -1,5 +1,177 @@
-"""Operators ``mmfast::mel_forward`` and ``mmfast::mel_backward``: schema, fake, implementations, autograd."""
+"""Operators ``mmfast::mel_forward`` and ``mmfast::mel_backward``: schema, fake, implementations, autograd.
+
+Both take the text of a `MelConfig` (`MelConfig.key`): what is static about a front end is one constant in a traced graph.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from mmfast import _backend
+from mmfast.mel.config import _CHOICES, MelConfig
+from mmfast.mel.reference import mel_reference
+
+torch.library.define(
+    "mmfast::mel_forward",
+    "(Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
+    " -> (Tensor features, Tensor frame_counts, Tensor maxima)",
+)
+torch.library.define(
+    "mmfast::mel_backward",
+    "(Tensor grad, Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima, int group,"
+    " int seed, str config, bool need_waveform, bool need_filters) -> (Tensor grad_waveform, Tensor grad_filters)",
+)
 
 
-def mel(rows, window, filters, dct, lengths, group, seed, config):
-    raise ImportError("the native operator is not built")
+def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
+    """`mel_reference` by the native kernels: the same arguments, the same results."""
+    out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config.key)
+    return out[0], out[1]
+
+
+@lru_cache(maxsize=1024)
+def _plan(key: str):
+    """The native form of a configuration; also holds the transform tables."""
+    c = MelConfig.from_key(key)
+    per_ln = {None: 0.0, "ln": 1.0, "log10": 1 / math.log(10), "db": c.db_multiplier / math.log(10)}[c.log]
+    shift = c.db_multiplier * math.log10(max(c.log_floor, c.db_reference)) if c.log == "db" else 0.0
+    pad_mode = "constant" if c.framing == "valid" else c.pad_mode
+    return _backend._C.MelPlan(
+        n_fft=c.n_fft,
+        window=c.win_length,
+        hop=c.hop_length,
+        first=c.first_sample,
+        count_offset=c.count_offset,
+        min_length=c.min_length,
+        pad=c.pad,
+        pad_mode=_CHOICES["pad_mode"].index(pad_mode),
+        input_scale=c.input_scale,
+        preemphasis=c.preemphasis,
+        preemphasis_of_signal=c.preemphasis_scope == "signal",
+        dither=c.dither,
+        energy_floor=c.energy_floor,
+        remove_dc=c.remove_dc,
+        raw_energy=c.raw_energy,
+        energy=_CHOICES["energy"].index(c.energy),
+        power=c.power,
+        power_offset=c.power_offset,
+        normalized=_CHOICES["normalized"].index(c.normalized),
+        log=c.log is not None,
+        log_floor=c.log_floor,
+        log_offset=c.log_offset,
+        log_scale=per_ln,
+        log_shift=-shift,
+        has_top_db=c.top_db is not None,
+        top_db=c.top_db or 0.0,
+        output_offset=c.output_offset,
+        output_scale=c.output_scale,
+        fill=c.fill,
+        time_major=c.layout == "time_feature",
+    )
+
+
+def _forward_cpu(waveform, window, filters, dct, lengths, group, seed, config):
+    return _backend._C.mel_forward(_plan(config), waveform, window, filters, dct, lengths, group, seed)
+
+
+def _backward_cpu(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
+    return _backend._C.mel_backward(
+        _plan(config),
+        grad,
+        waveform,
+        window,
+        filters,
+        dct,
+        lengths,
+        maxima,
+        group,
+        seed,
+        need_waveform,
+        need_filters,
+    )
+
+
+torch.library.impl("mmfast::mel_forward", "cpu", _forward_cpu)
+torch.library.impl("mmfast::mel_backward", "cpu", _backward_cpu)
+
+
+@torch.library.register_fake("mmfast::mel_forward")
+def _(waveform, window, filters, dct, lengths, group, seed, config):
+    c = MelConfig.from_key(config)
+    rows, frames = waveform.shape[0], c.frame_count(waveform.shape[1])
+    shape = (rows, frames, c.n_features) if c.layout == "time_feature" else (rows, c.n_features, frames)
+    out_dtype = torch.float32 if waveform.dtype == torch.int16 else waveform.dtype
+    groups = 0 if c.top_db is None else (rows + group - 1) // group if group else min(rows, 1)
+    return (
+        waveform.new_empty(shape, dtype=out_dtype),
+        waveform.new_empty((rows,), dtype=torch.int64),
+        waveform.new_empty((groups,), dtype=window.dtype),
+    )
+
+
+@torch.library.register_fake("mmfast::mel_backward")
+def _(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
+    return (
+        waveform.new_empty((waveform.shape[0] if need_waveform else 0, waveform.shape[1])),
+        window.new_empty(filters.shape if need_filters else (0,)),
+    )
+
+
+def _save_forward(ctx, inputs, output):
+    waveform, window, filters, dct, lengths, ctx.group, ctx.seed, ctx.config = inputs
+    _, counts, maxima = output
+    ctx.save_for_backward(waveform, window, filters, dct, lengths, maxima)
+    ctx.mark_non_differentiable(counts, maxima)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, _counts, _maxima):
+    if grad is None:
+        return (None,) * 8
+    need_waveform, need_filters = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
+        grad, *ctx.saved_tensors, ctx.group, ctx.seed, ctx.config, need_waveform, need_filters
+    )
+    # waveform, window, filters, dct, lengths, group, seed, config; a window or DCT with a gradient goes to the reference
+    return grad_waveform if need_waveform else None, None, grad_filters if need_filters else None, *(None,) * 5
+
+
+torch.library.register_autograd("mmfast::mel_forward", _differentiate, setup_context=_save_forward)
+
+
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.group, ctx.seed, ctx.config, ctx.need_waveform, ctx.need_filters = inputs[7:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_twice(ctx, grad_waveform, grad_filters):
+    """Second derivatives, by the reference: rare, and then its memory is the price."""
+
+    def tracked(tensor):
+        return tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+
+    grad, waveform, window, filters, dct, lengths = ctx.saved_tensors
+    onward = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, waveform, filters = tracked(grad), tracked(waveform), tracked(filters)
+        rows = waveform
+        config = MelConfig.from_key(ctx.config)
+        features, _ = mel_reference(rows, window, filters, dct, lengths, ctx.group, ctx.seed, config)
+        wanted = [(waveform, grad_waveform)] if ctx.need_waveform and grad_waveform is not None else []
+        if ctx.need_filters and grad_filters is not None:
+            wanted.append((filters, grad_filters))
+        if not wanted:
+            return (None,) * 12
+        first = torch.autograd.grad(features, [x for x, _ in wanted], grad, create_graph=True)
+        inputs = [grad, waveform] + ([] if filters is None else [filters])
+        second = torch.autograd.grad(first, inputs, [g for _, g in wanted], allow_unused=True, create_graph=onward)
+    filters_second = second[2] if filters is not None else None
+    # grad, waveform, window, filters, then dct … need_filters
+    return second[0], second[1], None, filters_second, *(None,) * 8
+
+
+torch.library.register_autograd("mmfast::mel_backward", _differentiate_twice, setup_context=_save_backward)

@@ -1,0 +1,83 @@
+# make test    every test, native ones included          make bench    real speech: agreement and times beside the peers
+#
+# Both set up everything in .venv first, from Python 3.10+, a C++ compiler and pip, in the versions of constraints.txt.
+# Repeated, they do only what has changed.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+PYTEST_ARGS ?=
+# A CUDA build of torch (the default of PyPI) only where there is a GPU; the CPU build is a tenth of its size.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# In the venv cmake and ninja are the pinned ones; outside make, setup.py also takes those of the system.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
+export MAX_JOBS
+
+.PHONY: test bench speech setup lint format native-test sanitize cuda-compile clean
+
+test: setup native-test
+	MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(PY) -m benchmarks.readme_bench
+
+# Recorded speech for tests and benchmarks, into .cache; both go on with generated signals where it cannot be fetched.
+speech: setup
+	$(PY) -m benchmarks.speech
+
+setup: $(VENV)/peers.stamp $(VENV)/mmfast.stamp
+
+$(VENV)/venv.stamp:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmfast needs Python 3.10 or later; $(PYTHON) is " + sys.version.split()[0] + ". Fix: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/torch.stamp: $(VENV)/venv.stamp constraints.txt
+	$(PIP) pip setuptools wheel cmake ninja
+	$(PIP) $(TORCH_INDEX) torch numpy
+	touch $@
+
+$(VENV)/mmfast.stamp: $(VENV)/torch.stamp pyproject.toml mmfast/__init__.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PY) -m mmfast info
+	touch $@
+
+# Libraries to compare with that would bring another torch along, so without their dependencies. The compiled part of
+# torchaudio's wheel needs CUDA, which a CPU build of torch does not bring; all that is compared with is Python.
+$(VENV)/peers.stamp: $(VENV)/mmfast.stamp constraints.txt
+	$(PIP) tiktoken more-itertools
+	$(PIP) --no-deps --no-build-isolation torchaudio openai-whisper nnAudio
+	$(PY) -c 'import glob, os, sysconfig, torch; [os.remove(f) for f in glob.glob(sysconfig.get_path("platlib") + "/torchaudio/lib/*.so") if torch.version.cuda is None]'
+	touch $@
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: setup
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# The stand-alone C++ tests: kernels and their scalar core, without torch.
+native-test: $(VENV)/torch.stamp
+	cmake -S . -B $(BUILD)/native -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_WERROR=ON
+	cmake --build $(BUILD)/native $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+	ctest --test-dir $(BUILD)/native --output-on-failure --no-tests=error
+
+sanitize: $(VENV)/torch.stamp
+	cmake -S . -B $(BUILD)/sanitize -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_SANITIZE=ON
+	cmake --build $(BUILD)/sanitize $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+	ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
+
+# Compiles the CUDA sources without torch and without a GPU; needs nvcc.
+cuda-compile: $(VENV)/torch.stamp
+	cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
+	cmake --build $(BUILD)/cuda $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+
+clean:
+	rm -rf $(BUILD) $(VENV) *.egg-info mmfast/_C.*.so

@@ -1,0 +1,33 @@
+// Instruction sets of the CPU kernels, and the choice between them at run time.
+//
+// A file such as mel_tile.cpp is compiled once per instruction set with MMFAST_ISA defined as its name, and puts all it
+// defines into the namespace of that name. The linker keeps only one copy of an inline function that several files
+// define, perhaps the AVX-512 one: such files therefore share no external symbol with any other
+// (cmake/check_isa.cmake).
+#pragma once
+
+namespace mmfast {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// Best instruction set that was built and that the processor and the operating system support, but none above the
+// environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512"). Read once.
+// Throws std::invalid_argument for another value of the variable.
+Isa best_isa();
+
+const char* isa_name(Isa isa);
+
+// Names of the instruction sets built, separated by spaces.
+const char* isa_built();
+
+}  // namespace mmfast
+
+// name's variant for isa: MMFAST_FOR_ISA(isa, mel, tile_f32) is mmfast::mel::<isa>::tile_f32.
+#if defined(MMFAST_X86)
+#define MMFAST_FOR_ISA(isa, slice, name)                             \
+    ((isa) == ::mmfast::Isa::avx512 ? &::mmfast::slice::avx512::name \
+     : (isa) == ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name   \
+                                    : &::mmfast::slice::baseline::name)
+#else
+#define MMFAST_FOR_ISA(isa, slice, name) ((void)(isa), &::mmfast::slice::baseline::name)
+#endif

@@ -1,0 +1,175 @@
+// The vector type of the instruction set that a file is compiled for, its lanes independent; GCC and Clang vector
+// extensions, so that one source serves every width. For files compiled once per instruction set only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "common/hd.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace mmfast {
+inline namespace MMFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int N>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+
+template <class T>
+struct Simd {
+    static constexpr int lanes = kVectorBytes / int(sizeof(T));
+    using V = typename VectorOf<T, lanes>::type;
+    using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    using I = typename VectorOf<Int, lanes>::type;
+    using U = typename VectorOf<std::make_unsigned_t<Int>, lanes>::type;
+
+    static MMFAST_INLINE V splat(T x) { return V{} + x; }
+    static MMFAST_INLINE V load(const T* p) {
+        V v;
+        __builtin_memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static MMFAST_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+    // The first `n` lanes; the others are zero or left alone.
+    static MMFAST_INLINE V load(const T* p, int n) {
+        if (n >= lanes) return load(p);
+        alignas(64) T part[lanes] = {};
+        for (int i = 0; i < n; ++i) part[i] = p[i];
+        return load(part);
+    }
+    static MMFAST_INLINE void store(T* p, V v, int n) {
+        if (n >= lanes) return store(p, v);
+        alignas(64) T part[lanes];
+        store(part, v);
+        for (int i = 0; i < n; ++i) p[i] = part[i];
+    }
+    template <class From, class To>
+    static MMFAST_INLINE To bits(From from) {
+        To to;
+        static_assert(sizeof from == sizeof to);
+        __builtin_memcpy(&to, &from, sizeof to);
+        return to;
+    }
+    static MMFAST_INLINE V sqrt(V x) {
+        V y;
+        for (int i = 0; i < lanes; ++i) y[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(double(x[i])));
+        return y;
+    }
+
+    // Lanes 1 .. of x, then `next`.
+    static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
+
+    // columns[c] = element c of each of the rows, read at `at`.
+    static MMFAST_INLINE void load_transposed(const T* const* rows, int64_t at, V* columns) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            // Quarters of four rows are put together as they are loaded, which leaves half the shuffles.
+            for (int q = 0; q < 4; ++q) {
+                __m512 z[4];
+                for (int i = 0; i < 4; ++i) {
+                    const auto part = [&](int k) { return _mm_loadu_ps(rows[4 * k + i] + at + 4 * q); };
+                    z[i] = _mm512_insertf32x4(_mm512_castps128_ps512(part(0)), part(1), 1);
+                    z[i] = _mm512_insertf32x4(_mm512_insertf32x4(z[i], part(2), 2), part(3), 3);
+                }
+                const __m512d a = (__m512d)_mm512_unpacklo_ps(z[0], z[1]), b = (__m512d)_mm512_unpacklo_ps(z[2], z[3]);
+                const __m512d c = (__m512d)_mm512_unpackhi_ps(z[0], z[1]), d = (__m512d)_mm512_unpackhi_ps(z[2], z[3]);
+                columns[4 * q] = (V)_mm512_unpacklo_pd(a, b);
+                columns[4 * q + 1] = (V)_mm512_unpackhi_pd(a, b);
+                columns[4 * q + 2] = (V)_mm512_unpacklo_pd(c, d);
+                columns[4 * q + 3] = (V)_mm512_unpackhi_pd(c, d);
+            }
+            return;
+        }
+#endif
+        for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at);
+        transpose(columns);
+    }
+
+    // rows[i] becomes lane i of what the rows held: log2(lanes) rounds of interleaving.
+    static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
+
+private:
+    template <size_t... K>
+    static MMFAST_INLINE V shift_in(V x, T next, std::index_sequence<K...>) {
+        return __builtin_shufflevector(x, splat(next), (K + 1)...);
+    }
+    template <size_t... K>
+    static MMFAST_INLINE void transpose(V* rows, std::index_sequence<K...>) {
+        for (int round = 1; round < lanes; round *= 2) {
+            V next[lanes];
+            for (int i = 0; i < lanes / 2; ++i) {
+                const V a = rows[i], b = rows[i + lanes / 2];
+                next[2 * i] = __builtin_shufflevector(a, b, (K / 2 + (K % 2) * lanes)...);
+                next[2 * i + 1] = __builtin_shufflevector(a, b, (lanes / 2 + K / 2 + (K % 2) * lanes)...);
+            }
+            for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+        }
+    }
+};
+
+// Natural logarithm, within 1 ulp for float: x = m 2^e with m in [sqrt(1/2), sqrt(2)), a polynomial in m - 1 (the
+// coefficients of Cephes' logf) and e ln 2 in two parts. As std::log for zero, infinity, NaN, negative and subnormal x;
+// with kNormal, x is known to be NaN or at least the smallest normal number.
+template <bool kNormal = false>
+MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
+    using S = Simd<float>;
+    using V = S::V;
+    using I = S::I;
+    const V infinity = S::splat(__builtin_inff());
+    V e, m;
+    if constexpr (kNormal) {
+        const I u = S::bits<V, I>(x) - 0x3f3504f3;  // sqrt(1/2)
+        e = __builtin_convertvector(u >> 23, V);
+        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    } else {
+        const auto subnormal = x < 1.17549435e-38f;
+        const I u = S::bits<V, I>(subnormal ? x * 8388608.0f : x) - 0x3f3504f3;
+        e = __builtin_convertvector((u >> 23) + (subnormal ? I{} - 23 : I{}), V);
+        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    }
+    const V m2 = m * m;
+    V y = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    y = y * m + 1.1676998740e-1f;
+    y = y * m - 1.2420140846e-1f;
+    y = y * m + 1.4249322787e-1f;
+    y = y * m - 1.6668057665e-1f;
+    y = y * m + 2.0000714765e-1f;
+    y = y * m - 2.4999993993e-1f;
+    y = y * m + 3.3333331174e-1f;
+    y = y * m * m2 + e * -2.12194440e-4f - m2 * 0.5f;
+    V result = m + y + e * 0.693359375f;
+    if constexpr (!kNormal) {
+        result = x == 0.0f ? -infinity : result;
+        result = x < 0.0f ? S::splat(__builtin_nanf("")) : result;
+    }
+    return x < infinity ? result : x;  // infinity and NaN themselves
+}
+
+template <bool kNormal = false>
+MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
+    for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_log(x[i]);
+    return x;
+}
+
+template <class V, class T>
+MMFAST_INLINE V power(V x, T exponent) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i)
+        x[i] = sizeof(T) == 4 ? T(__builtin_powf(float(x[i]), float(exponent))) : T(__builtin_pow(double(x[i]), double(exponent)));
+    return x;
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

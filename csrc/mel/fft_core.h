@@ -1,0 +1,500 @@
+// Discrete Fourier transforms written once for any value type V: a scalar, or a vector whose lanes are independent
+// transforms. No shuffles are needed in that layout and every radix costs the same per lane.
+//
+// Note: [Real four-step transform]
+//   A real transform of n = R * S points, sample index s + S r, bin k1 + R k2:
+//     1. for each column s: real DFT over r (R points), outputs k1 = 0 .. R/2 only, times exp(-2 pi i s k1 / n)
+//     2. for each row k1:   complex DFT over s (S points); output k2 is bin k1 + R k2, or, past n / 2, the conjugate of
+//                           bin n - (k1 + R k2).
+//   Rows 0 .. R/2 hold every bin, so no split pass follows. The adjoint runs the steps backwards.
+//
+// Note: [Stockham]
+//   Complex DFT of S points by autosorting decimation in frequency: with `len` points left and stride s,
+//     y[q + s (r p + k)] = exp(-2 pi i p k / len) * sum_i x[q + s (p + m i)] exp(-2 pi i i k / r),   m = len / r.
+//   The last stage has m = 1: no twiddles, and it may run in place.
+#pragma once
+
+#include <cstdint>
+
+#include "common/hd.h"
+
+#ifndef MMFAST_ISA
+#define MMFAST_ISA host
+#endif
+
+namespace mmfast {
+
+constexpr int kMaxStages = 32;
+constexpr int kMaxRadix = 31;  // the largest prime with a stage of its own
+
+// Complex transform of `size` points; the tables belong to whoever made the plan (fft_plan.h). A size with a prime factor
+// over kMaxRadix is a convolution with a chirp (Bluestein) in an inner power of two, `inner` points long.
+template <class T>
+struct ComplexPlan {
+    int64_t size = 1;
+    int stages = 0;
+    int radix[kMaxStages] = {};
+    const T* twiddle[kMaxStages] = {};  // [m][radix - 1][cos, sin]; the last stage has none
+    const T* roots[kMaxStages] = {};    // of a radix without a codelet: [radix][cos, sin]
+    int64_t inner = 0;
+    const T* chirp = nullptr;            // [size][cos, sin] of pi j^2 / size
+    const T* chirp_spectrum = nullptr;  // [inner][re, im], over `inner`
+    const ComplexPlan* convolution = nullptr;
+};
+
+template <class T>
+struct RealPlan {
+    int64_t n = 1;
+    int radix = 1;                 // R
+    int64_t columns = 1;           // S
+    const T* twiddle = nullptr;  // [S][R / 2][cos, sin]: column s, output k1 = 1 .. R/2
+    ComplexPlan<T> row;
+};
+
+// A namespace for each instruction set: two copies of one inline function must never be merged by the linker. Data stand
+// outside, since code for different instruction sets hands them on.
+inline namespace MMFAST_ISA {
+
+template <class V>
+struct Complex {
+    V re, im;
+};
+
+constexpr double kTwoPi = 6.283185307179586476925286766559;
+
+// sin and cos of 2 pi k / n at compile time, reduced to the first octant so that the series converges at once.
+constexpr double sin_series(double x) {
+    double term = x, sum = x;
+    for (int i = 1; i < 12; ++i) {
+        term *= -x * x / ((2 * i) * (2 * i + 1));
+        sum += term;
+    }
+    return sum;
+}
+constexpr double cos_series(double x) {
+    double term = 1, sum = 1;
+    for (int i = 1; i < 12; ++i) {
+        term *= -x * x / ((2 * i - 1) * (2 * i));
+        sum += term;
+    }
+    return sum;
+}
+constexpr double cos_turn(int64_t k, int64_t n);
+constexpr double sin_turn(int64_t k, int64_t n) {
+    k %= n;
+    if (2 * k > n) return -sin_turn(n - k, n);
+    if (4 * k > n) return 2 * k == n ? 0.0 : sin_turn(n - 2 * k, 2 * n);
+    if (8 * k > n) return cos_turn(n - 4 * k, 4 * n);
+    return sin_series(kTwoPi * double(k) / double(n));
+}
+constexpr double cos_turn(int64_t k, int64_t n) {
+    k %= n;
+    if (2 * k > n) k = n - k;
+    if (4 * k > n) return -cos_turn(n - 2 * k, 2 * n);
+    if (8 * k > n) return sin_turn(n - 4 * k, 4 * n);
+    return cos_series(kTwoPi * double(k) / double(n));
+}
+
+// cos and sin of 2 pi k / N for a codelet's constants.
+template <int N, class T>
+struct Turns {
+    T cos[N] = {}, sin[N] = {};
+    constexpr Turns() {
+        for (int k = 0; k < N; ++k) {
+            cos[k] = T(cos_turn(k, N));
+            sin[k] = T(sin_turn(k, N));
+        }
+    }
+};
+template <int N, class T>
+constexpr Turns<N, T> kTurns{};
+
+// (re, im) * (c - i s)
+template <class V, class T>
+MMFAST_INLINE void twist(V& re, V& im, T c, T s) {
+    V t = re * c + im * s;
+    im = im * c - re * s;
+    re = t;
+}
+
+// Forward complex DFT of P points in place, P odd: pairs j, P - j share their products.
+template <int P, class T, class V>
+struct Dft {
+    static MMFAST_INLINE void run(V* re, V* im) {
+        constexpr int H = (P - 1) / 2;
+        V sr[H + 1], si[H + 1], dr[H + 1], di[H + 1];
+        V r0 = re[0], i0 = im[0];
+        for (int j = 1; j <= H; ++j) {
+            sr[j] = re[j] + re[P - j];
+            si[j] = im[j] + im[P - j];
+            dr[j] = re[j] - re[P - j];
+            di[j] = im[j] - im[P - j];
+            re[0] += sr[j];
+            im[0] += si[j];
+        }
+        for (int k = 1; k <= H; ++k) {
+            V ar = r0, ai = i0, br = dr[1] * kTurns<P, T>.sin[k], bi = di[1] * kTurns<P, T>.sin[k];
+            for (int j = 1; j <= H; ++j) {
+                ar += sr[j] * kTurns<P, T>.cos[j * k % P];
+                ai += si[j] * kTurns<P, T>.cos[j * k % P];
+                if (j > 1) {
+                    br += dr[j] * kTurns<P, T>.sin[j * k % P];
+                    bi += di[j] * kTurns<P, T>.sin[j * k % P];
+                }
+            }
+            re[k] = ar + bi;
+            im[k] = ai - br;
+            re[P - k] = ar - bi;
+            im[P - k] = ai + br;
+        }
+    }
+};
+template <class T, class V>
+struct Dft<1, T, V> {
+    static MMFAST_INLINE void run(V*, V*) {}
+};
+template <class T, class V>
+struct Dft<2, T, V> {
+    static MMFAST_INLINE void run(V* re, V* im) {
+        V r = re[0] - re[1], i = im[0] - im[1];
+        re[0] += re[1];
+        im[0] += im[1];
+        re[1] = r;
+        im[1] = i;
+    }
+};
+template <class T, class V>
+struct Dft<4, T, V> {
+    static MMFAST_INLINE void run(V* re, V* im) {
+        V ar = re[0] + re[2], ai = im[0] + im[2], br = re[0] - re[2], bi = im[0] - im[2];
+        V cr = re[1] + re[3], ci = im[1] + im[3], dr = re[1] - re[3], di = im[1] - im[3];
+        re[0] = ar + cr;
+        im[0] = ai + ci;
+        re[1] = br + di;
+        im[1] = bi - dr;
+        re[2] = ar - cr;
+        im[2] = ai - ci;
+        re[3] = br - di;
+        im[3] = bi + dr;
+    }
+};
+template <class T, class V>
+struct Dft<8, T, V> {
+    static MMFAST_INLINE void run(V* re, V* im) {
+        V er[4] = {re[0], re[2], re[4], re[6]}, ei[4] = {im[0], im[2], im[4], im[6]};
+        V qr[4] = {re[1], re[3], re[5], re[7]}, qi[4] = {im[1], im[3], im[5], im[7]};
+        Dft<4, T, V>::run(er, ei);
+        Dft<4, T, V>::run(qr, qi);
+        constexpr T h = T(cos_turn(1, 8));
+        V t1r = (qr[1] + qi[1]) * h, t1i = (qi[1] - qr[1]) * h;
+        V t3r = (qi[3] - qr[3]) * h, t3i = (qr[3] + qi[3]) * -h;
+        qr[1] = t1r;
+        qi[1] = t1i;
+        V t2 = qr[2];
+        qr[2] = qi[2];
+        qi[2] = -t2;
+        qr[3] = t3r;
+        qi[3] = t3i;
+        for (int k = 0; k < 4; ++k) {
+            re[k] = er[k] + qr[k];
+            im[k] = ei[k] + qi[k];
+            re[k + 4] = er[k] - qr[k];
+            im[k + 4] = ei[k] - qi[k];
+        }
+    }
+};
+
+// DFT of R real points: re, im of bins 0 .. R/2. R a power of two (by halves) or odd (by pairs).
+template <int R, class T, class V>
+struct RealDft {
+    static MMFAST_INLINE void run(const V* x, V* re, V* im) {
+        if constexpr (R == 1) {
+            re[0] = x[0];
+            im[0] = V{};
+        } else if constexpr (R == 2) {
+            re[0] = x[0] + x[1];
+            re[1] = x[0] - x[1];
+            im[0] = im[1] = V{};
+        } else if constexpr (R == 4) {
+            V a = x[0] + x[2], b = x[1] + x[3];
+            re[0] = a + b;
+            re[2] = a - b;
+            re[1] = x[0] - x[2];
+            im[1] = x[3] - x[1];
+            im[0] = im[2] = V{};
+        } else if constexpr (R % 2 == 0) {
+            constexpr int Q = R / 2;
+            V even[Q], odd[Q], er[Q / 2 + 1], ei[Q / 2 + 1], dr[Q / 2 + 1], di[Q / 2 + 1];
+            for (int i = 0; i < Q; ++i) {
+                even[i] = x[2 * i];
+                odd[i] = x[2 * i + 1];
+            }
+            RealDft<Q, T, V>::run(even, er, ei);
+            RealDft<Q, T, V>::run(odd, dr, di);
+            re[0] = er[0] + dr[0];
+            re[Q] = er[0] - dr[0];
+            im[0] = im[Q] = V{};
+            for (int k = 1; k < Q / 2; ++k) {
+                twist(dr[k], di[k], kTurns<R, T>.cos[k], kTurns<R, T>.sin[k]);
+                re[k] = er[k] + dr[k];
+                im[k] = ei[k] + di[k];
+                re[Q - k] = er[k] - dr[k];
+                im[Q - k] = di[k] - ei[k];
+            }
+            re[Q / 2] = er[Q / 2];  // a quarter turn; both halves are real there
+            im[Q / 2] = -dr[Q / 2];
+        } else {
+            constexpr int H = (R - 1) / 2;
+            V sum[H + 1], dif[H + 1];
+            V total = x[0];
+            for (int j = 1; j <= H; ++j) {
+                sum[j] = x[j] + x[R - j];
+                dif[j] = x[j] - x[R - j];
+                total += sum[j];
+            }
+            re[0] = total;
+            im[0] = V{};
+            for (int k = 1; k <= H; ++k) {
+                V a = x[0], b = V{};
+                for (int j = 1; j <= H; ++j) {
+                    a += sum[j] * kTurns<R, T>.cos[j * k % R];
+                    b -= dif[j] * kTurns<R, T>.sin[j * k % R];
+                }
+                re[k] = a;
+                im[k] = b;
+            }
+        }
+    }
+
+    // Transpose: x[n] = Re X_0 + Re X_{R/2} (-1)^n + 2 Re sum_{0<k<R/2} X_k exp(+2 pi i k n / R), destroying re and im.
+    static MMFAST_INLINE void inverse(V* re, V* im, V* x) {
+        if constexpr (R == 1) {
+            x[0] = re[0];
+        } else if constexpr (R == 2) {
+            x[0] = re[0] + re[1];
+            x[1] = re[0] - re[1];
+        } else if constexpr (R % 2 == 0) {
+            constexpr int Q = R / 2;
+            V even[Q], odd[Q], er[Q / 2 + 1], ei[Q / 2 + 1], dr[Q / 2 + 1], di[Q / 2 + 1];
+            er[0] = re[0] + re[Q];
+            dr[0] = re[0] - re[Q];
+            ei[0] = di[0] = V{};
+            for (int k = 1; k < Q / 2; ++k) {
+                er[k] = re[k] + re[Q - k];
+                ei[k] = im[k] - im[Q - k];
+                dr[k] = re[k] - re[Q - k];
+                di[k] = im[k] + im[Q - k];
+                twist(dr[k], di[k], kTurns<R, T>.cos[k], -kTurns<R, T>.sin[k]);
+            }
+            er[Q / 2] = re[Q / 2] + re[Q / 2];
+            dr[Q / 2] = -(im[Q / 2] + im[Q / 2]);
+            ei[Q / 2] = di[Q / 2] = V{};
+            RealDft<Q, T, V>::inverse(er, ei, even);
+            RealDft<Q, T, V>::inverse(dr, di, odd);
+            for (int i = 0; i < Q; ++i) {
+                x[2 * i] = even[i];
+                x[2 * i + 1] = odd[i];
+            }
+        } else {
+            constexpr int H = (R - 1) / 2;
+            V total = re[0];
+            for (int k = 1; k <= H; ++k) total += re[k] + re[k];
+            x[0] = total;
+            for (int n = 1; n <= H; ++n) {
+                V a = re[0], b = V{};
+                for (int k = 1; k <= H; ++k) {
+                    a += re[k] * (2 * kTurns<R, T>.cos[k * n % R]);
+                    b += im[k] * (2 * kTurns<R, T>.sin[k * n % R]);
+                }
+                x[n] = a - b;
+                x[R - n] = a + b;
+            }
+        }
+    }
+};
+
+// Complex values of scratch that transform_row needs beside the row itself.
+template <class T>
+MMFAST_INLINE int64_t row_scratch(const ComplexPlan<T>& p) {
+    return p.inner ? 2 * p.inner : p.size;
+}
+
+template <int R, class T, class V>
+MMFAST_INLINE void gather(const Complex<V>* x, int64_t step, V* re, V* im) {
+    for (int i = 0; i < R; ++i) {
+        re[i] = x[i * step].re;
+        im[i] = x[i * step].im;
+    }
+}
+
+template <int R, class T, class V>
+void middle_stage(const Complex<V>* x, Complex<V>* y, int64_t m, int64_t s, const T* tw) {
+    for (int64_t p = 0; p < m; ++p, tw += 2 * (R - 1)) {
+        for (int64_t q = 0; q < s; ++q) {
+            V re[R], im[R];
+            gather<R, T>(x + q + s * p, s * m, re, im);
+            Dft<R, T, V>::run(re, im);
+            Complex<V>* out = y + q + s * R * p;
+            out[0] = {re[0], im[0]};
+            for (int k = 1; k < R; ++k) {
+                twist(re[k], im[k], tw[2 * k - 2], tw[2 * k - 1]);
+                out[s * k] = {re[k], im[k]};
+            }
+        }
+    }
+}
+
+template <int R, class T, class V, class Sink>
+MMFAST_INLINE void last_stage(const Complex<V>* x, int64_t s, const Sink& sink) {
+    for (int64_t q = 0; q < s; ++q) {
+        V re[R], im[R];
+        gather<R, T>(x + q, s, re, im);
+        Dft<R, T, V>::run(re, im);
+        for (int k = 0; k < R; ++k) sink(q + s * k, re[k], im[k]);
+    }
+}
+
+// Any prime radix up to kMaxRadix, by the definition; roots[j] = exp(-2 pi i j / r).
+template <class T, class V, class Sink>
+void prime_stage(const Complex<V>* x, int64_t m, int64_t s, int r, const T* roots, const T* tw, const Sink& sink) {
+    for (int64_t p = 0; p < m; ++p) {
+        for (int64_t q = 0; q < s; ++q) {
+            const Complex<V>* in = x + q + s * p;
+            V re[kMaxRadix], im[kMaxRadix];
+            for (int k = 0; k < r; ++k) {
+                V ar = in[0].re, ai = in[0].im;
+                for (int i = 1, j = k; i < r; ++i, j = j + k < r ? j + k : j + k - r) {
+                    const V xr = in[s * m * i].re, xi = in[s * m * i].im;
+                    const T c = roots[2 * j], d = roots[2 * j + 1];
+                    ar += xr * c + xi * d;
+                    ai += xi * c - xr * d;
+                }
+                if (k && tw) twist(ar, ai, tw[2 * (p * (r - 1) + k - 1)], tw[2 * (p * (r - 1) + k - 1) + 1]);
+                re[k] = ar;
+                im[k] = ai;
+            }
+            for (int k = 0; k < r; ++k) sink(q + s * (r * p + k), re[k], im[k]);
+        }
+    }
+}
+
+// DFT of the p.size values at x, which are destroyed; sink(k, re, im) receives output k. w is scratch.
+template <class T, class V, class Sink>
+MMFAST_INLINE void transform_direct(const ComplexPlan<T>& p, Complex<V>* x, Complex<V>* w, const Sink& sink) {
+    int64_t s = 1, len = p.size;
+    for (int i = 0; i + 1 < p.stages; ++i) {
+        const int r = p.radix[i];
+        const int64_t m = len / r;
+        switch (r) {
+            case 2: middle_stage<2, T>(x, w, m, s, p.twiddle[i]); break;
+            case 3: middle_stage<3, T>(x, w, m, s, p.twiddle[i]); break;
+            case 4: middle_stage<4, T>(x, w, m, s, p.twiddle[i]); break;
+            case 5: middle_stage<5, T>(x, w, m, s, p.twiddle[i]); break;
+            case 7: middle_stage<7, T>(x, w, m, s, p.twiddle[i]); break;
+            case 8: middle_stage<8, T>(x, w, m, s, p.twiddle[i]); break;
+            default:
+                prime_stage(x, m, s, r, p.roots[i], p.twiddle[i],
+                            [w](int64_t k, V re, V im) { w[k] = {re, im}; });
+        }
+        Complex<V>* t = x;
+        x = w;
+        w = t;
+        s *= r;
+        len = m;
+    }
+    if (p.stages == 0) {
+        sink(0, x[0].re, x[0].im);
+        return;
+    }
+    switch (p.radix[p.stages - 1]) {
+        case 2: last_stage<2, T>(x, s, sink); break;
+        case 3: last_stage<3, T>(x, s, sink); break;
+        case 4: last_stage<4, T>(x, s, sink); break;
+        case 5: last_stage<5, T>(x, s, sink); break;
+        case 7: last_stage<7, T>(x, s, sink); break;
+        case 8: last_stage<8, T>(x, s, sink); break;
+        default: prime_stage(x, int64_t(1), s, p.radix[p.stages - 1], p.roots[p.stages - 1], (const T*)nullptr, sink);
+    }
+}
+
+// The same for every size: sizes with a large prime factor go through the chirp, X_k = c_k sum_j (x_j c_j) conj(c_{k-j}),
+// c_j = exp(-pi i j^2 / size).
+template <class T, class V, class Sink>
+MMFAST_INLINE void transform_row(const ComplexPlan<T>& p, Complex<V>* x, Complex<V>* w, const Sink& sink) {
+    if (!p.inner) {
+        transform_direct(p, x, w, sink);
+        return;
+    }
+    Complex<V>* a = w;
+    Complex<V>* b = w + p.inner;
+    for (int64_t j = 0; j < p.size; ++j) {
+        V re = x[j].re, im = x[j].im;
+        twist(re, im, p.chirp[2 * j], p.chirp[2 * j + 1]);
+        a[j] = {re, im};
+    }
+    for (int64_t j = p.size; j < p.inner; ++j) a[j] = {V{}, V{}};
+    const auto store_in = [](Complex<V>* to) {
+        return [to](int64_t k, V re, V im) { to[k] = {re, im}; };
+    };
+    // The stages swap a and b; the result is stored where the last stage may read it in place.
+    Complex<V>* first = p.convolution->stages % 2 ? a : b;
+    transform_direct(*p.convolution, a, b, store_in(first));
+    Complex<V>* other = first == a ? b : a;
+    for (int64_t k = 0; k < p.inner; ++k) {
+        const T c = p.chirp_spectrum[2 * k], d = p.chirp_spectrum[2 * k + 1];
+        // product, with real and imaginary parts swapped: a forward transform of that is the inverse one, swapped
+        const V re = first[k].re * c - first[k].im * d, im = first[k].re * d + first[k].im * c;
+        first[k] = {im, re};
+    }
+    Complex<V>* second = p.convolution->stages % 2 ? first : other;
+    transform_direct(*p.convolution, first, other, store_in(second));
+    for (int64_t k = 0; k < p.size; ++k) {
+        V re = second[k].im, im = second[k].re;
+        twist(re, im, p.chirp[2 * k], p.chirp[2 * k + 1]);
+        sink(k, re, im);
+    }
+}
+
+// Step 1 of [Real four-step transform]. load(n) gives windowed sample n (n < length; later ones are zero). Row k1 of z
+// begins at z + k1 * stride.
+template <int R, class T, class V, class Load>
+MMFAST_INLINE void real_columns(const RealPlan<T>& p, int64_t length, const Load& load, Complex<V>* z, int64_t stride) {
+    const T* tw = p.twiddle;
+    for (int64_t s = 0; s < p.columns; ++s, tw += 2 * (R / 2)) {
+        V x[R], re[R / 2 + 1], im[R / 2 + 1];
+        for (int r = 0; r < R; ++r) {
+            const int64_t n = s + p.columns * r;
+            x[r] = n < length ? load(n) : V{};
+        }
+        RealDft<R, T, V>::run(x, re, im);
+        z[s] = {re[0], V{}};
+        for (int k = 1; k <= R / 2; ++k) {
+            twist(re[k], im[k], tw[2 * k - 2], tw[2 * k - 1]);
+            z[k * stride + s] = {re[k], im[k]};
+        }
+    }
+}
+
+// Its transpose, real and imaginary parts of z swapped: store(n, value) receives
+// sum over all n bins k of H_k exp(+2 pi i k n / N) for the Hermitian H whose rows were transformed back into z.
+template <int R, class T, class V, class Store>
+MMFAST_INLINE void real_columns_adjoint(const RealPlan<T>& p, int64_t length, const Complex<V>* z, int64_t stride,
+                                        const Store& store) {
+    const T* tw = p.twiddle;
+    for (int64_t s = 0; s < p.columns; ++s, tw += 2 * (R / 2)) {
+        V x[R], re[R / 2 + 1], im[R / 2 + 1];
+        for (int k = 0; k <= R / 2; ++k) {
+            re[k] = z[k * stride + s].im;
+            im[k] = z[k * stride + s].re;
+            if (k) twist(re[k], im[k], tw[2 * k - 2], -tw[2 * k - 1]);
+        }
+        RealDft<R, T, V>::inverse(re, im, x);
+        for (int r = 0; r < R; ++r) {
+            const int64_t n = s + p.columns * r;
+            if (n < length) store(n, x[r]);
+        }
+    }
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

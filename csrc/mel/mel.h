@@ -1,0 +1,85 @@
+// What the mel slice offers to mel_bind.cpp, and the kernels that mel_cpu.cpp drives. Sizes: B rows of T samples,
+// F frames, C features of a frame, K = n_fft / 2 + 1 bins, M filters.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include "common/scalar_types.h"
+#include "mel/fft_plan.h"
+#include "mel/mel_core.h"
+
+namespace mmfast {
+namespace mel {
+
+// The kernels of each instruction set (mel_tile.cpp).
+#define MMFAST_DECLARE(isa)              \
+    namespace isa {                      \
+    MelKernels<float> kernels_float();   \
+    MelKernels<double> kernels_double(); \
+    }
+MMFAST_DECLARE(baseline)
+MMFAST_DECLARE(avx2)
+MMFAST_DECLARE(avx512)
+#undef MMFAST_DECLARE
+
+// A MelConfig in the terms of the kernels; the tensors (window, filters, dct) come with each call.
+struct Spec {
+    int64_t n_fft = 1;
+    Framing framing{};
+    double input_scale = 1, preemphasis = 0, dither = 0, energy_floor = 0;
+    bool preemphasis_of_signal = false, remove_dc = false, raw_energy = true;
+    Energy energy = Energy::none;
+    double power = 2, power_offset = 0;
+    int normalized = 0;  // 1: by sqrt(sum w^2), 2: by sqrt(n_fft)
+    bool log = false, has_top_db = false;
+    double log_floor = 0, log_offset = 0, log_scale = 1, log_shift = 0, top_db = 0;
+    double output_offset = 0, output_scale = 1, fill = 0;
+    bool time_major = false;
+};
+
+// A Spec with its transform tables, made on first use of each precision; safe to share between threads.
+class Plan {
+public:
+    explicit Plan(const Spec& s) : spec(s) {}
+    const Spec spec;
+    template <class T>
+    const RealPlan<T>& fft() const;
+
+private:
+    mutable std::once_flag once_[2];
+    mutable std::unique_ptr<FftTables<float>> float_;
+    mutable std::unique_ptr<FftTables<double>> double_;
+};
+
+struct Waveform {
+    const void* data;
+    ScalarType type;
+    int64_t rows, length, row_stride, sample_stride;
+    const int64_t* lengths;  // [B] or null; clamped to [0, T]
+};
+
+template <class T>
+struct Tables {
+    const T* window;   // [win_length]
+    const T* filters;  // [K][M] or null
+    int64_t n_filters;
+    const T* dct;  // [bands][cepstra] or null
+    int64_t cepstra;
+};
+
+int64_t feature_count(const Spec& spec, int64_t n_filters, int64_t cepstra);
+
+// features: [B][C][F], or [B][F][C] with time_major, of out_type. counts: [B]. maxima: a value for each group of rows that
+// shares a top_db maximum (group rows each, 0 is all).
+template <class T>
+void forward_cpu(const Plan& plan, const Waveform& wave, const Tables<T>& tables, int64_t group, uint32_t seed,
+                 void* features, ScalarType out_type, int64_t* counts, T* maxima);
+
+// grad: as features, in T. grad_wave: [B][T] or null. grad_filters: [K][M] or null. Both are overwritten.
+template <class T>
+void backward_cpu(const Plan& plan, const Waveform& wave, const Tables<T>& tables, int64_t group, uint32_t seed,
+                  const T* maxima, const T* grad, T* grad_wave, T* grad_filters);
+
+}  // namespace mel
+}  // namespace mmfast

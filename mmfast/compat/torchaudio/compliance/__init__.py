@@ -1,0 +1,5 @@
+"""Feature extraction that follows other toolkits."""
+
+from mmfast.compat.torchaudio.compliance import kaldi
+
+__all__ = ["kaldi"]
