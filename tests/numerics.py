@@ -25,8 +25,8 @@ def assert_no_worse_than_eager(
     In the mean, and in all but a hundredth of the elements. The single worst element of two equally good results differs by
     more than that where a logarithm has been taken of almost nothing; it is held to four times as much.
 
-    ``floor`` is the error that is always allowed, relative to the largest value of ``gold``; by default 4 units in the last
-    place of ``out``'s dtype. Where ``eager`` is NaN or infinite, ``out`` is the same.
+    ``floor`` is the error that is always allowed, relative to the largest value of ``gold``; by default 4 units in the
+    last place of ``out``'s dtype. Where ``eager`` is NaN or infinite, ``out`` is the same.
     """
     assert out.shape == eager.shape == gold.shape, f"{what}: shapes {out.shape}, {eager.shape}, {gold.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but {eager.dtype} in eager mode"
@@ -59,7 +59,7 @@ def _largest(x: torch.Tensor) -> float:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Bytes that ``call`` had resident at its peak beyond what was before and what its result (a tensor or tuple) holds.
+    """Bytes resident at the peak of ``call`` beyond what was before and what its result (a tensor or tuple) holds.
 
     Read from the kernel, so that memory which torch does not know of counts too; good to about 0.2 MB.
     """
