@@ -143,7 +143,7 @@ def outside_index(position: torch.Tensor, length: int | torch.Tensor, mode: str)
     ``"circular"`` go on for as long as it takes, as Kaldi does for signals shorter than a frame; ``"constant"`` leaves
     the position outside.
     """
-    if isinstance(length, int):
+    if not isinstance(length, torch.Tensor):
         length = position.new_full((), length)
     if mode == "constant":
         return position.expand(torch.broadcast_shapes(position.shape, length.shape))
