@@ -7,4 +7,5 @@
 #define MMFAST_HD
 #endif
 
-#define MMFAST_INLINE inline __attribute__((always_inline))
+// always_inline also keeps these functions out of the symbol table, see cmake/check_isa.cmake.
+#define MMFAST_INLINE MMFAST_HD inline __attribute__((always_inline))

@@ -15,14 +15,14 @@ struct Framing {
     int64_t window, hop, first, count_offset, min_length, pad;
     PadMode mode;
 
-    MMFAST_HD MMFAST_INLINE int64_t count(int64_t length) const {
+    MMFAST_INLINE int64_t count(int64_t length) const {
         const int64_t a = length + count_offset;
         return length < min_length || a < 0 ? 0 : a / hop;
     }
 
     // Sample that position q (0 is the first of the signal) reads, or -1 for zero: first `pad` zeros are put on both
     // sides, then the result is extended by `mode`.
-    MMFAST_HD MMFAST_INLINE int64_t source(int64_t q, int64_t length) const {
+    MMFAST_INLINE int64_t source(int64_t q, int64_t length) const {
         if (q >= 0 && q < length) return q;
         const int64_t padded = length + 2 * pad;
         q += pad;
@@ -52,7 +52,7 @@ struct Framing {
 
 // 32-bit mixer (two multiply-xorshift rounds); U is uint32_t or a vector of it.
 template <class U>
-MMFAST_HD MMFAST_INLINE U mix32(U x) {
+MMFAST_INLINE U mix32(U x) {
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= x >> 15;
@@ -86,22 +86,23 @@ struct MelParams {
     T power = 2, power_offset = 0;
     Filters<T> filters;  // rows = 0: the bare spectrum
     bool log = false, has_top_db = false;
-    T log_floor = 0, log_offset = 0, log_scale = 1, log_shift = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift
+    T log_floor = 0, log_offset = 0, log_shift = 0;
+    T log_scale = 1, log_scale_low = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift, the scale in two parts
     T top_db = 0;
     T output_offset = 0, output_scale = 1;
     int64_t cepstra = 0;       // 0: no DCT
     const T* dct = nullptr;  // [bands][cepstra]
     bool time_major = false;   // features of a frame stand together
 
-    MMFAST_HD MMFAST_INLINE int64_t bins() const { return fft.n / 2 + 1; }
-    MMFAST_HD MMFAST_INLINE int64_t bands() const { return filters.rows ? filters.rows : bins(); }
+    MMFAST_INLINE int64_t bins() const { return fft.n / 2 + 1; }
+    MMFAST_INLINE int64_t bands() const { return filters.rows ? filters.rows : bins(); }
     // A filter without weights gives the same v in every frame. With a DCT and top_db it is left out of the first round and
     // of FrameTile.lowest, for it lies below nearly every threshold; mel_cpu.cpp adds its part.
-    MMFAST_HD MMFAST_INLINE bool constant_band(int64_t i) const {
+    MMFAST_INLINE bool constant_band(int64_t i) const {
         return cepstra && filters.rows && filters.offset[i] == filters.offset[i + 1];
     }
     // Whether samples change between the waveform and the window.
-    MMFAST_HD MMFAST_INLINE bool conditions() const {
+    MMFAST_INLINE bool conditions() const {
         return input_scale != 1 || dither != 0 || remove_dc || preemphasis != 0 || energy != Energy::none;
     }
 };

@@ -10,8 +10,9 @@ from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
 from mmfast.mel.post import deltas, normalize, sliding_normalize
+from mmfast.mel.streaming import Streaming
 
-__all__ = ["MelConfig", "deltas", "extract", "normalize", "sliding_normalize"]
+__all__ = ["MelConfig", "Streaming", "deltas", "extract", "normalize", "sliding_normalize"]
 
 
 def extract(
@@ -45,7 +46,8 @@ def extract(
         The features, in the dtype of ``waveform`` (float32 for int16); with ``lengths`` a pair of them and the number of
         frames of each row, an int64 tensor of the leading shape.
 
-    Differentiable, twice, with respect to ``waveform`` and ``filters``. Values are those of the reference where they are
+    Differentiable, twice, with respect to ``waveform`` and ``filters``; with a ``window`` or ``dct`` that requires a gradient
+    the reference computes. Values are those of the reference where they are
     NaN or infinite. With ``config.dither > 0`` the noise follows torch's global CPU generator.
 
     Raises:
@@ -78,7 +80,13 @@ def extract(
     group = 1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
     seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
     rows = waveform if len(shape) == 2 else waveform.reshape(shape[:-1].numel(), shape[-1])
-    run = reference.mel_reference if _backend.choose("mel", waveform.device, backend)[0] == "reference" else op.mel
+    chosen = _backend.choose("mel", waveform.device, backend)[0]
+    if chosen != "reference" and torch.is_grad_enabled() and _requires_grad(window, dct):
+        # The kernels have no gradient for these.
+        if backend is not None:
+            raise ValueError(f"window and dct have gradients only on backend 'reference', got backend={backend!r}")
+        chosen = "reference"
+    run = reference.mel_reference if chosen == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:
         features = features.view(shape[:-1] + features.shape[1:])
@@ -94,15 +102,24 @@ _COMPUTE = {
 }
 
 
+def _requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # else every compiled call would make the table anew
+def _configured_table(name: str, key: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _cached_table(name, key, dtype, device)
+
+
 @lru_cache(maxsize=256)
-def _cached_table(name: str, config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return getattr(tables, name)(config).to(device, dtype).contiguous()
+def _cached_table(name: str, key: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return getattr(tables, name)(MelConfig.from_key(key)).to(device, dtype).contiguous()
 
 
 def _table(name, given, config, waveform, dtype, shape) -> torch.Tensor:
     """The caller's tensor, checked, or the configured one from the cache."""
     if given is None:
-        return _cached_table(name, config, dtype, waveform.device)
+        return _configured_table(name, config.key, dtype, waveform.device)
     if not isinstance(given, torch.Tensor) or not given.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating point tensor, got {getattr(given, 'dtype', type(given).__name__)}")
     if given.shape != shape:

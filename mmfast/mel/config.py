@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 _CHOICES: dict[str, tuple] = {
@@ -188,6 +188,9 @@ class MelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self._check_window()
         self._check_features(put)
+        # Both are wanted several times a call, and while torch.compile traces.
+        put("_key", "{" + ", ".join([f'"{name}": {_json(getattr(self, name))}' for name in _FIELDS]) + "}")
+        put("_hash", hash(self._key))
 
     def _check_window(self) -> None:
         if isinstance(self.window, str):
@@ -279,10 +282,10 @@ class MelConfig:
         """Number of frames of a waveform of ``length`` samples (0 below `min_length`)."""
         return 0 if length < self.min_length else max(0, (length + self.count_offset) // self.hop_length)
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Canonical text of this configuration: what the operators carry; `from_key` is its inverse."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return self._key
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -296,10 +299,6 @@ class MelConfig:
     def __hash__(self) -> int:
         return self._hash
 
-    @cached_property
-    def _hash(self) -> int:  # looked up several times a call
-        return hash(self.key)
-
     def replace(self, **changes: Any) -> MelConfig:
         """Copy with fields changed; sizes that followed from a changed field by default must be given anew."""
         return dataclasses.replace(self, **changes)
@@ -309,6 +308,22 @@ _FLOATS = tuple(
     "sample_rate blackman_coeff input_scale dither preemphasis energy_floor power power_offset f_min vtln_warp vtln_low vtln_high "
     "log_floor log_offset db_multiplier db_reference output_offset output_scale lifter fill".split()
 )
+
+
+_FIELDS = tuple(sorted(field.name for field in dataclasses.fields(MelConfig)))
+
+
+def _json(value: Any) -> str:
+    """As json.dumps, which torch.compile cannot look into, for what a field may hold."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(v) for v in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if value is None:
+        return "null"
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _integer(name: str, value: Any, least: int) -> int:

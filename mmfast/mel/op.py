@@ -152,15 +152,17 @@ def _differentiate_twice(ctx, grad_waveform, grad_filters):
     """Second derivatives, by the reference: rare, and then its memory is the price."""
 
     def tracked(tensor):
-        return tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+        # An alias, so that differentiation stops here and not where the caller's graph began.
+        if tensor is None:
+            return None
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
     grad, waveform, window, filters, dct, lengths = ctx.saved_tensors
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
         grad, waveform, filters = tracked(grad), tracked(waveform), tracked(filters)
-        rows = waveform
         config = MelConfig.from_key(ctx.config)
-        features, _ = mel_reference(rows, window, filters, dct, lengths, ctx.group, ctx.seed, config)
+        features, _ = mel_reference(waveform, window, filters, dct, lengths, ctx.group, ctx.seed, config)
         wanted = [(waveform, grad_waveform)] if ctx.need_waveform and grad_waveform is not None else []
         if ctx.need_filters and grad_filters is not None:
             wanted.append((filters, grad_filters))

@@ -83,11 +83,16 @@ def _frame_counts(lengths: torch.Tensor, config: MelConfig) -> torch.Tensor:
 def _frames(x: torch.Tensor, lengths: torch.Tensor | None, count: int, config: MelConfig) -> torch.Tensor:
     """``(B, count, win_length)``: the samples under the window, from the signal and what stands outside it."""
     if count == 0 or x.shape[0] == 0:
-        return x.sum(dim=1)[:, None, None].expand(-1, count, config.win_length)  # no values, but a gradient: zeros
+        return _nothing(x)[:, None, None].expand(-1, count, config.win_length)
     start = config.first_sample
     end = start + (count - 1) * config.hop_length + config.win_length
     spread = _spread if lengths is None else _spread_ragged
     return spread(x, lengths, start, end, config).unfold(1, config.win_length, config.hop_length)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """A zero for each row that does not depend on ``x`` and yet gives it a gradient, of zeros."""
+    return x[:, :0].sum(dim=1)
 
 
 def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -> torch.Tensor:
@@ -95,7 +100,10 @@ def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -
     if start >= 0 and end <= x.shape[1]:
         return x[:, start:end]
     if config.pad_mode == "constant" or config.framing == "valid":
-        return torch.nn.functional.pad(x, (-start, end - x.shape[1]))
+        first, last = max(0, start), min(end, x.shape[1])
+        if first >= last:
+            return _nothing(x)[:, None].expand(-1, end - start)
+        return torch.nn.functional.pad(x[:, first:last], (first - start, end - last))
     if config.pad:
         x = torch.nn.functional.pad(x, (config.pad, config.pad))
         start, end = start + config.pad, end + config.pad
@@ -113,7 +121,7 @@ def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -
 def _spread_ragged(x: torch.Tensor, lengths: torch.Tensor, start: int, end: int, config: MelConfig) -> torch.Tensor:
     """As `_spread`, every row ending at its own length: one gather, nothing read past a row's end."""
     if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], end - start)
+        return _nothing(x)[:, None].expand(-1, end - start)
     position = torch.arange(start, end, device=x.device) + config.pad
     ends = lengths[:, None] + 2 * config.pad
     mode = "constant" if config.framing == "valid" else config.pad_mode

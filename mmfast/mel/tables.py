@@ -230,10 +230,11 @@ def _triangles(bins: torch.Tensor, points: torch.Tensor, norm: str | float | Non
 
 
 def _normalized(weights: torch.Tensor, norm: str | float | None, width: torch.Tensor) -> torch.Tensor:
+    weights = weights.nan_to_num(0.0, 0.0, 0.0)  # corners so close that they coincide: an empty filter
     if norm is None:
         return weights
     if norm == "slaney":
-        return weights * (2.0 / width)
+        return (weights * (2.0 / width)).nan_to_num(0.0, 0.0, 0.0)
     length = torch.linalg.vector_norm(weights, ord=norm, dim=0)
     return weights / torch.where(length > 0, length, torch.ones_like(length))
 

@@ -1,0 +1,143 @@
+"""``python -m benchmarks``: measure, compare, report. ``--help`` lists the options, results/README.md uses them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+_DEFAULT_OUT = Path(__file__).resolve().parent / "out"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of mmfast beside its peers.")
+    p.add_argument("slices", nargs="*", metavar="slice", help="mel, …; all without any")
+    p.add_argument("--cases", metavar="GLOB", help="comma-separated patterns of case names")
+    p.add_argument("--providers", metavar="A,B", help="comma-separated patterns of provider names")
+    p.add_argument("--mode", choices=("forward", "backward", "both"), default="both", help="backward: with the forward")
+    p.add_argument("--threads", type=int, metavar="N", help="threads of torch and the peers (default: torch's choice)")
+    effort = p.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="a few rounds; memory of three providers only")
+    effort.add_argument("--full", action="store_true", help="the measurement that results/ holds (default)")
+    p.add_argument("--rounds", type=int, help="rounds in place of those of --quick or --full")
+    p.add_argument("--pause", type=float, metavar="S", help="seconds of sleep before each turn (default 0.15)")
+    p.add_argument("--memory", metavar="A,B", help="providers whose peak memory is measured; '' for none")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--thp", action="store_true", help="start again with THP_MEM_ALLOC_ENABLE=1: huge pages for tensors")
+    p.add_argument("--out", type=Path, default=_DEFAULT_OUT, metavar="DIR", help="rows.jsonl, report.md and plots")
+    p.add_argument("--list", action="store_true", help="print cases and providers and stop")
+    p.add_argument("--speech", action="store_true", help="real speech: check agreement, then time (readme_bench.py)")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratio of two rows.jsonl; exit 1 on a regression")
+    p.add_argument("--tolerance", type=float, default=0.05, help="slow-down that is no regression (default 0.05)")
+    p.add_argument("--report", nargs="+", metavar="FILE", help="write the report of existing rows.jsonl files to --out")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line. Exit code: 0; 1 for a regression, a disagreement or a failed row; 2 for wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    p = parser()
+    args = p.parse_args(arguments)
+    if args.threads is not None and args.threads < 1:
+        p.error(f"--threads must be at least 1, got {args.threads}")
+    if args.thp and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        # torch reads it once, at its first allocation.
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *arguments])
+    _set_threads(args.threads)  # before anything imports torch
+    try:
+        if args.compare:
+            return _compare(args)
+        if args.report:
+            return _report(args)
+        if args.speech:
+            from benchmarks import readme_bench
+
+            return readme_bench.run(args.out, _settings(args))
+        return _measure(args)
+    except ValueError as error:
+        p.error(str(error))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from benchmarks import compare
+
+    found = compare.changes(compare.read(args.compare[0]), compare.read(args.compare[1]), args.providers or "*")
+    if not found:
+        raise ValueError("--compare: the two files have no row in common (case, mode, provider, device, threads)")
+    print(compare.table(found, args.tolerance))
+    slower = [change for change in found if change.regressed(args.tolerance)]
+    print(f"\n{len(found)} rows compared, {len(slower)} slower by more than {args.tolerance:.0%}")
+    return 1 if slower else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks import compare, report
+
+    for path in report.write(compare.read(*args.report), args.out):
+        print(path)
+    return 0
+
+
+def _set_threads(threads: int | None) -> None:
+    """Threads of torch, and of the BLAS and OpenMP libraries of peers, which read the environment once."""
+    if threads is None:
+        return
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _settings(args: argparse.Namespace):
+    from benchmarks import suite
+
+    settings = suite.QUICK if args.quick else suite.FULL
+    changes = {"device": args.device, "seed": args.seed}
+    if args.mode != "both":
+        changes["modes"] = (args.mode,)
+    if args.rounds is not None:
+        changes["rounds"] = args.rounds
+    if args.pause is not None:
+        changes["pause"] = args.pause
+    if args.memory is not None:
+        changes["memory"] = tuple(filter(None, args.memory.split(",")))
+    return dataclasses.replace(settings, **changes)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from benchmarks import cases, providers, report, suite
+
+    chosen = cases.select(args.slices, args.cases)
+    available, missing = providers.select(args.providers, args.device)
+    for name, reason in missing.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if args.list:
+        for case in chosen:
+            names = ", ".join(p.name for p in available if p.supports(case, "forward"))
+            print(f"{case.name:24} {case.shape:36} {names}")
+        return 0
+    if not available:
+        raise ValueError(f"--providers: none of {args.providers} can run here")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with open(args.out / "rows.jsonl", "w") as file:
+        for row in suite.run(chosen, available, _settings(args)):
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    if not rows:
+        raise ValueError("no provider chosen computes any case chosen in this mode")
+    print(report.tables(rows))
+    print("\n".join(map(str, [args.out / "rows.jsonl", *report.write(rows, args.out)])))
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

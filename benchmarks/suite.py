@@ -1,0 +1,209 @@
+"""Runs cases × providers interleaved in one process and yields one row for each."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine, memory, roofline
+from benchmarks.providers import Provider
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure.
+
+    Args:
+        rounds: times that every provider gets its turn.
+        calls: most timed calls of one turn.
+        burst: seconds after which a turn ends.
+        budget: seconds that one provider may take for a case and mode; it still gets ``least_rounds`` turns.
+        pause: seconds of sleep before each turn, in which other libraries' idle threads stop spinning.
+        memory: patterns of the providers whose memory is measured, each in a process of its own.
+    """
+
+    rounds: int = 15
+    calls: int = 30
+    burst: float = 0.3
+    budget: float = 20.0
+    least_rounds: int = 3
+    pause: float = 0.15
+    memory: tuple[str, ...] = ("*",)
+    modes: tuple[str, ...] = ("forward", "backward")
+    device: str = "cpu"
+    seed: int = 0
+
+
+FULL = Settings()
+QUICK = Settings(rounds=5, calls=10, burst=0.15, budget=2.0, memory=("mmfast", "reference", "torchaudio"))
+
+
+@dataclass
+class _Turn:
+    """A provider ready to be timed, and its times: one list a round."""
+
+    provider: Provider
+    call: Callable[[], tuple[torch.Tensor, ...]]
+    error: dict[str, float]
+    first_call: float
+    rounds: list[list[float]] = field(default_factory=list)
+    spent: float = 0.0
+
+
+def run(
+    cases, providers: list[Provider], settings: Settings, progress: bool = True, roof: dict | None = None
+) -> Iterator[dict[str, Any]]:
+    """One row for every case, mode and provider that computes it, as soon as the case and mode are done.
+
+    The ``roof`` is measured unless it is given. A provider that fails gives a row with ``failed`` in words and costs
+    the others nothing.
+    """
+    jobs = [(case, mode) for case in cases for mode in settings.modes]
+    common = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": settings.device,
+        "dtype": "float32",
+        "seed": settings.seed,
+        "machine": machine.describe(settings.device),
+        "roofline": roof or roofline.measure(settings.device),
+    }
+    with tqdm(total=len(jobs), disable=not progress, unit="case", file=sys.stderr) as bar:
+        for case, mode in jobs:
+            bar.set_description(f"{case.name} {mode}")
+            chosen = [p for p in providers if p.supports(case, mode)]
+            yield from _rows(case, mode, chosen, settings, common, bar)
+            bar.update()
+
+
+def _rows(case, mode: str, providers: list[Provider], settings: Settings, common: dict, bar) -> Iterator[dict]:
+    head = {
+        **common,
+        "slice": case.slice,
+        "case": case.name,
+        "mode": mode,
+        "shape": case.shape,
+        "batch": case.batch,
+        "seconds": case.seconds,
+        "frames": case.frames,
+    }
+    turns, failures = _make_ready(case, mode, providers, settings)
+    _interleave(turns, settings, case, mode, bar)
+    peaks = _memory(case, mode, [t.provider for t in turns], settings, bar)
+    for turn in turns:
+        yield head | _row(turn, case, mode, common["roofline"], peaks.get(turn.provider.name))
+    for provider, reason in failures:
+        yield head | {"provider": provider.name, "version": provider.version(), "failed": reason}
+
+
+def _make_ready(case, mode: str, providers: list[Provider], settings: Settings) -> tuple[list[_Turn], list]:
+    """Builds every provider, calls it once (libraries load, compilers compile) and compares with float64."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # a fresh set of compiled graphs for each case: no recompilation limit is met
+    waveform, upstream = case.inputs(settings.seed, settings.device), case.upstream(settings.seed, settings.device)
+    gold = case.gold(waveform, upstream if mode == "backward" else None)
+    turns, failures = [], []
+    for provider in providers:
+        try:
+            start = time.perf_counter()
+            call = provider.build(case, settings.device).call(mode, waveform, upstream)
+            result = call()[0]
+            _wait(settings.device)
+            first = time.perf_counter() - start
+            turns.append(_Turn(provider, call, errors(result, gold), first))
+        except Exception as error:  # a peer may fail in any way; the row says how
+            failures.append((provider, f"{type(error).__name__}: {error}".splitlines()[0]))
+    return turns, failures
+
+
+def _interleave(turns: list[_Turn], settings: Settings, case, mode: str, bar) -> None:
+    order = random.Random(f"{settings.seed}/{case.name}/{mode}")
+    for index in range(settings.rounds):
+        order.shuffle(turns)
+        bar.set_postfix_str(f"round {index + 1}/{settings.rounds}")
+        for turn in turns:
+            if turn.spent > settings.budget and index >= settings.least_rounds:
+                continue
+            time.sleep(settings.pause)
+            begin = time.perf_counter()
+            turn.call()
+            _wait(settings.device)
+            turn.rounds.append(_burst(turn.call, settings))
+            turn.spent += time.perf_counter() - begin
+
+
+def _burst(call: Callable, settings: Settings) -> list[float]:
+    """Times of single calls, until the burst is over."""
+    times: list[float] = []
+    end = time.perf_counter() + settings.burst
+    while len(times) < settings.calls:
+        start = time.perf_counter()
+        call()
+        _wait(settings.device)
+        stop = time.perf_counter()
+        times.append(stop - start)
+        if stop > end:
+            break
+    return times
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _memory(case, mode: str, providers: list[Provider], settings: Settings, bar) -> dict[str, dict]:
+    """Peak memory by provider, in processes of their own; nothing is being timed, so they run beside each other."""
+    wanted = [p.name for p in providers if any(fnmatchcase(p.name, g) for g in settings.memory)]
+    bar.set_postfix_str("memory")
+    threads = torch.get_num_threads()
+    stored = case.same_shapes_as or case.name  # what a fresh process finds
+    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // threads, len(wanted)))) as pool:
+        measure = lambda name: memory.in_fresh_process(stored, name, mode, settings.device, threads, settings.seed)  # noqa: E731
+        return dict(zip(wanted, pool.map(measure, wanted), strict=True))
+
+
+def errors(result: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
+    """``max_relative`` = max |result - gold| / max |gold| and ``relative_l2`` = ‖result - gold‖ / ‖gold‖.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if result.shape != gold.shape:
+        raise ValueError(f"the result must have the shape {tuple(gold.shape)}, got {tuple(result.shape)}")
+    difference = result.detach().double() - gold
+    return {
+        "max_relative": float(difference.abs().max() / gold.abs().max()),
+        "relative_l2": float(difference.norm() / gold.norm()),
+    }
+
+
+def _row(turn: _Turn, case, mode: str, roof: dict, peak: dict | None) -> dict[str, Any]:
+    times = np.concatenate(turn.rounds)
+    median, low, high = (float(np.quantile(times, q)) for q in (0.5, 0.2, 0.8))
+    flops, moved = case.work(mode)
+    return {
+        "provider": turn.provider.name,
+        "version": turn.provider.version(),
+        "median": median,
+        "p20": low,
+        "p80": high,
+        "n": len(times),
+        "first_call": turn.first_call,
+        "error": turn.error,
+        "memory": peak,
+        "gflops": flops / median / 1e9,
+        "roof_fraction": roofline.fraction(median, flops, moved, roof),
+        "rounds": turn.rounds,
+    }
