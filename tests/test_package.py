@@ -271,6 +271,23 @@ def test_info_without_extension(pure):
     assert "MMFAST_BACKEND=cpu" in text
 
 
+# ---- The README
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_examples(number):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    if "compat.transformers" in blocks[number]:
+        pytest.importorskip("transformers")
+    names = {}
+    exec(blocks[number], names)
+    shapes = re.findall(r"^(\w+) = .*# (\(.*\))$", blocks[number], re.MULTILINE)
+    assert shapes
+    for name, shape in shapes:
+        assert str(tuple(names[name].shape)) == shape
+
+
 # ---- Every slice has all its rooms
 
 
