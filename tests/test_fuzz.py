@@ -76,7 +76,10 @@ def configs(draw, largest: int = 600) -> MelConfig:
             "lifter_kind": draw(st.sampled_from(("kaldi", "librosa"))),
             "cepstra_order": draw(st.sampled_from(("c0_first", "htk"))),
         }
-    return MelConfig(**fields)
+    config = MelConfig(**fields)
+    if not tables.window(config).any():  # a symmetric Hann window of two samples, which has no norm to divide by
+        config = config.replace(normalized=False)
+    return config
 
 
 @st.composite
@@ -109,7 +112,6 @@ def _lengths(draw, waveform: torch.Tensor) -> torch.Tensor | None:
     return torch.tensor(values, dtype=torch.int64).view(waveform.shape[:-1])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # a window of zeros, normalised
 @settings(max_examples=80, **QUICK)
 @given(data=st.data())
 def test_reference_matches_definition(data):
@@ -126,9 +128,7 @@ def test_reference_matches_definition(data):
     channels = waveform.shape[-2] if waveform.dim() > 1 else 0
     group = {"item": 1, "channels": channels, "batch": 0}[config.top_db_scope]
     expected, _ = definition.features(rows.numpy(), ends, *arrays, group, 0, config)
-    torch.testing.assert_close(
-        out.reshape(expected.shape), torch.from_numpy(expected), rtol=1e-8, atol=1e-8, equal_nan=True
-    )
+    torch.testing.assert_close(out.reshape(expected.shape), torch.from_numpy(expected), rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=150, **QUICK)
