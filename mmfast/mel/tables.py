@@ -47,7 +47,7 @@ def window(config: MelConfig) -> torch.Tensor:
     if config.window == "blackman":
         c = config.blackman_coeff
         return c - 0.5 * angle.cos() + (0.5 - c) * (2 * angle).cos()
-    hann = (angle / 2).sin().square()  # = .5 - .5 cos, without the cancellation near the edges
+    hann = 0.5 - 0.5 * angle.cos()
     return hann if config.window == "hann" else hann.pow(0.85)
 
 
