@@ -169,7 +169,7 @@ _ODD = (
             log_offset=2.0**-24,
         ),
     ),
-    Case("frame_preemphasis", _small(preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
+    Case("frame_preemphasis", _small(window="hamming", preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
 )
 
 CASES = {case.name: case for case in (*TUNED, *_SIZES, *_FRAMINGS, *_ODD)}

@@ -228,13 +228,23 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
         for (int64_t k = 0; k < bins; ++k) raised[k] = mmfast::power(power[k] + p.power_offset, p.power / 2);
 }
 
+// m = filters * power. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
+// every band of its frame NaN.
 template <class T>
-void filter(const Filters<T>& f, const Vec<T>* power, Vec<T>* m) {
+void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
+    Vec<T> poison{}, other{};
+    int64_t k = 0;
+    for (; k + 2 <= bins; k += 2) {
+        poison += power[k] * T(0);
+        other += power[k + 1] * T(0);
+    }
+    if (k < bins) poison += power[k] * T(0);
+    poison += other;
     for (int64_t i = 0; i < f.rows; ++i) {
         const Vec<T>* x = power + f.first[i];
         const T* w = f.weights + f.offset[i];
         const int64_t count = f.offset[i + 1] - f.offset[i];
-        Vec<T> a{}, b{};
+        Vec<T> a = poison, b{};
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) {
             a += x[j] * w[j];
@@ -255,7 +265,9 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     const auto logarithm = [&](auto normal) {
         for (int64_t i = 0; i < bands; ++i) {
             const V y = (m[i] < floor ? floor : m[i]) + p.log_offset;
-            v[i] = log<decltype(normal)::value>(y) * p.log_scale + p.log_shift;
+            const V ln = log<decltype(normal)::value>(y);
+            const V rest = ln * p.log_scale_low, scaled = ln * p.log_scale + p.log_shift;
+            v[i] = rest - rest == T(0) ? scaled + rest : scaled;  // an infinite ln has no rest
         }
     };
     if (!p.log) {
@@ -339,7 +351,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     *m = *raised;
     if (p.filters.rows) {
         *m = kBackward ? s.m : s.v;
-        filter(p.filters, *raised, *m);
+        filter(p.filters, *raised, p.bins(), *m);
     }
     compress(p, *m, s.v, t);
     return energy;
