@@ -251,7 +251,7 @@ void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
             b += x[j + 1] * w[j + 1];
         }
         if (j < count) a += x[j] * w[j];
-        m[i] = count ? a + b : power[0] * T(0);  // NaN stays NaN
+        m[i] = a + b;
     }
 }
 
