@@ -165,7 +165,7 @@ void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* 
     }
     if (want_energy && !p.raw_energy) {
         for (int64_t n = 0; n < length; ++n) {
-            const V y = x[n] * p.window[n];
+            const V y = x[n] * p.energy_window[n];
             sum += y * y;
         }
     }
@@ -228,13 +228,23 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
         for (int64_t k = 0; k < bins; ++k) raised[k] = mmfast::power(power[k] + p.power_offset, p.power / 2);
 }
 
+// m = filters * power. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
+// every band of its frame NaN.
 template <class T>
-void filter(const Filters<T>& f, const Vec<T>* power, Vec<T>* m) {
+void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
+    Vec<T> poison{}, other{};
+    int64_t k = 0;
+    for (; k + 2 <= bins; k += 2) {
+        poison += power[k] * T(0);
+        other += power[k + 1] * T(0);
+    }
+    if (k < bins) poison += power[k] * T(0);
+    poison += other;
     for (int64_t i = 0; i < f.rows; ++i) {
         const Vec<T>* x = power + f.first[i];
         const T* w = f.weights + f.offset[i];
         const int64_t count = f.offset[i + 1] - f.offset[i];
-        Vec<T> a{}, b{};
+        Vec<T> a = poison, b{};
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) {
             a += x[j] * w[j];
@@ -341,7 +351,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     *m = *raised;
     if (p.filters.rows) {
         *m = kBackward ? s.m : s.v;
-        filter(p.filters, *raised, *m);
+        filter(p.filters, *raised, p.bins(), *m);
     }
     compress(p, *m, s.v, t);
     return energy;
@@ -504,7 +514,7 @@ void condition_adjoint(const MelParams<T>& p, const Workspace<T>& s, Vec<T> ener
         if (p.has_energy_floor) off |= log(energy_sum) < p.log_energy_floor;
         factor = off ? V{} : energy_grad * T(2) / energy_sum;
         if (!p.raw_energy)
-            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.window[n] * p.window[n]) * factor;
+            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
     }
     if (p.preemphasis != 0) {
         const V first = d[0] * p.preemphasis;  // sample 0 is its own predecessor

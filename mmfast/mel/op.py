@@ -178,3 +178,58 @@ def _differentiate_twice(ctx, grad_waveform, grad_filters):
 
 
 torch.library.register_autograd("mmfast::mel_backward", _differentiate_twice, setup_context=_save_backward)
+
+
+# vmap: what it adds is more rows of the batch.
+
+
+def _rows(info, dim, tensor):
+    """``(B, ...)`` under vmap as ``(N * B, ...)``."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(info.batch_size * tensor.shape[1], *tensor.shape[2:])
+
+
+def _check_shared(dims):
+    if any(d is not None for d in dims):
+        raise ValueError("window, filters and dct must be the same for all samples under vmap")
+
+
+@torch.library.register_vmap("mmfast::mel_forward")
+def _(info, in_dims, waveform, window, filters, dct, lengths, group, seed, config):
+    _check_shared(in_dims[1:4])
+    rows, lengths = _rows(info, in_dims[0], waveform), _rows(info, in_dims[4], lengths)
+    group = group or rows.shape[0] // info.batch_size
+    out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config)
+    return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0, 0, 0)
+
+
+@torch.library.register_vmap("mmfast::mel_backward")
+def _(
+    info,
+    in_dims,
+    grad,
+    waveform,
+    window,
+    filters,
+    dct,
+    lengths,
+    maxima,
+    group,
+    seed,
+    config,
+    need_waveform,
+    need_filters,
+):
+    _check_shared(in_dims[2:5])
+    if need_filters:
+        raise ValueError("the gradient of filters has no rule for vmap: compute it sample by sample")
+    grad, waveform, lengths, maxima = (
+        _rows(info, in_dims[i], t) for i, t in ((0, grad), (1, waveform), (5, lengths), (6, maxima))
+    )
+    group = group or waveform.shape[0] // info.batch_size
+    grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
+        grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
+    )
+    return (grad_waveform.reshape(info.batch_size, -1, grad_waveform.shape[1]), grad_filters), (0, None)
