@@ -22,7 +22,7 @@
 namespace test {
 
 class Random {
- public:
+public:
     explicit Random(uint64_t seed) : state_(seed) {}
     uint64_t bits() {  // splitmix64
         uint64_t z = state_ += 0x9e3779b97f4a7c15u;
@@ -30,23 +30,13 @@ class Random {
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
         return z ^ (z >> 31);
     }
-    double uniform() {
-        return double(bits() >> 11) * 0x1p-53;
-    }
-    double normal() {
-        return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
-    }
-    int64_t below(int64_t n) {
-        return int64_t(bits() % uint64_t(n));
-    }
-    int64_t between(int64_t low, int64_t high) {
-        return low + below(high - low + 1);
-    }
-    bool chance(double p) {
-        return uniform() < p;
-    }
+    double uniform() { return double(bits() >> 11) * 0x1p-53; }
+    double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+    int64_t below(int64_t n) { return int64_t(bits() % uint64_t(n)); }
+    int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }
+    bool chance(double p) { return uniform() < p; }
 
- private:
+private:
     uint64_t state_;
 };
 
@@ -54,12 +44,11 @@ class Random {
 // aligned beginning. What stands before them is watched; they themselves begin as NaN (or as a large integer).
 template <class T>
 class Buffer {
- public:
+public:
     Buffer(int64_t n, int64_t offset) : size_(n), offset_(offset) {
         const size_t bytes = size_t(n + offset) * sizeof(T);
         block_ = static_cast<unsigned char*>(std::malloc(bytes ? bytes : 1));
-        if (bytes)
-            std::memset(block_, 0xff, bytes);
+        if (bytes) std::memset(block_, 0xff, bytes);
     }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -70,17 +59,11 @@ class Buffer {
         std::free(block_);
     }
     // Null when empty, as an empty tensor's.
-    T* data() const {
-        return size_ ? reinterpret_cast<T*>(block_) + offset_ : nullptr;
-    }
-    int64_t size() const {
-        return size_;
-    }
-    T& operator[](int64_t i) const {
-        return data()[i];
-    }
+    T* data() const { return size_ ? reinterpret_cast<T*>(block_) + offset_ : nullptr; }
+    int64_t size() const { return size_; }
+    T& operator[](int64_t i) const { return data()[i]; }
 
- private:
+private:
     unsigned char* block_;
     int64_t size_, offset_;
 };

@@ -75,14 +75,10 @@ inline Real rounded(ScalarType type, double x) {
 
 inline double rounding(ScalarType type) {  // half an ulp, relative
     switch (type) {
-        case ScalarType::float16:
-            return 0x1p-11;
-        case ScalarType::bfloat16:
-            return 0x1p-8;
-        case ScalarType::float32:
-            return 0x1p-24;
-        default:
-            return 0x1p-53;
+        case ScalarType::float16: return 0x1p-11;
+        case ScalarType::bfloat16: return 0x1p-8;
+        case ScalarType::float32: return 0x1p-24;
+        default: return 0x1p-53;
     }
 }
 
@@ -248,18 +244,12 @@ inline Case random_case(Random& random, const Wanted& wanted) {
 // Everything a call takes, each in a buffer of exactly its size. Samples that may not be read are NaN.
 template <class T>
 class Call {
- public:
+public:
     explicit Call(const Case& c)
-        : case_(c),
-          plan(c.problem.spec),
-          frames(c.problem.spec.framing.count(c.problem.length)),
-          features(c.problem.features()),
-          window_(int64_t(c.problem.window.size()), c.offset % 5),
-          filters_(int64_t(c.problem.filters.size()), c.offset % 7),
-          dct_(int64_t(c.problem.dct.size()), c.offset % 3),
-          lengths_(int64_t(c.problem.lengths.size()), 0),
-          counts(c.problem.rows, 0),
-          maxima(groups(c.problem), 0) {
+        : case_(c), plan(c.problem.spec), frames(c.problem.spec.framing.count(c.problem.length)),
+          features(c.problem.features()), window_(int64_t(c.problem.window.size()), c.offset % 5),
+          filters_(int64_t(c.problem.filters.size()), c.offset % 7), dct_(int64_t(c.problem.dct.size()), c.offset % 3),
+          lengths_(int64_t(c.problem.lengths.size()), 0), counts(c.problem.rows, 0), maxima(groups(c.problem), 0) {
         const Problem& p = c.problem;
         const auto fill = [](auto& to, const auto& from) {
             for (size_t i = 0; i < from.size(); ++i) {
@@ -293,7 +283,7 @@ class Call {
         return case_.problem.spec.time_major ? (b * frames + f) * features + k : (b * features + k) * frames + f;
     }
 
- private:
+private:
     static int64_t groups(const Problem& p) {
         const int64_t group = p.group > 0 ? p.group : std::max<int64_t>(1, p.rows);
         return p.spec.has_top_db ? (p.rows + group - 1) / group : 0;
@@ -316,17 +306,17 @@ class Call {
 
     const Case& case_;
 
- public:
+public:
     const mmfast::mel::Plan plan;
     const int64_t frames, features;
 
- private:
+private:
     Buffer<T> window_, filters_, dct_;
     Buffer<int64_t> lengths_;
     std::shared_ptr<void> wave_;
     const void* wave_data_ = nullptr;
 
- public:
+public:
     Buffer<int64_t> counts;
     Buffer<T> maxima;
 };

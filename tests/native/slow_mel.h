@@ -34,12 +34,8 @@ struct Problem {
     std::vector<int64_t> lengths;  // [rows], or empty
     std::vector<Real> window, filters, dct;
 
-    int64_t bins() const {
-        return spec.n_fft / 2 + 1;
-    }
-    int64_t bands() const {
-        return n_filters ? n_filters : bins();
-    }
+    int64_t bins() const { return spec.n_fft / 2 + 1; }
+    int64_t bands() const { return n_filters ? n_filters : bins(); }
     int64_t features() const {
         const bool more = spec.energy == Energy::prepend || spec.energy == Energy::append;
         return (cepstra ? cepstra : bands()) + more;
@@ -54,9 +50,7 @@ struct Solution {
     std::vector<int64_t> counts;
     std::vector<Approx> value;   // [rows][frames][features], frames past the count: fill
     std::vector<Approx> maxima;  // [groups]
-    const Approx& at(int64_t b, int64_t f, int64_t c) const {
-        return value[(b * frames + f) * features + c];
-    }
+    const Approx& at(int64_t b, int64_t f, int64_t c) const { return value[(b * frames + f) * features + c]; }
 };
 
 // Frames are counted one by one.
@@ -79,17 +73,10 @@ inline int64_t slow_source(const Framing& f, int64_t q, int64_t length) {
             return -1;
         }
         switch (f.mode) {
-            case PadMode::replicate:
-                q += q < 0 ? 1 : -1;
-                break;
-            case PadMode::circular:
-                q += q < 0 ? n : -n;
-                break;
-            case PadMode::mirror:
-                q = q < 0 ? -1 - q : 2 * n - 1 - q;
-                break;
-            default:
-                q = n == 1 ? 0 : q < 0 ? -q : 2 * (n - 1) - q;
+            case PadMode::replicate: q += q < 0 ? 1 : -1; break;
+            case PadMode::circular: q += q < 0 ? n : -n; break;
+            case PadMode::mirror: q = q < 0 ? -1 - q : 2 * n - 1 - q; break;
+            default: q = n == 1 ? 0 : q < 0 ? -q : 2 * (n - 1) - q;
         }
     }
     q -= f.pad;
@@ -135,7 +122,7 @@ inline Real size_of(Real v) {
 }
 
 class SlowMel {
- public:
+public:
     // eps: machine epsilon of the implementation that the error bounds are for; 0 if they are not wanted.
     SlowMel(const Problem& problem, Real eps) : p_(problem), s_(problem.spec), eps_(eps) {
         for (Real w : p_.window) {
@@ -169,13 +156,9 @@ class SlowMel {
         return out;
     }
 
- private:
-    int64_t group() const {
-        return p_.group > 0 ? p_.group : std::max<int64_t>(1, p_.rows);
-    }
-    int64_t groups() const {
-        return (p_.rows + group() - 1) / group();
-    }
+private:
+    int64_t group() const { return p_.group > 0 ? p_.group : std::max<int64_t>(1, p_.rows); }
+    int64_t groups() const { return (p_.rows + group() - 1) / group(); }
 
     // With the magnitude that its rounding is relative to.
     Approx sample(int64_t b, int64_t q) const {
@@ -263,7 +246,12 @@ class SlowMel {
             Approx p{square / scale + s_.power_offset, (2 * std::sqrt(square) * d + d * d) / scale};
             p.e += 4 * eps_ * p.v;
             const Real exponent = Real(s_.power) / 2;
-            power[k] = increasing(p, [exponent](Real x) { return x > 0 ? std::pow(x, exponent) : x * 0; });
+            power[k] = increasing(p, [exponent](Real x) {
+                if (exponent == 1 || !(x > 0)) {
+                    return x > 0 ? x : x * 0;
+                }
+                return exponent == 0.5L ? std::sqrt(x) : std::pow(x, exponent);
+            });
             power[k].e += 8 * eps_ * power[k].v;
         }
     }

@@ -48,7 +48,7 @@ struct Lanes {
 
 // L2 distance relative to `size`, by default that of the right values.
 class Distance {
- public:
+public:
     void add(Real is, Real should) {
         error_ += (is - should) * (is - should);
         size_ += should * should;
@@ -64,7 +64,7 @@ class Distance {
         return finite_ ? std::sqrt(error_) / (size > 0 ? size : 1) / std::numeric_limits<T>::epsilon() : infinity;
     }
 
- private:
+private:
     Real error_ = 0, size_ = 0;
     bool finite_ = true;
 };
@@ -235,31 +235,16 @@ void check_complex(int64_t size, bool in_place, Random& random) {
 
 // ---- Real plans ----------------------------------------------------------------------------------------------------
 
-#define FOR_RADIX(radix, call)                                   \
-    switch (radix) {                                             \
-        case 16:                                                 \
-            call(16);                                            \
-            break;                                               \
-        case 8:                                                  \
-            call(8);                                             \
-            break;                                               \
-        case 5:                                                  \
-            call(5);                                             \
-            break;                                               \
-        case 4:                                                  \
-            call(4);                                             \
-            break;                                               \
-        case 3:                                                  \
-            call(3);                                             \
-            break;                                               \
-        case 2:                                                  \
-            call(2);                                             \
-            break;                                               \
-        case 1:                                                  \
-            call(1);                                             \
-            break;                                               \
-        default:                                                 \
-            CHECK(false, "no codelet for radix %d", int(radix)); \
+#define FOR_RADIX(radix, call)                                        \
+    switch (radix) {                                                  \
+        case 16: call(16); break;                                     \
+        case 8: call(8); break;                                       \
+        case 5: call(5); break;                                       \
+        case 4: call(4); break;                                       \
+        case 3: call(3); break;                                       \
+        case 2: call(2); break;                                       \
+        case 1: call(1); break;                                       \
+        default: CHECK(false, "no codelet for radix %d", int(radix)); \
     }
 
 // One plan, all lanes filled with different samples.
@@ -356,7 +341,7 @@ struct RealCheck {
         }
     }
 
- private:
+private:
     void compare_adjoint(const Spectrum& h, const std::vector<V>& out, const std::vector<int>& seen, int lane) const {
         std::vector<Real> re(n), im(n);
         for (int64_t k = 0; k < n; ++k) {
