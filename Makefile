@@ -37,7 +37,7 @@ $(VENV)/venv.stamp:
 
 $(VENV)/torch.stamp: $(VENV)/venv.stamp constraints.txt
 	$(PIP) pip setuptools wheel cmake ninja
-	$(PIP) $(TORCH_INDEX) torch numpy
+	$(PIP) --retries 2 $(TORCH_INDEX) torch numpy
 	touch $@
 
 $(VENV)/mmfast.stamp: $(VENV)/torch.stamp pyproject.toml mmfast/__init__.py $(SOURCES)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numerics import assert_no_worse_than_eager
 
 from mmfast.compat import whisper as ours
 
@@ -31,7 +32,10 @@ def test_values(shape, padding, n_mels):
     x = speechlike(*shape)
     expected = theirs.log_mel_spectrogram(x, n_mels, padding)
     actual = ours.log_mel_spectrogram(x, n_mels, padding)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    # Bands near the rounding of float32 differ more than the others: which of the two is nearer to the truth decides.
+    exact = ours.log_mel_spectrogram(torch.from_numpy(x).double(), n_mels, padding)
+    assert_no_worse_than_eager(actual, expected, exact)
     torch.testing.assert_close(ours.log_mel_spectrogram(torch.from_numpy(x), n_mels, padding), actual, rtol=0, atol=0)
 
 

@@ -53,7 +53,7 @@ def with_gradient(waveform: torch.Tensor, config: MelConfig, upstream: torch.Ten
     return out, torch.autograd.grad(out, waveform, upstream.to(out.dtype))[0]
 
 
-def compare(waveform: torch.Tensor, config: MelConfig, backend: str, factor: float = 2.0) -> None:
+def compare(waveform: torch.Tensor, config: MelConfig, backend: str) -> None:
     """Features and the waveform's gradient against float64: no worse than the reference in the same dtype.
 
     The reference, the yardstick, is itself good to its dtype: relative to the whole, 200 units in the last place of
@@ -72,7 +72,7 @@ def compare(waveform: torch.Tensor, config: MelConfig, backend: str, factor: flo
     else:
         eager = with_gradient(waveform, config, upstream, "reference")
         for what, *results in zip(("features", "gradient"), ours, eager, exact, strict=True):
-            assert_no_worse_than_eager(*results, factor, what=what)
+            assert_no_worse_than_eager(*results, what=what)
 
 
 @ALL
@@ -222,8 +222,9 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["whisper", "kaldi_mfcc", "spectrum", "energy_prepend"])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "name, ragged", [("whisper", False), ("kaldi_mfcc", True), ("spectrum", False), ("energy_prepend", True)]
+)
 def test_opcheck(name, ragged, native):
     """The registered operators keep torch's rules: schema, fake tensors, autograd."""
     case = CASES[name]

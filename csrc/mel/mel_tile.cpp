@@ -77,6 +77,39 @@ int64_t scratch_bytes(const MelParams<T>& p) {
     return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
 }
 
+// Cache lines that will be wanted, asked for a few at a time while the transform computes: there are too many streams (a row
+// of samples in each lane, a row of features in each band) for the hardware to see.
+struct Prefetch {
+    const char *samples = nullptr, *samples_end = nullptr;
+    const char *out = nullptr;
+    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0;
+
+    template <class T>
+    static MMFAST_INLINE Prefetch of(const MelParams<T>& p, const FrameTile<T>& t, int64_t features) {
+        Prefetch f;
+        // New to the next tile; it follows this one where the run goes on, and a useless request does no harm.
+        f.samples = reinterpret_cast<const char*>(t.lane[t.frames - 1] + p.framing.window);
+        f.samples_end = f.samples + t.frames * p.framing.hop * int64_t(sizeof(T));
+        f.out = reinterpret_cast<const char*>(t.out);
+        const bool by_frame = t.frame_stride != 1;
+        f.out_rows = by_frame ? t.frames : features;
+        f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
+        f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
+        return f;
+    }
+    // The share of one of `steps` steps.
+    MMFAST_INLINE void step(int64_t steps) {
+        const int64_t lines = (samples_end - samples + 63) / 64, some = (lines + steps - 1) / steps;
+        for (int64_t i = 0; i < some && samples < samples_end; ++i, samples += 64) __builtin_prefetch(samples, 0, 2);
+        const int64_t rows = (out_rows - out_row + steps - 1) / steps;
+        for (int64_t i = 0; i < rows && out_row < out_rows; ++i, ++out_row) {
+            const char* const row = out + out_row * out_stride;
+            for (int64_t b = 0; b < out_bytes + 63; b += 64)
+                __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
+        }
+    }
+};
+
 // x[n] = sample n of each lane. Where the frames overlap only the first `hop` samples are transposed: sample n of frame f
 // is sample n - hop of frame f + 1, so the rest moves down by one lane and takes one new value.
 template <class T>
@@ -96,9 +129,6 @@ void load_frames(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x) {
     }
     const T* const last = t.lane[N - 1];
     for (n = fresh; n < length; ++n) x[n] = Simd<T>::shift_in(x[n - hop], last[n]);
-    // The next tile's samples, which the sixteen interleaved streams above hide from the hardware's prefetcher.
-    if (overlap)
-        for (n = 0; n < N * hop; n += 64 / int(sizeof(T))) __builtin_prefetch(last + length + n, 0, 2);
 }
 
 // The reference's dither_noise: two hashes of (seed, row, frame, sample) and the cosine branch of Box-Muller.
@@ -165,7 +195,7 @@ void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* 
     }
     if (want_energy && !p.raw_energy) {
         for (int64_t n = 0; n < length; ++n) {
-            const V y = x[n] * p.window[n];
+            const V y = x[n] * p.energy_window[n];
             sum += y * y;
         }
     }
@@ -199,7 +229,7 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
 
 // Squared magnitudes of the frames in x; with kKeep the spectrum stays in z, bin k1 + R k2 at z[k1 * stride + k2].
 template <class T, bool kKeep>
-void spectrum(const MelParams<T>& p, const Workspace<T>& s) {
+void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
     using V = Vec<T>;
 #define MMFAST_CALL(R) columns<T, R>(p, s.x, s.z, s.stride)
     MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
@@ -207,6 +237,7 @@ void spectrum(const MelParams<T>& p, const Workspace<T>& s) {
     const int64_t n = p.fft.n, radix = p.fft.radix;
     V* const power = s.power;
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
+        prefetch.step(radix / 2 + 1 - k1);
         Complex<V>* const row = s.z + k1 * s.stride;
         transform_row(p.fft.row, row, s.w, [=](int64_t k2, V re, V im) {
             const int64_t bin = k1 + radix * k2;
@@ -228,13 +259,23 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
         for (int64_t k = 0; k < bins; ++k) raised[k] = mmfast::power(power[k] + p.power_offset, p.power / 2);
 }
 
+// m = filters * power. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
+// every band of its frame NaN.
 template <class T>
-void filter(const Filters<T>& f, const Vec<T>* power, Vec<T>* m) {
+void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
+    Vec<T> poison{}, other{};
+    int64_t k = 0;
+    for (; k + 2 <= bins; k += 2) {
+        poison += power[k] * T(0);
+        other += power[k + 1] * T(0);
+    }
+    if (k < bins) poison += power[k] * T(0);
+    poison += other;
     for (int64_t i = 0; i < f.rows; ++i) {
         const Vec<T>* x = power + f.first[i];
         const T* w = f.weights + f.offset[i];
         const int64_t count = f.offset[i + 1] - f.offset[i];
-        Vec<T> a{}, b{};
+        Vec<T> a = poison, b{};
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) {
             a += x[j] * w[j];
@@ -332,7 +373,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     Vec<T> energy{};
     load_frames(p, t, s.x);
     if (p.conditions()) condition(p, t, s.x, s.raw, &energy);
-    spectrum<T, kBackward>(p, s);
+    spectrum<T, kBackward>(p, s, kBackward ? Prefetch() : Prefetch::of(p, t, feature_count(p)));
     *raised = s.power;
     if (p.power != 2 || p.power_offset != 0) {
         if (kBackward) *raised = s.raised;
@@ -341,7 +382,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     *m = *raised;
     if (p.filters.rows) {
         *m = kBackward ? s.m : s.v;
-        filter(p.filters, *raised, *m);
+        filter(p.filters, *raised, p.bins(), *m);
     }
     compress(p, *m, s.v, t);
     return energy;
@@ -504,7 +545,7 @@ void condition_adjoint(const MelParams<T>& p, const Workspace<T>& s, Vec<T> ener
         if (p.has_energy_floor) off |= log(energy_sum) < p.log_energy_floor;
         factor = off ? V{} : energy_grad * T(2) / energy_sum;
         if (!p.raw_energy)
-            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.window[n] * p.window[n]) * factor;
+            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
     }
     if (p.preemphasis != 0) {
         const V first = d[0] * p.preemphasis;  // sample 0 is its own predecessor

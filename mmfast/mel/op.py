@@ -1,6 +1,7 @@
 """Operators ``mmfast::mel_forward`` and ``mmfast::mel_backward``: schema, fake, implementations, autograd.
 
-Both take the text of a `MelConfig` (`MelConfig.key`): what is static about a front end is one constant in a traced graph.
+Both take the text of a `MelConfig` (`MelConfig.key`): what is static about a front end is one constant in a traced
+graph. Tables left out are those of the configuration, so that they need not be traced either.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import torch
 
 from mmfast import _backend
 from mmfast.mel.config import _CHOICES, MelConfig
-from mmfast.mel.reference import mel_reference
+from mmfast.mel.reference import compute_dtype, mel_reference
+from mmfast.mel.tables import resolve
 
 torch.library.define(
     "mmfast::mel_forward",
-    "(Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
+    "(Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
     " -> (Tensor features, Tensor frame_counts, Tensor maxima)",
 )
 torch.library.define(
     "mmfast::mel_backward",
-    "(Tensor grad, Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima, int group,"
-    " int seed, str config, bool need_waveform, bool need_filters) -> (Tensor grad_waveform, Tensor grad_filters)",
+    "(Tensor grad, Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima,"
+    " int group, int seed, str config, bool need_waveform, bool need_filters)"
+    " -> (Tensor grad_waveform, Tensor grad_filters)",
 )
 
 
@@ -74,24 +77,22 @@ def _plan(key: str):
 
 
 def _forward_cpu(waveform, window, filters, dct, lengths, group, seed, config):
-    return _backend._C.mel_forward(_plan(config), waveform, window, filters, dct, lengths, group, seed)
+    tables = _tables(waveform, window, filters, dct, config)
+    return _backend._C.mel_forward(_plan(config), waveform, *tables, lengths, group, seed)
 
 
-def _backward_cpu(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
+def _backward_cpu(
+    grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
+):
+    tables = _tables(waveform, window, filters, dct, config)
     return _backend._C.mel_backward(
-        _plan(config),
-        grad,
-        waveform,
-        window,
-        filters,
-        dct,
-        lengths,
-        maxima,
-        group,
-        seed,
-        need_waveform,
-        need_filters,
+        _plan(config), grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
     )
+
+
+def _tables(waveform, window, filters, dct, config):
+    dtype = compute_dtype(waveform.dtype)
+    return resolve(MelConfig.from_key(config), dtype, waveform.device, window, filters, dct)
 
 
 torch.library.impl("mmfast::mel_forward", "cpu", _forward_cpu)
@@ -108,7 +109,7 @@ def _(waveform, window, filters, dct, lengths, group, seed, config):
     return (
         waveform.new_empty(shape, dtype=out_dtype),
         waveform.new_empty((rows,), dtype=torch.int64),
-        waveform.new_empty((groups,), dtype=window.dtype),
+        waveform.new_empty((groups,), dtype=compute_dtype(waveform.dtype)),
     )
 
 
@@ -116,7 +117,7 @@ def _(waveform, window, filters, dct, lengths, group, seed, config):
 def _(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
     return (
         waveform.new_empty((waveform.shape[0] if need_waveform else 0, waveform.shape[1])),
-        window.new_empty(filters.shape if need_filters else (0,)),
+        waveform.new_empty(filters.shape if need_filters else (0,), dtype=compute_dtype(waveform.dtype)),
     )
 
 
@@ -135,7 +136,7 @@ def _differentiate(ctx, grad, _counts, _maxima):
     grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
         grad, *ctx.saved_tensors, ctx.group, ctx.seed, ctx.config, need_waveform, need_filters
     )
-    # waveform, window, filters, dct, lengths, group, seed, config; a window or DCT with a gradient goes to the reference
+    # waveform, window, filters, dct, lengths, group, seed, config. Window and DCT have gradients in the reference only.
     return grad_waveform if need_waveform else None, None, grad_filters if need_filters else None, *(None,) * 5
 
 
@@ -177,3 +178,58 @@ def _differentiate_twice(ctx, grad_waveform, grad_filters):
 
 
 torch.library.register_autograd("mmfast::mel_backward", _differentiate_twice, setup_context=_save_backward)
+
+
+# vmap: what it adds is more rows of the batch.
+
+
+def _rows(info, dim, tensor):
+    """``(B, ...)`` under vmap as ``(N * B, ...)``."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(info.batch_size * tensor.shape[1], *tensor.shape[2:])
+
+
+def _check_shared(dims):
+    if any(d is not None for d in dims):
+        raise ValueError("window, filters and dct must be the same for all samples under vmap")
+
+
+@torch.library.register_vmap("mmfast::mel_forward")
+def _(info, in_dims, waveform, window, filters, dct, lengths, group, seed, config):
+    _check_shared(in_dims[1:4])
+    rows, lengths = _rows(info, in_dims[0], waveform), _rows(info, in_dims[4], lengths)
+    group = group or rows.shape[0] // info.batch_size
+    out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config)
+    return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0, 0, 0)
+
+
+@torch.library.register_vmap("mmfast::mel_backward")
+def _(
+    info,
+    in_dims,
+    grad,
+    waveform,
+    window,
+    filters,
+    dct,
+    lengths,
+    maxima,
+    group,
+    seed,
+    config,
+    need_waveform,
+    need_filters,
+):
+    _check_shared(in_dims[2:5])
+    if need_filters:
+        raise ValueError("the gradient of filters has no rule for vmap: compute it sample by sample")
+    grad, waveform, lengths, maxima = (
+        _rows(info, in_dims[i], t) for i, t in ((0, grad), (1, waveform), (5, lengths), (6, maxima))
+    )
+    group = group or waveform.shape[0] // info.batch_size
+    grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
+        grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
+    )
+    return (grad_waveform.reshape(info.batch_size, -1, grad_waveform.shape[1]), grad_filters), (0, None)

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from mmfast.mel import tables
 from mmfast.mel.config import MelConfig
 
 _ENERGY_FLOOR = 2.0**-23  # Kaldi: the float32 epsilon
@@ -30,8 +31,8 @@ def mel_reference(
 
     Args:
         rows: ``(B, T)``, float32 or float64; float16, bfloat16 and int16 are computed in float32.
-        window, filters, dct: ``(win_length,)``, ``(n_freqs, n_mels)`` or ``None``, ``(n_mels, n_mfcc)`` or ``None``, in
-            the dtype of the computation.
+        window, filters, dct: ``(win_length,)``, ``(n_freqs, n_mels)``, ``(n_mels, n_mfcc)``, in `compute_dtype`;
+            ``None`` for those of ``config``.
         lengths: ``(B,)`` int64, clamped to ``[0, T]``, or ``None``.
         group: number of consecutive rows that share the maximum of ``top_db``; 0 is all of them.
         seed: of the dither noise, see `dither_noise`.
@@ -42,12 +43,17 @@ def mel_reference(
     """
     # Under autocast the matrix products would drop to half precision, which a logarithm does not forgive.
     with torch.autocast(rows.device.type, enabled=False):
+        window, filters, dct = tables.resolve(config, compute_dtype(rows.dtype), rows.device, window, filters, dct)
         return _features(rows, window, filters, dct, lengths, group, seed, config)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What features of a waveform of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _features(rows, window, filters, dct, lengths, group, seed, config) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
-    x = rows.to(dtype)
+    x = rows.to(compute_dtype(rows.dtype))
     count = config.frame_count(rows.shape[1])
     if lengths is None:
         valid = None
@@ -137,7 +143,7 @@ def outside_index(position: torch.Tensor, length: int | torch.Tensor, mode: str)
     ``"circular"`` go on for as long as it takes, as Kaldi does for signals shorter than a frame; ``"constant"`` leaves
     the position outside.
     """
-    if isinstance(length, int):
+    if not isinstance(length, torch.Tensor):
         length = position.new_full((), length)
     if mode == "constant":
         return position.expand(torch.broadcast_shapes(position.shape, length.shape))

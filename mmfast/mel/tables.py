@@ -8,10 +8,25 @@ loaded from a torchaudio checkpoint are the same numbers.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
 from mmfast.mel.config import MelConfig
+
+
+def resolve(config, dtype, device, window, filters, dct) -> tuple:
+    """Window, filters and DCT in ``dtype``: those given, and those of ``config``, cached, in place of ``None``."""
+    if window is not None and filters is not None and dct is not None:
+        return window, filters, dct
+    own = _configured(config, dtype, device)
+    return tuple(ours if given is None else given for given, ours in zip((window, filters, dct), own, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _configured(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tuple:
+    tables = window(config), filters(config), dct(config)
+    return tuple(None if table is None else table.to(device, dtype).contiguous() for table in tables)
 
 
 def window(config: MelConfig) -> torch.Tensor:
@@ -32,7 +47,7 @@ def window(config: MelConfig) -> torch.Tensor:
     if config.window == "blackman":
         c = config.blackman_coeff
         return c - 0.5 * angle.cos() + (0.5 - c) * (2 * angle).cos()
-    hann = (angle / 2).sin().square()  # = .5 - .5 cos, without the cancellation near the edges
+    hann = 0.5 - 0.5 * angle.cos()
     return hann if config.window == "hann" else hann.pow(0.85)
 
 

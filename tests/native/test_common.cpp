@@ -1,5 +1,6 @@
 // csrc/common, without torch.
 #include <cassert>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -8,8 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/scalar_types.h"
 
 namespace {
 
@@ -50,6 +53,70 @@ void check_parallel_for() {
     assert(ranges.empty());
 }
 
+// The number that 16 bits stand for, with `digits` of them for the fraction.
+double decode(uint16_t bits, int digits) {
+    const int exponent_bits = 15 - digits, bias = (1 << (exponent_bits - 1)) - 1;
+    const int exponent = bits >> digits & ((1 << exponent_bits) - 1), fraction = bits & ((1 << digits) - 1);
+    double x = std::ldexp(fraction, 1 - bias - digits);
+    if (exponent == (1 << exponent_bits) - 1) {
+        x = fraction ? NAN : INFINITY;
+    } else if (exponent > 0) {
+        x = std::ldexp(fraction + (1 << digits), exponent - bias - digits);
+    }
+    return bits >> 15 ? -x : x;
+}
+
+// All 65536 patterns there and back, and what lies between two neighbours: the nearer one, or the even one.
+template <class Half>
+void check_half(int digits) {
+    const auto bits_of = [](Half h) {
+        uint16_t bits;
+        std::memcpy(&bits, &h, sizeof bits);
+        return bits;
+    };
+    const uint16_t infinity = uint16_t(0x8000 - (1 << digits));
+    for (uint32_t i = 0; i < 65536; ++i) {
+        const uint16_t bits = uint16_t(i);
+        Half h;
+        std::memcpy(&h, &bits, sizeof h);
+        const double should = decode(bits, digits);
+        const float is = float(h);
+        if (std::isnan(should)) {
+            CHECK(std::isnan(is) && std::isnan(float(Half(is))), "%04x is NaN, not %g", i, double(is));
+            continue;
+        }
+        CHECK(double(is) == should && std::signbit(is) == bool(i >> 15), "%04x is %g, not %g", i, should, double(is));
+        CHECK(bits_of(Half(is)) == bits, "%04x comes back as %04x", i, bits_of(Half(is)));
+        if ((i & 0x7fff) >= infinity) {
+            continue;
+        }
+        // Past the largest number its successor is where the next one would be, and rounding there gives infinity.
+        const uint16_t next = uint16_t(bits + 1);
+        const double above = (next & 0x7fff) < infinity ? decode(next, digits) : 2 * should - decode(bits - 1, digits);
+        const float middle = float((should + above) / 2), away = float(above);
+        const uint16_t even = bits & 1 ? next : bits;
+        CHECK(bits_of(Half(middle)) == even, "%a becomes %04x, not %04x", double(middle), bits_of(Half(middle)), even);
+        CHECK(bits_of(Half(std::nextafter(middle, is))) == bits, "just short of %a: not %04x", double(middle), i);
+        CHECK(bits_of(Half(std::nextafter(middle, away))) == next, "just past %a: not %04x", double(middle), next);
+    }
+}
+
+void check_dispatch() {
+    using mmfast::ScalarType;
+    const std::pair<ScalarType, size_t> sizes[] = {{ScalarType::float32, 4},
+                                                   {ScalarType::float64, 8},
+                                                   {ScalarType::float16, 2},
+                                                   {ScalarType::bfloat16, 2},
+                                                   {ScalarType::int16, 2}};
+    for (const auto& [type, size] : sizes) {
+        size_t seen = 0;
+        mmfast::dispatch(type, [&](auto* kind) { seen = sizeof *kind; });
+        CHECK(seen == size, "scalar type %d has %zu bytes", int(type), seen);
+    }
+    static_assert(mmfast::scalar_type_of<float>() == ScalarType::float32);
+    static_assert(mmfast::scalar_type_of<double>() == ScalarType::float64);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -58,6 +125,9 @@ int main(int argc, char** argv) {
         return check_isa(argv[1]);
     }
     check_parallel_for();
+    check_half<mmfast::Float16>(10);
+    check_half<mmfast::BFloat16>(7);
+    check_dispatch();
     for (const char* limit : {"baseline", "avx2", "avx512", "sse9"}) {
         const int status = std::system((std::string(argv[0]) + " " + limit).c_str());
         assert(status == 0);

@@ -1,0 +1,179 @@
+// common/simd.h for the instruction set that this file is compiled for. Nothing of the standard library that could
+// leave code for other files to share, and no such instruction before main has asked for the processor.
+#include "common/simd.h"
+
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "common/isa.h"
+
+namespace {
+
+using mmfast::Simd;
+
+template <class T>
+T nth(int i) {
+    return T(i + 1);
+}
+
+template <class T>
+void check_memory() {
+    using S = Simd<T>;
+    constexpr int N = S::lanes;
+    static_assert(sizeof(typename S::V) == N * sizeof(T) && (N & (N - 1)) == 0);
+    for (int offset = 0; offset < N; ++offset) {
+        for (int n = 0; n <= N; ++n) {
+            const test::Buffer<T> from(n, offset), to(n, offset), wide(N, offset);
+            for (int i = 0; i < n; ++i) {
+                from[i] = nth<T>(i);
+            }
+            typename S::V v = S::load(from.data(), n);
+            for (int i = 0; i < N; ++i) {
+                CHECK(v[i] == (i < n ? nth<T>(i) : 0), "lane %d of %d loaded: %g", i, n, double(v[i]));
+            }
+            S::store(to.data(), v + T(1), n);
+            for (int i = 0; i < n; ++i) {
+                CHECK(to[i] == nth<T>(i) + 1, "lane %d of %d stored: %g", i, n, double(to[i]));
+            }
+            S::store(wide.data(), S::splat(T(7)));
+            S::store(wide.data(), v, n);
+            v = S::load(wide.data());
+            for (int i = 0; i < N; ++i) {
+                CHECK(v[i] == (i < n ? nth<T>(i) : 7), "lane %d after storing %d: %g", i, n, double(v[i]));
+            }
+        }
+    }
+}
+
+template <class T>
+void check_shuffles() {
+    using S = Simd<T>;
+    constexpr int N = S::lanes;
+    typename S::V v{}, square[N], columns[N];
+    for (int i = 0; i < N; ++i) {
+        v[i] = nth<T>(i);
+    }
+    v = S::shift_in(v, T(-1));
+    for (int i = 0; i < N; ++i) {
+        CHECK(v[i] == (i + 1 < N ? nth<T>(i + 1) : -1), "lane %d shifted: %g", i, double(v[i]));
+    }
+    // Rows in memory of their own, each just long enough for N elements at 3.
+    T* rows[N];
+    const T* const_rows[N];
+    for (int i = 0; i < N; ++i) {
+        const_rows[i] = rows[i] = static_cast<T*>(std::malloc(sizeof(T) * (N + 3)));
+        for (int j = 0; j < N; ++j) {
+            rows[i][j + 3] = square[i][j] = T(100 * i + j);
+        }
+    }
+    S::load_transposed(const_rows, 3, columns);
+    S::transpose(square);
+    for (int i = 0; i < N; ++i) {
+        for (int j = 0; j < N; ++j) {
+            CHECK(square[i][j] == T(100 * j + i), "transposed %d %d: %g", i, j, double(square[i][j]));
+            CHECK(columns[i][j] == T(100 * j + i), "loaded transposed %d %d: %g", i, j, double(columns[i][j]));
+        }
+        std::free(rows[i]);
+    }
+}
+
+double ulp(float x) {
+    return double(std::nextafter(std::fabs(x), INFINITY)) - std::fabs(double(x));
+}
+
+template <bool kNormal>
+double check_log(float x) {
+    using S = Simd<float>;
+    S::V v = S::splat(1);
+    const int lane = S::lanes - 1;
+    v[lane] = x;
+    v = mmfast::log<kNormal>(v);
+    CHECK(v[0] == 0, "log 1 is %g beside %g", double(v[0]), double(x));
+    const double should = std::log(double(x)), is = v[lane];
+    if (!std::isfinite(should)) {
+        CHECK(std::isnan(should) ? std::isnan(is) : is == should, "log %a is %g", double(x), is);
+        return 0;
+    }
+    const double error = std::fabs(is - should) / ulp(float(should));
+    CHECK(error <= 1, "log %a is %a, off by %.2f ulp", double(x), is, error);
+    return error;
+}
+
+float from_bits(uint32_t u) {
+    float x;
+    std::memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+void check_logs() {
+    const float smallest = std::numeric_limits<float>::min(), infinity = std::numeric_limits<float>::infinity();
+    double worst = 0;
+    // Every sign and exponent, subnormal ones and NaN too, with a prime step; then densely where log is near zero.
+    for (uint64_t u = 0; u < uint64_t(1) << 32; u += 4099) {
+        const float x = from_bits(uint32_t(u));
+        const double error = check_log<false>(x);
+        worst = std::fmax(worst, error);
+        if (!(x < smallest)) {
+            check_log<true>(x);
+        }
+    }
+    for (uint32_t u = 0x3f7f0000; u < 0x3f810000; ++u) {
+        worst = std::fmax(worst, check_log<false>(from_bits(u)));
+        check_log<true>(from_bits(u));
+    }
+    for (float x : {0.0f, -0.0f, infinity, -infinity, std::nanf(""), -1.0f, smallest, -smallest, smallest / 2,
+                    -smallest / 2, std::numeric_limits<float>::denorm_min(), std::numeric_limits<float>::max(),
+                    from_bits(0x3f3504f2), from_bits(0x3f3504f3), from_bits(0x3f3504f4)}) {
+        check_log<false>(x);
+        if (!(x < smallest)) {
+            check_log<true>(x);
+        }
+    }
+    std::printf("log: within %.2f ulp\n", worst);
+}
+
+template <class T>
+void check_functions() {
+    using S = Simd<T>;
+    for (T x : {T(0), T(1e-30), T(0.3), T(2), T(1e30), std::numeric_limits<T>::infinity()}) {
+        typename S::V v = S::splat(x);
+        v[0] = T(-1);
+        v[1] = std::numeric_limits<T>::quiet_NaN();
+        const typename S::V root = S::sqrt(v), power = mmfast::power(v, T(0.7)), log = mmfast::log(v);
+        CHECK(std::isnan(root[0]) && std::isnan(root[1]) && std::isnan(power[0]) && std::isnan(power[1]) &&
+                  std::isnan(log[0]) && std::isnan(log[1]),
+              "%s", "functions of -1 and NaN");
+        const int last = S::lanes - 1;
+        if (last > 1) {
+            CHECK(root[last] == std::sqrt(x), "sqrt %g is %g", double(x), double(root[last]));
+            CHECK(power[last] == std::pow(x, T(0.7)), "%g ^ 0.7 is %g", double(x), double(power[last]));
+            CHECK(sizeof(T) == 4 || log[last] == std::log(x), "log %g is %g", double(x), double(log[last]));
+        }
+    }
+}
+
+__attribute__((noinline)) void check_all() {
+    check_memory<float>();
+    check_memory<double>();
+    check_shuffles<float>();
+    check_shuffles<double>();
+    check_logs();
+    check_functions<float>();
+    check_functions<double>();
+}
+
+}  // namespace
+
+int main() {
+    const mmfast::Isa least = mmfast::kVectorBytes == 64   ? mmfast::Isa::avx512
+                              : mmfast::kVectorBytes == 32 ? mmfast::Isa::avx2
+                                                           : mmfast::Isa::baseline;
+    if (mmfast::best_isa() < least) {
+        std::puts("this machine does not have it");
+        return 77;
+    }
+    check_all();
+    std::puts("ok");
+    return 0;
+}
