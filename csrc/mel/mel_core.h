@@ -35,11 +35,11 @@ struct Framing {
                 if (q < 0) q += padded;
             } else {
                 const int64_t edge = mode == PadMode::mirror;  // 1: the edge is repeated
-                const int64_t period = 2 * (padded - 1 + edge);
-                if (period == 0) {
-                    q = 0;
-                } else {
-                    q %= period;
+                // One reflection is the rule; signals shorter than the padding take the remainder.
+                q = q < 0 ? -q - edge : 2 * (padded - 1) + edge - q;
+                if (q < 0 || q >= padded) {
+                    const int64_t period = 2 * (padded - 1 + edge);
+                    q = period ? q % period : 0;
                     if (q < 0) q += period;
                     if (q >= padded) q = period - edge - q;
                 }

@@ -83,7 +83,10 @@ def extract(
         1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
     )
     seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
-    rows = waveform if len(shape) == 2 else waveform.reshape(shape[:-1].numel(), shape[-1])
+    if len(shape) == 2:
+        rows = waveform
+    else:
+        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(shape[:-1].numel(), shape[-1])
     chosen = _backend.choose("mel", waveform.device, backend)[0]
     if chosen != "reference" and torch.is_grad_enabled() and (_has_gradient(window) or _has_gradient(dct)):
         # The kernels have no gradient for these.
@@ -96,7 +99,7 @@ def extract(
     run = reference.mel_reference if chosen == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:
-        features = features.view(shape[:-1] + features.shape[1:])
+        features = features[0] if len(shape) == 1 else features.view(shape[:-1] + features.shape[1:])
     return features if lengths is None else (features, counts.view(shape[:-1]))
 
 

@@ -193,8 +193,8 @@ class MelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self._check_window()
         self._check_features(put)
-        # Both are wanted several times a call, and while torch.compile traces. Short, since the operators carry the text:
-        # what is as in MelConfig() is left out.
+        # Wanted several times a call, and while torch.compile traces. Short, since the operators carry the text: what
+        # is as in MelConfig() is left out.
         parts = [f'"{n}": {_json(getattr(self, n))}' for n, default in _DEFAULTS if getattr(self, n) != default]
         put("_key", "{" + ", ".join(parts) + "}")
         put("_hash", hash(self._key))
@@ -301,7 +301,7 @@ class MelConfig:
 
     @property
     def key(self) -> str:
-        """Canonical text, the fields unlike the defaults in JSON: what the operators carry; `from_key` is its inverse."""
+        """Canonical text, the fields unlike the defaults in JSON: what operators carry. `from_key` is its inverse."""
         return self._key
 
     @staticmethod
