@@ -37,7 +37,7 @@ $(VENV)/venv.stamp:
 
 $(VENV)/torch.stamp: $(VENV)/venv.stamp constraints.txt
 	$(PIP) pip setuptools wheel cmake ninja
-	$(PIP) $(TORCH_INDEX) torch numpy
+	$(PIP) --retries 2 $(TORCH_INDEX) torch numpy
 	touch $@
 
 $(VENV)/mmfast.stamp: $(VENV)/torch.stamp pyproject.toml mmfast/__init__.py $(SOURCES)
@@ -76,7 +76,7 @@ sanitize: $(VENV)/torch.stamp
 
 # Compiles the CUDA sources without torch and without a GPU; needs nvcc.
 cuda-compile: $(VENV)/torch.stamp
-	cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
+	cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON --no-warn-unused-cli $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
 	cmake --build $(BUILD)/cuda $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 
 clean:

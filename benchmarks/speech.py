@@ -47,7 +47,7 @@ _HASHES = {
     ),
 }
 PACKAGES = tuple(Package(PurePosixPath(path).name.split("_")[0], path, sha256) for path, sha256 in _HASHES.items())
-ARCHIVE = "https://deb.debian.org/debian/"
+ARCHIVE = os.environ.get("MMFAST_DEBIAN_MIRROR", "")  # of a mirror, up to and with its "/debian/"
 _COMPLETE = ".complete"
 
 
@@ -87,7 +87,7 @@ def fetch(cache: Path | None = None, say: Callable[[str], None] = lambda text: N
 
 
 def download(package: Package, folder: Path) -> tuple[Path, str]:
-    """The package as a file in ``folder``, and its origin: apt (signed), else HTTPS and the known hash."""
+    """The package as a file in ``folder``, and its origin: apt (signed), else a mirror and the known hash."""
     tried = []
     if shutil.which("apt-get"):
         for refresh in (False, True):
@@ -100,6 +100,9 @@ def download(package: Package, folder: Path) -> tuple[Path, str]:
             if error is None and found:
                 return found[0], "apt"
             tried.append(f"apt-get download: {error or 'no file'}")
+    if not ARCHIVE:
+        tried.append("MMFAST_DEBIAN_MIRROR is not set: without apt-get it has to name a mirror of Debian's archive")
+        raise Unavailable(f"{package.name} cannot be fetched: " + "; ".join(tried))
     target = folder / PurePosixPath(package.path).name
     try:
         with urllib.request.urlopen(ARCHIVE + package.path, timeout=60) as response, target.open("wb") as file:

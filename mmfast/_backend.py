@@ -74,9 +74,11 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         ValueError: unknown name, or one that cannot run ``op`` on ``device``.
         ImportError: a native backend was asked for and the extension did not load; the cause is chained.
     """
+    native = OPS[op].get(device.type)
     origin = "backend=" if requested is not None else "MMFAST_BACKEND"
     requested = requested or os.environ.get("MMFAST_BACKEND") or None
-    native = OPS[op].get(device.type)
+    if requested is None and native is not None and _C is not None:
+        return native, f"native kernels for {device.type} tensors"
     if requested == "reference":
         return "reference", f"asked for by {origin}"
     if requested is not None and requested not in BACKENDS:
@@ -89,7 +91,7 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         if requested is not None:
             raise ImportError(f"backend {requested!r} needs the native extension: {LOAD_ERROR}") from LOAD_ERROR
         return "reference", f"no native extension: {LOAD_ERROR}"
-    return native, f"native kernels for {device.type} tensors"
+    return native, f"asked for by {origin}"
 
 
 def info() -> dict[str, Any]:

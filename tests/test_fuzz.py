@@ -149,7 +149,8 @@ def test_native_matches_gold(data, native):
         results.append((out, torch.autograd.grad(out, x, upstream.to(out.dtype))[0], counts))
     (out, gradient, counts), (eager, eager_gradient, eager_counts), (exact, exact_gradient, _) = results
     assert lengths is None or torch.equal(counts, eager_counts)
-    floor = 32 * torch.finfo(waveform.dtype).eps
+    # Against float64 the gold is no better than the result, and both carry the condition of the configuration.
+    floor = (1024 if waveform.dtype == torch.float64 else 32) * torch.finfo(waveform.dtype).eps
     assert_no_worse_than_eager(out, eager, exact, factor=4, floor=floor, what="features")
     if not _near_a_clamp(waveform, config, exact):
         assert_no_worse_than_eager(gradient, eager_gradient, exact_gradient, factor=4, floor=floor, what="gradient")

@@ -222,8 +222,9 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["whisper", "kaldi_mfcc", "spectrum", "energy_prepend"])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "name, ragged", [("whisper", False), ("kaldi_mfcc", True), ("spectrum", False), ("energy_prepend", True)]
+)
 def test_opcheck(name, ragged, native):
     """The registered operators keep torch's rules: schema, fake tensors, autograd."""
     case = CASES[name]

@@ -187,6 +187,12 @@ def test_fetch_refuses_another_file(archive, tmp_path):
     assert not speech.files(tmp_path / "cache")
 
 
+def test_without_apt_and_mirror_it_says_what_to_set(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "ARCHIVE", "")
+    with pytest.raises(speech.Unavailable, match="one cannot be fetched: MMFAST_DEBIAN_MIRROR is not set"):
+        speech.fetch(tmp_path / "cache")
+
+
 def test_apt_is_asked_first_and_its_failure_told(archive, tmp_path, monkeypatch):
     calls = []
 

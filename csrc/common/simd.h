@@ -65,7 +65,8 @@ struct Simd {
     }
     static MMFAST_INLINE V sqrt(V x) {
         V y;
-        for (int i = 0; i < lanes; ++i) y[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(double(x[i])));
+        for (int i = 0; i < lanes; ++i)
+            y[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(double(x[i])));
         return y;
     }
 
@@ -167,7 +168,8 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
 template <class V, class T>
 MMFAST_INLINE V power(V x, T exponent) {
     for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i)
-        x[i] = sizeof(T) == 4 ? T(__builtin_powf(float(x[i]), float(exponent))) : T(__builtin_pow(double(x[i]), double(exponent)));
+        x[i] = sizeof(T) == 4 ? T(__builtin_powf(float(x[i]), float(exponent)))
+                              : T(__builtin_pow(double(x[i]), double(exponent)));
     return x;
 }
 

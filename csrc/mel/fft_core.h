@@ -37,7 +37,7 @@ struct ComplexPlan {
     const T* twiddle[kMaxStages] = {};  // [m][radix - 1][cos, sin]; the last stage has none
     const T* roots[kMaxStages] = {};    // of a radix without a codelet: [radix][cos, sin]
     int64_t inner = 0;
-    const T* chirp = nullptr;            // [size][cos, sin] of pi j^2 / size
+    const T* chirp = nullptr;           // [size][cos, sin] of pi j^2 / size
     const T* chirp_spectrum = nullptr;  // [inner][re, im], over `inner`
     const ComplexPlan* convolution = nullptr;
 };
@@ -45,8 +45,8 @@ struct ComplexPlan {
 template <class T>
 struct RealPlan {
     int64_t n = 1;
-    int radix = 1;                 // R
-    int64_t columns = 1;           // S
+    int radix = 1;               // R
+    int64_t columns = 1;         // S
     const T* twiddle = nullptr;  // [S][R / 2][cos, sin]: column s, output k1 = 1 .. R/2
     ComplexPlan<T> row;
 };
@@ -392,9 +392,7 @@ MMFAST_INLINE void transform_direct(const ComplexPlan<T>& p, Complex<V>* x, Comp
             case 5: middle_stage<5, T>(x, w, m, s, p.twiddle[i]); break;
             case 7: middle_stage<7, T>(x, w, m, s, p.twiddle[i]); break;
             case 8: middle_stage<8, T>(x, w, m, s, p.twiddle[i]); break;
-            default:
-                prime_stage(x, m, s, r, p.roots[i], p.twiddle[i],
-                            [w](int64_t k, V re, V im) { w[k] = {re, im}; });
+            default: prime_stage(x, m, s, r, p.roots[i], p.twiddle[i], [w](int64_t k, V re, V im) { w[k] = {re, im}; });
         }
         Complex<V>* t = x;
         x = w;
@@ -433,9 +431,7 @@ MMFAST_INLINE void transform_row(const ComplexPlan<T>& p, Complex<V>* x, Complex
         a[j] = {re, im};
     }
     for (int64_t j = p.size; j < p.inner; ++j) a[j] = {V{}, V{}};
-    const auto store_in = [](Complex<V>* to) {
-        return [to](int64_t k, V re, V im) { to[k] = {re, im}; };
-    };
+    const auto store_in = [](Complex<V>* to) { return [to](int64_t k, V re, V im) { to[k] = {re, im}; }; };
     // The stages swap a and b; the result is stored where the last stage may read it in place.
     Complex<V>* first = p.convolution->stages % 2 ? a : b;
     transform_direct(*p.convolution, a, b, store_in(first));

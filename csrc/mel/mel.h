@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "common/scalar_types.h"
 #include "mel/fft_plan.h"
@@ -38,6 +39,22 @@ struct Spec {
     bool time_major = false;
 };
 
+// A dense filter bank [K][M] without its zeros.
+template <class T>
+class SparseFilters {
+public:
+    SparseFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
+    Filters<T> view() const {
+        return {int64_t(first_.size()), first_.data(),      offset_.data(),    weights_.data(),
+                bin_offset_.data(),     bin_filter_.data(), bin_weight_.data()};
+    }
+
+private:
+    std::vector<int64_t> first_, offset_, bin_offset_;
+    std::vector<int32_t> bin_filter_;
+    std::vector<T> weights_, bin_weight_;
+};
+
 // A Spec with its transform tables, made on first use of each precision; safe to share between threads.
 class Plan {
 public:
@@ -46,7 +63,22 @@ public:
     template <class T>
     const RealPlan<T>& fft() const;
 
+    // Looks through a filter bank once and for all. The caller keeps it alive and as it is. Not while others compute.
+    void prepare(const float* dense, int64_t rows) {
+        dense_ = dense;
+        rows_ = rows;
+        sparse_ = std::make_unique<SparseFilters<float>>(dense, spec.n_fft / 2 + 1, rows, true);
+    }
+    template <class T>
+    const SparseFilters<T>* prepared(const T* dense, int64_t rows) const {
+        if constexpr (sizeof(T) == sizeof(float)) return dense == dense_ && rows == rows_ ? sparse_.get() : nullptr;
+        return nullptr;
+    }
+
 private:
+    const float* dense_ = nullptr;
+    int64_t rows_ = 0;
+    std::unique_ptr<SparseFilters<float>> sparse_;
     mutable std::once_flag once_[2];
     mutable std::unique_ptr<FftTables<float>> float_;
     mutable std::unique_ptr<FftTables<double>> double_;

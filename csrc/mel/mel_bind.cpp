@@ -36,7 +36,12 @@ mel::Waveform waveform_of(const Tensor& x, const optional<Tensor>& lengths) {
                               lengths->is_contiguous() && lengths->device().is_cpu(),
                           "lengths must be a contiguous int64 CPU tensor of ", x.size(0), " elements");
     }
-    return {x.const_data_ptr(), scalar_type(x), x.size(0), x.size(1), x.stride(0), x.stride(1),
+    return {x.const_data_ptr(),
+            scalar_type(x),
+            x.size(0),
+            x.size(1),
+            x.stride(0),
+            x.stride(1),
             lengths ? lengths->const_data_ptr<int64_t>() : nullptr};
 }
 
@@ -127,8 +132,13 @@ std::shared_ptr<mel::Plan> make_plan(const py::kwargs& k) {
     const auto real = [&](const char* name) { return k[name].cast<double>(); };
     const auto flag = [&](const char* name) { return k[name].cast<bool>(); };
     s.n_fft = integer("n_fft");
-    s.framing = {integer("window"), integer("hop"), integer("first"), integer("count_offset"),
-                 integer("min_length"), integer("pad"), choice<PadMode>(k, "pad_mode")};
+    s.framing = {integer("window"),
+                 integer("hop"),
+                 integer("first"),
+                 integer("count_offset"),
+                 integer("min_length"),
+                 integer("pad"),
+                 choice<PadMode>(k, "pad_mode")};
     s.input_scale = real("input_scale");
     s.preemphasis = real("preemphasis");
     s.preemphasis_of_signal = flag("preemphasis_of_signal");
@@ -159,7 +169,12 @@ std::shared_ptr<mel::Plan> make_plan(const py::kwargs& k) {
 }  // namespace
 
 void bind_mel(py::module_& m) {
-    py::class_<mel::Plan, std::shared_ptr<mel::Plan>>(m, "MelPlan").def(py::init(&make_plan));
+    py::class_<mel::Plan, std::shared_ptr<mel::Plan>>(m, "MelPlan")
+        .def(py::init(&make_plan))
+        .def("prepare", [](mel::Plan& plan, const Tensor& filters) {
+            const float* const dense = table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)});
+            plan.prepare(dense, filters.size(-1));
+        });
     m.def("mel_forward", &mel_forward, py::call_guard<py::gil_scoped_release>());
     m.def("mel_backward", &mel_backward, py::call_guard<py::gil_scoped_release>());
 }

@@ -35,11 +35,11 @@ struct Framing {
                 if (q < 0) q += padded;
             } else {
                 const int64_t edge = mode == PadMode::mirror;  // 1: the edge is repeated
-                const int64_t period = 2 * (padded - 1 + edge);
-                if (period == 0) {
-                    q = 0;
-                } else {
-                    q %= period;
+                // One reflection is the rule; signals shorter than the padding take the remainder.
+                q = q < 0 ? -q - edge : 2 * (padded - 1) + edge - q;
+                if (q < 0 || q >= padded) {
+                    const int64_t period = 2 * (padded - 1 + edge);
+                    q = period ? q % period : 0;
                     if (q < 0) q += period;
                     if (q >= padded) q = period - edge - q;
                 }
@@ -88,12 +88,14 @@ struct MelParams {
     Filters<T> filters;  // rows = 0: the bare spectrum
     bool log = false, has_top_db = false;
     T log_floor = 0, log_offset = 0, log_shift = 0;
-    T log_scale = 1, log_scale_low = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift, the scale in two parts
+    T log_scale = 1,
+      log_scale_low = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift, the scale in two positive parts
     T top_db = 0;
     T output_offset = 0, output_scale = 1;
-    int64_t cepstra = 0;       // 0: no DCT
-    const T* dct = nullptr;  // [bands][cepstra]
-    bool time_major = false;   // features of a frame stand together
+    int64_t cepstra = 0;        // 0: no DCT
+    const T* dct = nullptr;     // [bands][cepstra]
+    bool dct_mirrored = false;  // row bands - 1 - i is row i with the odd columns negated
+    bool time_major = false;    // features of a frame stand together
 
     MMFAST_INLINE int64_t bins() const { return fft.n / 2 + 1; }
     MMFAST_INLINE int64_t bands() const { return filters.rows ? filters.rows : bins(); }
@@ -116,10 +118,11 @@ struct FrameTile {
     int64_t row, frame;  // of lane 0, for the dither
     bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)
     T threshold;
-    // [Two rounds] of mel_cpu.cpp. In the first, a tile with a v below `defer_below` stops there: `deferred` is written, and v
-    // is saved at `kept` unless that is null. In the second, with `resume`, v comes from `kept`.
-    bool may_defer, resume, deferred;
-    T defer_below;
+    // [Two rounds] of mel_cpu.cpp. In the first, a tile with a v below `guess` either stops there, v saved at `kept`, or, where
+    // that is null, goes on with `guess` as its threshold; `deferred` or `guessed` is written. In the second, with `resume`,
+    // v comes from `kept`.
+    bool first_round, resume, deferred, guessed;
+    T guess;
     T* kept;
     T* out;  // feature c of frame f at out[c * feature_stride + f * frame_stride]
     int64_t feature_stride, frame_stride;

@@ -32,6 +32,42 @@ const RealPlan<double>& Plan::fft<double>() const {
     return double_->plan();
 }
 
+// The run of bins between the first and the last non-zero weight of each row and, `by_bin`, the non-zero weights of each bin.
+template <class T>
+SparseFilters<T>::SparseFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin) {
+    std::vector<int32_t> low(rows, int32_t(bins)), high(rows, -1);
+    for (int64_t k = 0; k < bins; ++k) {
+        const T* w = dense + k * rows;
+        for (int64_t m = 0; m < rows; ++m) {
+            const bool some = w[m] != 0;
+            low[m] = some && low[m] > k ? int32_t(k) : low[m];
+            high[m] = some ? int32_t(k) : high[m];
+        }
+    }
+    first_.resize(rows);
+    offset_.assign(1, 0);
+    for (int64_t m = 0; m < rows; ++m) {
+        first_[m] = high[m] < 0 ? 0 : low[m];
+        offset_.push_back(offset_[m] + (high[m] < 0 ? 0 : high[m] - low[m] + 1));
+    }
+    weights_.resize(offset_[rows]);
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t i = offset_[m]; i < offset_[m + 1]; ++i)
+            weights_[i] = dense[(first_[m] + i - offset_[m]) * rows + m];
+    if (!by_bin) return;
+    bin_offset_.assign(1, 0);
+    for (int64_t k = 0; k < bins; ++k) {
+        for (int64_t m = 0; m < rows; ++m) {
+            if (dense[k * rows + m] == 0) continue;
+            bin_filter_.push_back(int32_t(m));
+            bin_weight_.push_back(dense[k * rows + m]);
+        }
+        bin_offset_.push_back(int64_t(bin_filter_.size()));
+    }
+}
+template class SparseFilters<float>;
+template class SparseFilters<double>;
+
 int64_t feature_count(const Spec& spec, int64_t n_filters, int64_t cepstra) {
     const int64_t bands = cepstra ? cepstra : n_filters ? n_filters : spec.n_fft / 2 + 1;
     return bands + (spec.energy == Energy::prepend || spec.energy == Energy::append);
@@ -127,9 +163,8 @@ struct Job {
     MelKernels<T> kernel = kernels<T>();
     MelParams<T> p;
     int64_t frames, tiles, features, group, groups;
-    std::vector<T> window, weights, bin_weight;
-    std::vector<int64_t> first, offset, bin_offset;
-    std::vector<int32_t> bin_filter;
+    std::vector<T> window;
+    std::unique_ptr<SparseFilters<T>> own_filters;
 
     Job(const Plan& plan, const Waveform& w, const Tables<T>& tables, int64_t group_, uint32_t seed, bool by_bin)
         : spec(plan.spec), wave(w) {
@@ -151,7 +186,9 @@ struct Job {
         p.log_floor = T(spec.log_floor);
         p.log_offset = T(spec.log_offset);
         p.log_scale = T(spec.log_scale);
+        if (double(p.log_scale) >= spec.log_scale) p.log_scale = std::nextafter(p.log_scale, T(0));
         p.log_scale_low = T(spec.log_scale - double(p.log_scale));
+        if (p.log_scale_low == 0) p.log_scale_low = std::numeric_limits<T>::min();
         p.log_shift = T(spec.log_shift);
         p.top_db = T(spec.top_db);
         p.output_offset = T(spec.output_offset);
@@ -159,13 +196,31 @@ struct Job {
         p.time_major = spec.time_major;
         p.cepstra = tables.cepstra;
         p.dct = tables.dct;
+        p.dct_mirrored = tables.cepstra > 0 && mirrored(tables.dct, tables.n_filters, tables.cepstra);
         set_window(tables.window);
-        if (tables.filters) set_filters(tables.filters, tables.n_filters, by_bin);
+        if (tables.filters) set_filters(plan, tables.filters, tables.n_filters, by_bin);
         frames = p.framing.count(wave.length);
         tiles = (frames + kernel.lanes - 1) / kernel.lanes;
         features = feature_count(spec, tables.n_filters, tables.cepstra);
         group = group_ > 0 ? group_ : std::max<int64_t>(1, wave.rows);
         groups = (wave.rows + group - 1) / group;
+    }
+
+    // To the last place of each number: not a table that was computed less exactly, or none of a DCT at all.
+    static bool mirrored(const T* dct, int64_t rows, int64_t columns) {
+        for (int64_t i = 0; i < rows / 2; ++i) {
+            const T *a = dct + i * columns, *b = dct + (rows - 1 - i) * columns;
+            for (int64_t j = 0; j < columns; ++j) {
+                const T far = j % 2 ? -b[j] : b[j];
+                const T size = std::max(std::abs(a[j]), std::abs(far)), eps = std::numeric_limits<T>::epsilon();
+                if (!(std::abs(a[j] - far) <= eps * size || size <= eps * T(1e-6))) return false;
+            }
+        }
+        // The middle row of an odd number is its own mirror image: its odd columns are taken as zero.
+        if (rows % 2)
+            for (int64_t j = 1; j < columns; j += 2)
+                if (std::abs(dct[rows / 2 * columns + j]) > std::numeric_limits<T>::epsilon()) return false;
+        return true;
     }
 
     void set_window(const T* given) {
@@ -180,45 +235,13 @@ struct Job {
         p.window = window.data();
     }
 
-    // Dense [bins][rows] to the run of bins between the first and the last non-zero weight of each row.
-    void set_filters(const T* dense, int64_t rows, bool by_bin) {
-        const int64_t bins = p.bins();
-        std::vector<int32_t> low(rows, int32_t(bins)), high(rows, -1);
-        for (int64_t k = 0; k < bins; ++k) {
-            const T* w = dense + k * rows;
-            for (int64_t m = 0; m < rows; ++m) {
-                const bool some = w[m] != 0;
-                low[m] = some && low[m] > k ? int32_t(k) : low[m];
-                high[m] = some ? int32_t(k) : high[m];
-            }
+    void set_filters(const Plan& plan, const T* dense, int64_t rows, bool by_bin) {
+        const SparseFilters<T>* sparse = plan.prepared(dense, rows);
+        if (!sparse) {
+            own_filters = std::make_unique<SparseFilters<T>>(dense, p.bins(), rows, by_bin);
+            sparse = own_filters.get();
         }
-        first.resize(rows);
-        offset.assign(1, 0);
-        for (int64_t m = 0; m < rows; ++m) {
-            first[m] = high[m] < 0 ? 0 : low[m];
-            offset.push_back(offset[m] + (high[m] < 0 ? 0 : high[m] - low[m] + 1));
-        }
-        weights.resize(offset[rows]);
-        for (int64_t m = 0; m < rows; ++m)
-            for (int64_t i = offset[m]; i < offset[m + 1]; ++i) weights[i] = dense[(first[m] + i - offset[m]) * rows + m];
-        p.filters.rows = rows;
-        p.filters.first = first.data();
-        p.filters.offset = offset.data();
-        p.filters.weights = weights.data();
-        if (!by_bin) return;
-        bin_offset.assign(1, 0);
-        for (int64_t k = 0; k < bins; ++k) {
-            for (int64_t m = 0; m < rows; ++m) {
-                if (dense[k * rows + m] != 0) {
-                    bin_filter.push_back(int32_t(m));
-                    bin_weight.push_back(dense[k * rows + m]);
-                }
-            }
-            bin_offset.push_back(int64_t(bin_filter.size()));
-        }
-        p.filters.bin_offset = bin_offset.data();
-        p.filters.bin_filter = bin_filter.data();
-        p.filters.bin_weight = bin_weight.data();
+        p.filters = sparse->view();
     }
 
     int64_t length(int64_t row) const {
@@ -355,23 +378,25 @@ private:
 
 // Note: [Two rounds]
 //   top_db needs the maximum of the group before any of its values is final. Without a DCT the features themselves are raised
-//   afterwards, in place, where a tile has values below. With a DCT, v is gone by then; so the first round leaves out the
-//   cepstra of tiles that lie below what is known of the maximum already (it only grows) and keeps v of as many as fit
-//   into kKept bytes a thread; the second round computes those, and whatever else turned out to lie below. What is
-//   computed twice, and by whom, changes with the order of events; the values do not.
+//   afterwards, in place, where a tile has values below. With a DCT, v is gone by then. So in the first round a tile that lies
+//   below what is known of the maximum (it only grows) is left unfinished, v kept, as long as kKept bytes a thread have room;
+//   further ones take what is known for the maximum. The second round finishes the former, and repeats what took a maximum
+//   that was not the last, or only now turns out to lie below. What is computed twice, and by whom, changes with the order of
+//   events; the values do not.
 template <class T>
 class TwoRounds {
 public:
     TwoRounds(const Job<T>& job, const Output<T>& output, const int64_t* counts, T* maxima)
         : job_(job), p_(job.p), output_(output), counts_(counts), maxima_(maxima), total_(job.wave.rows * job.tiles),
           lowest_(total_, kInfinity), highest_(total_, -kInfinity), kept_(p_.cepstra ? total_ : 0),
-          known_(p_.cepstra ? job.groups : 0), threshold_(job.groups) {
+          known_(p_.cepstra ? job.groups : 0), threshold_(job.groups), guess_(p_.cepstra ? total_ : 0, std::nan("")) {
         for (auto& k : known_) k.store(-kInfinity, std::memory_order_relaxed);
         kept_size_ = (p_.bands() + 1) * job.kernel.lanes;
     }
 
     void run() {
-        deal_out(total_, job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) { first(i, scratch); });
+        deal_out(total_, job_.tile_cost(), output_.scratch_bytes(),
+                 [&](int64_t i, char* scratch) { first(i, scratch); });
         for (int64_t g = 0; g < job_.groups; ++g) {
             T top = -kInfinity;
             for (int64_t i = g * job_.group * job_.tiles; i < std::min((g + 1) * job_.group * job_.tiles, total_); ++i)
@@ -384,7 +409,7 @@ public:
 
 private:
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    static constexpr size_t kKept = size_t(3) << 20;
+    static constexpr size_t kKept = size_t(7) << 19;
 
     bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
 
@@ -393,8 +418,8 @@ private:
         if (!output_.begin(i, counts_, scratch, t)) return;
         const int64_t group = t.row / job_.group;
         if (p_.cepstra) {
-            t.may_defer = true;
-            t.defer_below = known_[group].load(std::memory_order_relaxed) - p_.top_db;
+            t.first_round = true;
+            t.guess = known_[group].load(std::memory_order_relaxed) - p_.top_db;
             t.kept = take();
         }
         job_.kernel.forward(p_, t, scratch);
@@ -402,8 +427,10 @@ private:
         highest_[i] = t.highest;
         if (p_.cepstra) {
             T known = known_[group].load(std::memory_order_relaxed);
-            while (known < t.highest && !known_[group].compare_exchange_weak(known, t.highest, std::memory_order_relaxed)) {
+            while (known < t.highest &&
+                   !known_[group].compare_exchange_weak(known, t.highest, std::memory_order_relaxed)) {
             }
+            if (t.guessed) guess_[i] = t.guess;
             if (t.deferred) kept_[i] = t.kept;
             else give_back(t.kept);
         }
@@ -412,7 +439,8 @@ private:
 
     // Room for v of a tile, null when all is used; give_back is for the one just taken.
     T* take() {
-        const int64_t n = next_.fetch_add(1, std::memory_order_relaxed), in_block = int64_t(kKept / (kept_size_ * sizeof(T)));
+        const int64_t n = next_.fetch_add(1, std::memory_order_relaxed),
+                      in_block = int64_t(kKept / (kept_size_ * sizeof(T)));
         if (in_block == 0 || n >= in_block * max_threads()) return nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!free_.empty()) {
@@ -436,7 +464,8 @@ private:
         bool some = false;
         for (int64_t m = 0; m < p_.bands(); ++m) some |= p_.constant_band(m);
         if (some) constant.resize(job_.groups * p_.cepstra);
-        const T v0 = T(job_.spec.log_scale * std::log(double(p_.log_floor) + double(p_.log_offset)) + job_.spec.log_shift);
+        const T v0 =
+            T(job_.spec.log_scale * std::log(double(p_.log_floor) + double(p_.log_offset)) + job_.spec.log_shift);
         for (int64_t g = 0; some && g < job_.groups; ++g) {
             const T v = (std::max(v0, threshold_[g]) + p_.output_offset) * p_.output_scale;
             for (int64_t m = 0; m < p_.bands(); ++m)
@@ -495,7 +524,7 @@ private:
     std::vector<T> lowest_, highest_;
     std::vector<T*> kept_, free_;
     std::vector<std::atomic<T>> known_;
-    std::vector<T> threshold_;
+    std::vector<T> threshold_, guess_;  // what a tile was finished with in the first round; NaN: not
     std::vector<Scratch> blocks_;
     std::atomic<int64_t> next_{0};
     std::mutex mutex_;
@@ -566,12 +595,14 @@ public:
         const int64_t slots = filters_ ? std::min({items_, int64_t(64), most}) : items_;
         if (filters_) sums_.assign(std::max<int64_t>(1, slots) * slot_size, T(0));
         const double cost = 2.5 * job_.tile_cost() * double(run_tiles_);
-        deal_out(slots, cost * double(items_) / double(std::max<int64_t>(1, slots)), bytes, [&](int64_t s, char* scratch) {
-            T* const sums = filters_ ? sums_.data() + s * slot_size : nullptr;
-            for (int64_t i = s * items_ / slots; i < (s + 1) * items_ / slots; ++i) one_run(i, scratch, sums);
-        });
+        deal_out(slots, cost * double(items_) / double(std::max<int64_t>(1, slots)), bytes,
+                 [&](int64_t s, char* scratch) {
+                     T* const sums = filters_ ? sums_.data() + s * slot_size : nullptr;
+                     for (int64_t i = s * items_ / slots; i < (s + 1) * items_ / slots; ++i) one_run(i, scratch, sums);
+                 });
         if (p_.has_top_db) give_to_maxima(bytes);
-        if (wave_) deal_out(job_.wave.rows, 0.2 * double(job_.wave.length), 0, [&](int64_t b, char*) { finish_row(b); });
+        if (wave_)
+            deal_out(job_.wave.rows, 0.2 * double(job_.wave.length), 0, [&](int64_t b, char*) { finish_row(b); });
         if (filters_) sum_slots(slots, slot_size);
     }
 
@@ -724,11 +755,11 @@ void backward_cpu(const Plan& plan, const Waveform& wave, const Tables<T>& table
     Backward<T>(job, maxima, grad, grad_wave, grad_filters).run();
 }
 
-#define MMFAST_INSTANTIATE(T)                                                                                             \
-    template void forward_cpu<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, uint32_t, void*, ScalarType,    \
-                                 int64_t*, T*);                                                                           \
-    template void backward_cpu<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, uint32_t, const T*, const T*, \
-                                  T*, T*);
+#define MMFAST_INSTANTIATE(T)                                                                                          \
+    template void forward_cpu<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, uint32_t, void*, ScalarType, \
+                                 int64_t*, T*);                                                                        \
+    template void backward_cpu<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, uint32_t, const T*,         \
+                                  const T*, T*, T*);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)
 #undef MMFAST_INSTANTIATE

@@ -77,6 +77,39 @@ int64_t scratch_bytes(const MelParams<T>& p) {
     return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
 }
 
+// Cache lines that will be wanted, asked for a few at a time while the transform computes: there are too many streams (a row
+// of samples in each lane, a row of features in each band) for the hardware to see.
+struct Prefetch {
+    const char *samples = nullptr, *samples_end = nullptr;
+    const char* out = nullptr;
+    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0;
+
+    template <class T>
+    static MMFAST_INLINE Prefetch of(const MelParams<T>& p, const FrameTile<T>& t, int64_t features) {
+        Prefetch f;
+        // New to the next tile; it follows this one where the run goes on, and a useless request does no harm.
+        f.samples = reinterpret_cast<const char*>(t.lane[t.frames - 1] + p.framing.window);
+        f.samples_end = f.samples + t.frames * p.framing.hop * int64_t(sizeof(T));
+        f.out = reinterpret_cast<const char*>(t.out);
+        const bool by_frame = t.frame_stride != 1;
+        f.out_rows = by_frame ? t.frames : features;
+        f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
+        f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
+        return f;
+    }
+    // The share of one of `steps` steps.
+    MMFAST_INLINE void step(int64_t steps) {
+        const int64_t lines = (samples_end - samples + 63) / 64, some = (lines + steps - 1) / steps;
+        for (int64_t i = 0; i < some && samples < samples_end; ++i, samples += 64) __builtin_prefetch(samples, 0, 2);
+        const int64_t rows = (out_rows - out_row + steps - 1) / steps;
+        for (int64_t i = 0; i < rows && out_row < out_rows; ++i, ++out_row) {
+            const char* const row = out + out_row * out_stride;
+            for (int64_t b = 0; b < out_bytes + 63; b += 64)
+                __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
+        }
+    }
+};
+
 // x[n] = sample n of each lane. Where the frames overlap only the first `hop` samples are transposed: sample n of frame f
 // is sample n - hop of frame f + 1, so the rest moves down by one lane and takes one new value.
 template <class T>
@@ -96,9 +129,6 @@ void load_frames(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x) {
     }
     const T* const last = t.lane[N - 1];
     for (n = fresh; n < length; ++n) x[n] = Simd<T>::shift_in(x[n - hop], last[n]);
-    // The next tile's samples, which the sixteen interleaved streams above hide from the hardware's prefetcher.
-    if (overlap)
-        for (n = 0; n < N * hop; n += 64 / int(sizeof(T))) __builtin_prefetch(last + length + n, 0, 2);
 }
 
 // The reference's dither_noise: two hashes of (seed, row, frame, sample) and the cosine branch of Box-Muller.
@@ -175,8 +205,7 @@ void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* 
 template <class T, int R>
 void columns(const MelParams<T>& p, const Vec<T>* x, Complex<Vec<T>>* z, int64_t stride) {
     const T* window = p.window;
-    real_columns<R, T, Vec<T>>(
-        p.fft, p.framing.window, [=](int64_t n) { return x[n] * window[n]; }, z, stride);
+    real_columns<R, T, Vec<T>>(p.fft, p.framing.window, [=](int64_t n) { return x[n] * window[n]; }, z, stride);
 }
 
 template <class T, int R>
@@ -186,20 +215,20 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
                                        [=](int64_t n, Vec<T> value) { x[n] = value * window[n]; });
 }
 
-#define MMFAST_FOR_RADIX(radix, call)    \
-    switch (radix) {                     \
-        case 16: call(16); break;        \
-        case 8: call(8); break;          \
-        case 5: call(5); break;          \
-        case 4: call(4); break;          \
-        case 3: call(3); break;          \
-        case 2: call(2); break;          \
-        default: call(1);                \
+#define MMFAST_FOR_RADIX(radix, call) \
+    switch (radix) {                  \
+        case 16: call(16); break;     \
+        case 8: call(8); break;       \
+        case 5: call(5); break;       \
+        case 4: call(4); break;       \
+        case 3: call(3); break;       \
+        case 2: call(2); break;       \
+        default: call(1);             \
     }
 
 // Squared magnitudes of the frames in x; with kKeep the spectrum stays in z, bin k1 + R k2 at z[k1 * stride + k2].
 template <class T, bool kKeep>
-void spectrum(const MelParams<T>& p, const Workspace<T>& s) {
+void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
     using V = Vec<T>;
 #define MMFAST_CALL(R) columns<T, R>(p, s.x, s.z, s.stride)
     MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
@@ -207,6 +236,7 @@ void spectrum(const MelParams<T>& p, const Workspace<T>& s) {
     const int64_t n = p.fft.n, radix = p.fft.radix;
     V* const power = s.power;
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
+        prefetch.step(radix / 2 + 1 - k1);
         Complex<V>* const row = s.z + k1 * s.stride;
         transform_row(p.fft.row, row, s.w, [=](int64_t k2, V re, V im) {
             const int64_t bin = k1 + radix * k2;
@@ -266,8 +296,7 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
         for (int64_t i = 0; i < bands; ++i) {
             const V y = (m[i] < floor ? floor : m[i]) + p.log_offset;
             const V ln = log<decltype(normal)::value>(y);
-            const V rest = ln * p.log_scale_low, scaled = ln * p.log_scale + p.log_shift;
-            v[i] = rest - rest == T(0) ? scaled + rest : scaled;  // an infinite ln has no rest
+            v[i] = ln * p.log_scale + (ln * p.log_scale_low + p.log_shift);  // both parts positive: infinity stays
         }
     };
     if (!p.log) {
@@ -297,21 +326,39 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     if (nan) t.lowest = t.highest = T(__builtin_nan(""));
 }
 
-// c = v @ dct, a few outputs at a time so that each v is loaded once for all of them.
+// c[j * step] = sum over i < rows of v[i] dct[i][j * step], a few outputs at a time so that each v is loaded once for all.
 template <class T, int kBlock>
-MMFAST_INLINE void dct_block(const MelParams<T>& p, const Vec<T>* v, const T* dct, Vec<T>* c) {
+MMFAST_INLINE void dct_block(const Vec<T>* v, int64_t rows, const T* dct, int64_t columns, int64_t step, Vec<T>* c) {
     Vec<T> sum[kBlock] = {};
-    for (int64_t i = 0; i < p.bands(); ++i, dct += p.cepstra)
-        for (int j = 0; j < kBlock; ++j) sum[j] += v[i] * dct[j];
-    for (int j = 0; j < kBlock; ++j) c[j] = sum[j];
+    for (int64_t i = 0; i < rows; ++i, dct += columns)
+        for (int j = 0; j < kBlock; ++j) sum[j] += v[i] * dct[j * step];
+    for (int j = 0; j < kBlock; ++j) c[j * step] = sum[j];
 }
 
 template <class T>
-void cepstra(const MelParams<T>& p, const Vec<T>* v, Vec<T>* c) {
-    int64_t j = 0;
-    for (; j + 10 <= p.cepstra; j += 10) dct_block<T, 10>(p, v, p.dct + j, c + j);
-    for (; j + 4 <= p.cepstra; j += 4) dct_block<T, 4>(p, v, p.dct + j, c + j);
-    for (; j < p.cepstra; ++j) dct_block<T, 1>(p, v, p.dct + j, c + j);
+MMFAST_INLINE void dct_columns(const Vec<T>* v, int64_t rows, const T* dct, int64_t columns, int64_t first,
+                               int64_t step, Vec<T>* c) {
+    int64_t j = first;
+    for (; j + 9 * step < columns; j += 10 * step) dct_block<T, 10>(v, rows, dct + j, columns, step, c + j);
+    for (; j + 3 * step < columns; j += 4 * step) dct_block<T, 4>(v, rows, dct + j, columns, step, c + j);
+    for (; j < columns; j += step) dct_block<T, 1>(v, rows, dct + j, columns, step, c + j);
+}
+
+// c = v @ dct. The rows of a DCT mirror each other: with sums and differences of the v at both ends, half the products do.
+template <class T>
+void cepstra(const MelParams<T>& p, Vec<T>* v, Vec<T>* c) {
+    const int64_t bands = p.bands();
+    if (!p.dct_mirrored) return dct_columns(v, bands, p.dct, p.cepstra, 0, 1, c);
+    const int64_t half = bands / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const Vec<T> a = v[i], b = v[bands - 1 - i];
+        v[i] = a + b;
+        v[bands - 1 - i] = a - b;
+    }
+    dct_columns(v, (bands + 1) / 2, p.dct, p.cepstra, 0, 2, c);
+    // The differences stand at the far end in reverse order; brought forward, they meet the same rows.
+    for (int64_t i = 0; i < half; ++i) v[i] = v[bands - 1 - i];
+    if (p.cepstra > 1) dct_columns(v, half, p.dct, p.cepstra, 1, 2, c);
 }
 
 template <class T>
@@ -338,11 +385,12 @@ void store_features(const FrameTile<T>& t, Vec<T>* features, int64_t count) {
 
 // Samples to v. On return s.features + 1 is free for the features (one place before it for a prepended energy).
 template <class T, bool kBackward>
-MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Workspace<T>& s, Vec<T>** raised, Vec<T>** m) {
+MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Workspace<T>& s, Vec<T>** raised,
+                             Vec<T>** m) {
     Vec<T> energy{};
     load_frames(p, t, s.x);
     if (p.conditions()) condition(p, t, s.x, s.raw, &energy);
-    spectrum<T, kBackward>(p, s);
+    spectrum<T, kBackward>(p, s, kBackward ? Prefetch() : Prefetch::of(p, t, feature_count(p)));
     *raised = s.power;
     if (p.power != 2 || p.power_offset != 0) {
         if (kBackward) *raised = s.raised;
@@ -370,12 +418,15 @@ void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
     } else {
         V *raised, *m;
         energy = analyse<T, false>(p, t, s, &raised, &m);
-        t.deferred = t.may_defer && !(t.lowest >= t.defer_below);
-        if (t.deferred) {
-            if (!kept) return;
-            for (int64_t i = 0; i < p.bands(); ++i) kept[i] = v[i];
-            kept[p.bands()] = energy;
-            return;
+        if (t.first_round && !(t.lowest >= t.guess)) {
+            t.deferred = kept != nullptr;
+            if (t.deferred) {
+                for (int64_t i = 0; i < p.bands(); ++i) kept[i] = v[i];
+                kept[p.bands()] = energy;
+                return;
+            }
+            t.guessed = t.clip = true;
+            t.threshold = t.guess;
         }
     }
     if (t.clip) {
@@ -612,8 +663,12 @@ MMFAST_INLINE MelKernels<T> kernels_of() {
 
 }  // namespace
 
-MelKernels<float> kernels_float() { return kernels_of<float>(); }
-MelKernels<double> kernels_double() { return kernels_of<double>(); }
+MelKernels<float> kernels_float() {
+    return kernels_of<float>();
+}
+MelKernels<double> kernels_double() {
+    return kernels_of<double>();
+}
 
 }  // namespace MMFAST_ISA
 }  // namespace mel

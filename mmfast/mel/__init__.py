@@ -73,14 +73,20 @@ def extract(
             )
     else:
         lengths = _check_lengths(lengths, waveform)
-    window = _given("window", window, waveform, (config.win_length,))
-    filters = _given("filters", filters, waveform, (config.n_freqs, config.n_mels) if config.filters else None)
-    dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
+    if window is not None:
+        window = _given("window", window, waveform, (config.win_length,))
+    if filters is not None:
+        filters = _given("filters", filters, waveform, (config.n_freqs, config.n_mels) if config.filters else None)
+    if dct is not None:
+        dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
     group = (
         1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
     )
     seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
-    rows = waveform if len(shape) == 2 else waveform.reshape(shape[:-1].numel(), shape[-1])
+    if len(shape) == 2:
+        rows = waveform
+    else:
+        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(shape[:-1].numel(), shape[-1])
     chosen = _backend.choose("mel", waveform.device, backend)[0]
     if chosen != "reference" and torch.is_grad_enabled() and (_has_gradient(window) or _has_gradient(dct)):
         # The kernels have no gradient for these.
@@ -93,7 +99,7 @@ def extract(
     run = reference.mel_reference if chosen == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:
-        features = features.view(shape[:-1] + features.shape[1:])
+        features = features[0] if len(shape) == 1 else features.view(shape[:-1] + features.shape[1:])
     return features if lengths is None else (features, counts.view(shape[:-1]))
 
 
@@ -104,10 +110,8 @@ def _has_gradient(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad is True
 
 
-def _given(name: str, table: torch.Tensor | None, waveform: torch.Tensor, shape: tuple | None) -> torch.Tensor | None:
-    """The caller's table in the dtype of the computation; None stands for the configured one."""
-    if table is None:
-        return None
+def _given(name: str, table: torch.Tensor, waveform: torch.Tensor, shape: tuple | None) -> torch.Tensor:
+    """The caller's table in the dtype of the computation."""
     if shape is None:
         raise ValueError(f"{name} does not fit a config without {name}")
     if not isinstance(table, torch.Tensor) or not table.dtype.is_floating_point:

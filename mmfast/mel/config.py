@@ -193,9 +193,12 @@ class MelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self._check_window()
         self._check_features(put)
-        # Both are wanted several times a call, and while torch.compile traces.
-        put("_key", "{" + ", ".join([f'"{name}": {_json(getattr(self, name))}' for name in _FIELDS]) + "}")
+        # Wanted several times a call, and while torch.compile traces. Short, since the operators carry the text: what
+        # is as in MelConfig() is left out.
+        parts = [f'"{n}": {_json(getattr(self, n))}' for n, default in _DEFAULTS if getattr(self, n) != default]
+        put("_key", "{" + ", ".join(parts) + "}")
         put("_hash", hash(self._key))
+        put("_min_length", self._find_min_length())
 
     def _check_window(self) -> None:
         if isinstance(self.window, str):
@@ -282,6 +285,9 @@ class MelConfig:
     @property
     def min_length(self) -> int:
         """Fewest samples for which the padding is defined."""
+        return self._min_length
+
+    def _find_min_length(self) -> int:
         need = {"reflect": self.center_pad + 1, "circular": self.center_pad, "replicate": 1, "mirror": 1, "constant": 0}
         if self.framing == "valid" or (self.framing == "center" and self.center_pad == 0):
             return 0
@@ -295,7 +301,7 @@ class MelConfig:
 
     @property
     def key(self) -> str:
-        """Canonical text of this configuration: what the operators carry; `from_key` is its inverse."""
+        """Canonical text, the fields unlike the defaults in JSON: what operators carry. `from_key` is its inverse."""
         return self._key
 
     @staticmethod
@@ -303,7 +309,7 @@ class MelConfig:
     def from_key(key: str) -> MelConfig:
         """Configuration of a `key` (also the metadata that `mmfast extract` writes)."""
         fields = json.loads(key)
-        if isinstance(fields["window"], list):
+        if isinstance(fields.get("window"), list):
             fields["window"] = tuple(fields["window"])
         return MelConfig(**fields)
 
@@ -322,7 +328,7 @@ _FLOATS = (
 )
 
 
-_FIELDS = tuple(sorted(field.name for field in dataclasses.fields(MelConfig)))
+_DEFAULTS = tuple(sorted((field.name, field.default) for field in dataclasses.fields(MelConfig)))
 
 
 def _json(value: Any) -> str:

@@ -29,16 +29,34 @@ torch.library.define(
 )
 
 
+_forward = torch.ops.mmfast.mel_forward.default
+
+
 def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
     """`mel_reference` by the native kernels: the same arguments, the same results."""
-    out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config.key)
+    if torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad)):
+        out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a short clip
+            out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
     return out[0], out[1]
 
 
 @lru_cache(maxsize=1024)
 def _plan(key: str):
-    """The native form of a configuration; also holds the transform tables."""
-    c = MelConfig.from_key(key)
+    """The native form of a configuration: transform tables, and its own filters (in float32) without their zeros.
+
+    Also the `MelConfig`, and the filters' tensor to keep it alive: the kernels know it by its address.
+    """
+    config = MelConfig.from_key(key)
+    plan = _native_plan(config)
+    filters = resolve(config, torch.float32, torch.device("cpu"), None, None, None)[1]
+    if filters is not None:
+        plan.prepare(filters)
+    return plan, config, filters
+
+
+def _native_plan(c: MelConfig):
     per_ln = {None: 0.0, "ln": 1.0, "log10": 1 / math.log(10), "db": c.db_multiplier / math.log(10)}[c.log]
     shift = c.db_multiplier * math.log10(max(c.log_floor, c.db_reference)) if c.log == "db" else 0.0
     pad_mode = "constant" if c.framing == "valid" else c.pad_mode
@@ -77,22 +95,19 @@ def _plan(key: str):
 
 
 def _forward_cpu(waveform, window, filters, dct, lengths, group, seed, config):
-    tables = _tables(waveform, window, filters, dct, config)
-    return _backend._C.mel_forward(_plan(config), waveform, *tables, lengths, group, seed)
+    plan, config, _ = _plan(config)
+    tables = resolve(config, compute_dtype(waveform.dtype), waveform.device, window, filters, dct)
+    return _backend._C.mel_forward(plan, waveform, *tables, lengths, group, seed)
 
 
 def _backward_cpu(
     grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
 ):
-    tables = _tables(waveform, window, filters, dct, config)
+    plan, config, _ = _plan(config)
+    tables = resolve(config, compute_dtype(waveform.dtype), waveform.device, window, filters, dct)
     return _backend._C.mel_backward(
-        _plan(config), grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
+        plan, grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
     )
-
-
-def _tables(waveform, window, filters, dct, config):
-    dtype = compute_dtype(waveform.dtype)
-    return resolve(MelConfig.from_key(config), dtype, waveform.device, window, filters, dct)
 
 
 torch.library.impl("mmfast::mel_forward", "cpu", _forward_cpu)
@@ -178,3 +193,58 @@ def _differentiate_twice(ctx, grad_waveform, grad_filters):
 
 
 torch.library.register_autograd("mmfast::mel_backward", _differentiate_twice, setup_context=_save_backward)
+
+
+# vmap: what it adds is more rows of the batch.
+
+
+def _rows(info, dim, tensor):
+    """``(B, ...)`` under vmap as ``(N * B, ...)``."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.reshape(info.batch_size * tensor.shape[1], *tensor.shape[2:])
+
+
+def _check_shared(dims):
+    if any(d is not None for d in dims):
+        raise ValueError("window, filters and dct must be the same for all samples under vmap")
+
+
+@torch.library.register_vmap("mmfast::mel_forward")
+def _(info, in_dims, waveform, window, filters, dct, lengths, group, seed, config):
+    _check_shared(in_dims[1:4])
+    rows, lengths = _rows(info, in_dims[0], waveform), _rows(info, in_dims[4], lengths)
+    group = group or rows.shape[0] // info.batch_size
+    out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config)
+    return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0, 0, 0)
+
+
+@torch.library.register_vmap("mmfast::mel_backward")
+def _(
+    info,
+    in_dims,
+    grad,
+    waveform,
+    window,
+    filters,
+    dct,
+    lengths,
+    maxima,
+    group,
+    seed,
+    config,
+    need_waveform,
+    need_filters,
+):
+    _check_shared(in_dims[2:5])
+    if need_filters:
+        raise ValueError("the gradient of filters has no rule for vmap: compute it sample by sample")
+    grad, waveform, lengths, maxima = (
+        _rows(info, in_dims[i], t) for i, t in ((0, grad), (1, waveform), (5, lengths), (6, maxima))
+    )
+    group = group or waveform.shape[0] // info.batch_size
+    grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
+        grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
+    )
+    return (grad_waveform.reshape(info.batch_size, -1, grad_waveform.shape[1]), grad_filters), (0, None)

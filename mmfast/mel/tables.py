@@ -17,9 +17,12 @@ from mmfast.mel.config import MelConfig
 
 def resolve(config, dtype, device, window, filters, dct) -> tuple:
     """Window, filters and DCT in ``dtype``: those given, and those of ``config``, cached, in place of ``None``."""
-    if window is not None and filters is not None and dct is not None:
+    have_filters = filters is not None or config.filters is None
+    if window is not None and have_filters and (dct is not None or config.n_mfcc is None):
         return window, filters, dct
     own = _configured(config, dtype, device)
+    if window is None and filters is None and dct is None:
+        return own
     return tuple(ours if given is None else given for given, ours in zip((window, filters, dct), own, strict=True))
 
 
