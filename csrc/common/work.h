@@ -23,10 +23,13 @@ public:
         const auto lock = try_lock();
         if (lock) {
             auto& idle = blocks();
-            for (size_t i = 0; i < idle.size(); ++i) {
-                if (idle[i].size < bytes) continue;
-                block_ = idle[i];
-                idle.erase(idle.begin() + i);
+            // The smallest that is large enough: a large one given to a small request would be missed by the next large one.
+            size_t best = idle.size();
+            for (size_t i = 0; i < idle.size(); ++i)
+                if (idle[i].size >= bytes && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+            if (best < idle.size()) {
+                block_ = idle[best];
+                idle.erase(idle.begin() + best);
                 return;
             }
             if (!idle.empty() && bytes <= kLargest) {  // rather a larger one than one more
