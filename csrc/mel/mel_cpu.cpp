@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -321,6 +322,11 @@ public:
           known_(p_.cepstra ? job.groups : 0), threshold_(job.groups), guess_(p_.cepstra ? total_ : 0, std::nan("")) {
         for (auto& k : known_) k.store(-kInfinity, std::memory_order_relaxed);
         kept_size_ = (p_.bands() + 1) * job.kernel.lanes;
+        in_block_ = int64_t(kKept / (kept_size_ * sizeof(T)));
+        capacity_ = in_block_ * max_threads();  // asked here: among the threads the answer is 1
+        const int64_t runs = total_ / kRun;
+        stride_ = std::max<int64_t>(1, int64_t(0.618 * double(runs)));
+        while (std::gcd(stride_, runs) > 1) ++stride_;
     }
 
     void run() {
@@ -339,10 +345,19 @@ public:
 private:
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
     static constexpr size_t kKept = size_t(7) << 19;
+    static constexpr int64_t kRun = 8;
 
     bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
 
-    void first(int64_t i, char* scratch) {
+    // The order in which the first round takes tiles: runs of neighbours, far apart from one another, so that the maximum is
+    // met early also where sounds grow louder through the batch.
+    int64_t scattered(int64_t i) const {
+        const int64_t runs = total_ / kRun;
+        return i < runs * kRun ? i / kRun * stride_ % runs * kRun + i % kRun : i;
+    }
+
+    void first(int64_t place, char* scratch) {
+        const int64_t i = p_.cepstra ? scattered(place) : place;
         FrameTile<T> t{};
         if (!output_.begin(i, counts_, scratch, t)) return;
         const int64_t group = t.row / job_.group;
@@ -368,17 +383,15 @@ private:
 
     // Room for v of a tile, null when all is used; give_back is for the one just taken.
     T* take() {
-        const int64_t n = next_.fetch_add(1, std::memory_order_relaxed),
-                      in_block = int64_t(kKept / (kept_size_ * sizeof(T)));
-        if (in_block == 0 || n >= in_block * max_threads()) return nullptr;
+        if (next_.fetch_add(1, std::memory_order_relaxed) >= capacity_) return nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!free_.empty()) {
             T* const p = free_.back();
             free_.pop_back();
             return p;
         }
-        if (used_ == int64_t(blocks_.size()) * in_block) blocks_.emplace_back(kKept);
-        return reinterpret_cast<T*>(blocks_.back().data()) + used_++ % in_block * kept_size_;
+        if (used_ == int64_t(blocks_.size()) * in_block_) blocks_.emplace_back(kKept);
+        return reinterpret_cast<T*>(blocks_.back().data()) + used_++ % in_block_ * kept_size_;
     }
     void give_back(T* p) {
         next_.fetch_sub(1, std::memory_order_relaxed);
@@ -449,7 +462,7 @@ private:
     const Output<T>& output_;
     const int64_t* counts_;
     T* maxima_;
-    int64_t total_, kept_size_, used_ = 0;
+    int64_t total_, kept_size_, in_block_, capacity_, stride_ = 1, used_ = 0;
     std::vector<T> lowest_, highest_;
     std::vector<T*> kept_, free_;
     std::vector<std::atomic<T>> known_;
