@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 namespace mmfast {
 void bind_mel(py::module_& m);
+void bind_mmd(py::module_& m);
 }
 
 namespace {
@@ -77,4 +78,5 @@ PYBIND11_MODULE(_C, m) {
     m.attr("torch_version") = TORCH_VERSION;
     m.def("build_info", &build_info, "What the extension was built with, and what it uses on this machine.");
     mmfast::bind_mel(m);
+    mmfast::bind_mmd(m);
 }

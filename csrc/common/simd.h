@@ -166,6 +166,65 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
     return x;
 }
 
+// 2^x, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f (the coefficients of Cephes' exp2f) times 2^n.
+// Meant for x <= 0: what is below the normal numbers may come out as 0, and no care is taken of overflow. NaN stays.
+MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
+    using S = Simd<float>;
+    using V = S::V;
+    x = x < -150.0f ? S::splat(-150.0f) : x;
+#if defined(__AVX512F__)
+    const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const V shifted = x + 12582912.0f;  // 1.5 * 2^23: the last bit of the sum is worth 1
+    const V n = shifted - 12582912.0f;
+#endif
+    const V f = x - n;
+    V y = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    y = y * f + 9.618437357674640e-3f;
+    y = y * f + 5.550332471162809e-2f;
+    y = y * f + 2.402264791363012e-1f;
+    y = y * f + 6.931472028550421e-1f;
+    y = y * f + 1.0f;
+#if defined(__AVX512F__)
+    return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
+    return x < -126.0f ? y * 0 : y * scale;
+#endif
+}
+
+// e^x, within 2 ulp for float; as exp2 in all else.
+MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
+    using S = Simd<float>;
+    using V = S::V;
+    x = x < -104.0f ? S::splat(-104.0f) : x;
+    const V shifted = x * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    const V f = x - n * 0.693359375f - n * -2.12194440e-4f;
+    V y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * f + 8.3334519073e-3f;
+    y = y * f + 4.1665795894e-2f;
+    y = y * f + 1.6666665459e-1f;
+    y = y * f + 5.0000001201e-1f;
+    y = y * (f * f) + (f + 1.0f);
+#if defined(__AVX512F__)
+    return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
+    return x < -87.3f ? y * 0 : y * scale;
+#endif
+}
+
+MMFAST_INLINE Simd<double>::V exp2(Simd<double>::V x) {
+    for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_exp2(x[i]);
+    return x;
+}
+
+MMFAST_INLINE Simd<double>::V exp(Simd<double>::V x) {
+    for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+
 template <class V, class T>
 MMFAST_INLINE V power(V x, T exponent) {
     for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i)

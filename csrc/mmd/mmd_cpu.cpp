@@ -1,0 +1,515 @@
+// The reductions: what each does with a tile of kernel values, and with a tile of derivatives.
+#include <limits>
+#include <mutex>
+#include <numeric>
+
+#include "mmd/mmd_sweep.h"
+
+namespace mmfast {
+namespace mmd {
+
+// ---- Kernels as they are computed ----------------------------------------------------------------------------------
+
+// Note: [Chains]
+//   exp(-2 g s) is the square of exp(-g s): Gaussians whose gammas are powers of two apart take one exp, of the widest, and
+//   squarings, which also keep small what has become small. A squaring doubles the relative error; four of them in a row
+//   still leave it near 16 units in the last place of a value that is then below the 16th power of the widest.
+template <class T>
+Program<T> program_of(const Layer& layer) {
+    Program<T> p{};
+    p.metric = layer.metric;
+    std::vector<const Term<double>*> gaussians;
+    for (const Term<double>& t : layer.terms) {
+        const Term<T> same{t.family, T(t.weight), T(t.gamma), T(t.offset), T(t.exponent)};
+        p.term[p.terms++] = same;
+        p.roots |= needs_root(t.family);
+        if (t.family == Family::gaussian && p.chains + int(gaussians.size()) < Program<T>::kMostTerms) gaussians.push_back(&t);
+        else p.other[p.others++] = same;
+    }
+    std::stable_sort(gaussians.begin(), gaussians.end(), [](auto* a, auto* b) { return a->gamma < b->gamma; });
+    while (!gaussians.empty()) {
+        if (p.chains == Program<T>::kMostChains) {
+            for (auto* t : gaussians) p.other[p.others++] = {t->family, T(t->weight), T(t->gamma), T(0), T(0)};
+            break;
+        }
+        Chain<T>& c = p.chain[p.chains++];
+        std::vector<const Term<double>*> left;
+        double last = gaussians[0]->gamma;
+        c.exponent = T(-last);
+        for (auto* t : gaussians) {
+            const double ratio = last > 0 ? t->gamma / last : t->gamma == last ? 1 : 0;
+            const int squarings = ratio >= 0.5 ? int(std::lround(std::log2(ratio))) : -1;
+            if (c.count == Chain<T>::kMost || squarings < 0 || squarings > 4 ||
+                std::abs(std::ldexp(1.0, squarings) - ratio) > 1e-9 * ratio) {
+                left.push_back(t);
+                continue;
+            }
+            c.squarings[c.count] = squarings;
+            c.weight[c.count] = T(t->weight);
+            c.slope[c.count++] = T(-t->weight * t->gamma);
+            last = t->gamma;
+        }
+        gaussians = left;
+    }
+    return p;
+}
+
+namespace {
+
+constexpr bool kAll[3] = {true, true, true};
+
+// Rows with room behind the last, so that a whole tile can be read from any place.
+template <class T>
+class Rows {
+public:
+    Rows(int64_t rows, int64_t width, int64_t stride) : width_(width), stride_(stride), data_((rows + kTile) * stride) {}
+    void fill(const T* from, int64_t rows, int64_t column = 0) {
+        for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * width_, width_, data_.data() + i * stride_ + column);
+    }
+    T* operator[](int64_t i) { return data_.data() + i * stride_; }
+    const T* operator[](int64_t i) const { return data_.data() + i * stride_; }
+    int64_t stride() const { return stride_; }
+
+private:
+    int64_t width_, stride_;
+    std::vector<T> data_;
+};
+
+// What reducers have in common: nothing happens at the ends of a task, nothing is kept through it.
+template <class T>
+struct Reducer {
+    size_t scratch_bytes(int64_t) const { return 0; }
+    void begin(const Tile<T>&, int64_t) const {}
+    void end(const Tile<T>&, int64_t) const {}
+    void weigh(const Tile<T>& tile, int q, T* x) const { tiles<T>().multiply(tile.rows, tile.g[q], x); }
+};
+
+// ---- Weighted sums -------------------------------------------------------------------------------------------------
+
+template <class T>
+class Quadratic : public Reducer<T> {
+public:
+    Quadratic(int64_t batch, int64_t blocks, int64_t n, int64_t m, const T* wx, const T* wy, const double* coefs,
+              const Gradients<T>& gradients)
+        : n_{n, m}, coefs_(coefs), gradients_(gradients), sums_(batch * blocks * 3) {
+        const T* const from[2] = {wx, wy};
+        for (int side = 0; side < 2; ++side) {
+            if (!from[side]) continue;
+            weights_[side].emplace_back(batch * n_[side], 1, 1);
+            weights_[side][0].fill(from[side], batch * n_[side]);
+        }
+    }
+
+    void take(const Tile<T>& t) {
+        const int kind = t.within() ? t.a : 2;
+        const double times = t.within() ? 2 : 1;  // a pair stands for both its orders
+        const T *u = weights(t.batch, t.a, t.i0), *v = weights(t.batch, t.b, t.j0);
+        double *const to_a = gradient(t.batch, t.a, t.i0), *const to_b = gradient(t.batch, t.b, t.j0);
+        double rows[kTile] = {}, columns[kTile] = {};
+        sums_[t.block * 3 + kind] +=
+            times * tiles<T>().reduce(t.rows, t.k[0], u, v, to_a ? rows : nullptr, to_b ? columns : nullptr);
+        for (int64_t i = 0; to_a && i < t.rows; ++i) to_a[i] += times * coefs_[kind] * rows[i];
+        for (int64_t j = 0; to_b && j < t.columns; ++j) to_b[j] += times * coefs_[kind] * columns[j];
+    }
+
+    void weigh(const Tile<T>& t, int, T* x) const {
+        tiles<T>().scale(t.rows, T(coefs_[t.within() ? t.a : 2] * (t.within() ? 2 : 1)), weights(t.batch, t.a, t.i0),
+                         weights(t.batch, t.b, t.j0), x);
+    }
+
+    void put(int64_t batch, int64_t blocks, double* sums) const {
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < blocks; ++i)
+                for (int kind = 0; kind < 3; ++kind) sums[b * 3 + kind] += sums_[(b * blocks + i) * 3 + kind];
+    }
+
+private:
+    const T* weights(int64_t batch, int side, int64_t i) const {
+        return weights_[side].empty() ? nullptr : weights_[side][0][batch * n_[side] + i];
+    }
+    double* gradient(int64_t batch, int side, int64_t i) const {
+        double* const to = side ? gradients_.weights_y : gradients_.weights_x;
+        return to ? to + batch * n_[side] + i : nullptr;
+    }
+
+    const int64_t n_[2];
+    const double* coefs_;
+    const Gradients<T>& gradients_;
+    std::vector<Rows<T>> weights_[2];
+    std::vector<double> sums_;
+};
+
+// ---- Row sums, column sums, squares --------------------------------------------------------------------------------
+
+template <class T>
+struct Sums : Reducer<T> {
+    int64_t n, m;
+    double *rows, *columns;
+    std::vector<double> squares;
+    void take(const Tile<T>& t) {
+        double column[kTile] = {};
+        tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.batch * n + t.i0, column);
+        double* const to = t.within() ? rows + t.batch * n : columns + t.batch * m;
+        for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
+        squares[t.block] += (t.within() ? 2 : 1) * tiles<T>().inner(t.rows, t.k[0], t.k[0]);
+    }
+};
+
+template <class T>
+struct SumsBackward : Reducer<T> {
+    int64_t n, m;
+    const double *rows, *columns, *squares;
+    void take(const Tile<T>& t) {
+        const double* const column = t.within() ? rows + t.batch * n : columns + t.batch * m;
+        const T twice = T((t.within() ? 4 : 2) * squares[t.batch]);
+        for (int64_t i = 0; i < t.rows; ++i)
+            for (int64_t j = 0; j < t.columns; ++j)
+                t.g[0][i * kTile + j] =
+                    T(rows[t.batch * n + t.i0 + i] + column[t.j0 + j]) + twice * t.k[0][i * kTile + j];
+        clear(t, t.g[0]);
+    }
+    static void clear(const Tile<T>& t, T* g) {
+        for (int64_t i = 0; i < t.rows && t.columns < kTile; ++i)
+            std::fill(g + i * kTile + t.columns, g + (i + 1) * kTile, T(0));
+    }
+};
+
+// ---- K v -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct MatMul : Reducer<T> {
+    int64_t n, m;
+    const Rows<T>& v;  // of all the batch
+    Rows<T>& out;
+    void take(const Tile<T>& t) {
+        tiles<T>().product(false, t.rows, t.columns, v.stride(), t.k[0], v[t.batch * m + t.j0], v.stride(),
+                           out[t.batch * n + t.i0], out.stride());
+        if (t.within())
+            tiles<T>().product(true, t.columns, t.rows, v.stride(), t.k[0], v[t.batch * m + t.i0], v.stride(),
+                               out[t.batch * n + t.j0], out.stride());
+    }
+};
+
+// The derivative by k_ij is grad_i . v_j, and with one set of points grad_j . v_i as well: products of the rows of `left`
+// and `right`, which then hold both, one behind the other.
+template <class T>
+struct MatMulBackward : Reducer<T> {
+    int64_t n, m, width;
+    const Rows<T>&left, &right, &grad;
+    Rows<T>& grad_v;
+    size_t scratch_bytes(int64_t) const { return (kTile * 2 * padded<T>(width) + 2 * kTile) * sizeof(T); }
+    void take(const Tile<T>& t) {
+        const int64_t stride = padded<T>(width);
+        T* const s = reinterpret_cast<T*>(t.scratch);
+        const Points<T> b{s, s + kTile * stride, s + 2 * kTile * stride, stride};
+        const Source from{right[t.batch * m], scalar_type_of<T>(), right.stride(), 1, width};
+        tiles<T>().pack(from, t.j0, t.columns, nullptr, b);
+        // Not changed, but Points are for writing as well.
+        const Points<T> a{const_cast<T*>(left[t.batch * n + t.i0]), nullptr, nullptr, left.stride()};
+        tiles<T>().compare(Metric::dot, false, width, a, 0, t.rows, b, t.columns, t.g[0]);
+        SumsBackward<T>::clear(t, t.g[0]);
+        tiles<T>().product(true, t.columns, t.rows, grad.stride(), t.k[0], grad[t.batch * n + t.i0], grad.stride(),
+                           grad_v[t.batch * m + t.j0], grad_v.stride());
+        if (t.within())
+            tiles<T>().product(false, t.rows, t.columns, grad.stride(), t.k[0], grad[t.batch * n + t.j0], grad.stride(),
+                               grad_v[t.batch * m + t.i0], grad_v.stride());
+    }
+};
+
+// ---- Two kernels ---------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Pair : Reducer<T> {
+    int64_t n;
+    double* rows[2];
+    std::vector<double> products;
+    void take(const Tile<T>& t) {
+        for (int q = 0; q < 2; ++q) {
+            double column[kTile] = {};
+            double* const to = rows[q] + t.batch * n;
+            tiles<T>().reduce(t.rows, t.k[q], nullptr, nullptr, to + t.i0, column);
+            for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
+            products[t.block * 3 + 1 + q] += 2 * tiles<T>().inner(t.rows, t.k[q], t.k[q]);
+        }
+        products[t.block * 3] += 2 * tiles<T>().inner(t.rows, t.k[0], t.k[1]);
+    }
+};
+
+template <class T>
+struct PairBackward : Reducer<T> {
+    int64_t n;
+    const double* rows[2];
+    const double* products;
+    void take(const Tile<T>& t) {
+        const double* const p = products + t.batch * 3;
+        for (int q = 0; q < 2; ++q) {
+            const double* const row = rows[q] + t.batch * n;
+            const T own = T(4 * p[1 + q]), cross = T(2 * p[0]);
+            for (int64_t i = 0; i < t.rows; ++i)
+                for (int64_t j = 0; j < t.columns; ++j) {
+                    const int64_t at = i * kTile + j;
+                    t.g[q][at] = T(row[t.i0 + i] + row[t.j0 + j]) + own * t.k[q][at] + cross * t.k[1 - q][at];
+                }
+            SumsBackward<T>::clear(t, t.g[q]);
+        }
+    }
+};
+
+// ---- Permutations --------------------------------------------------------------------------------------------------
+
+// Half of a' K a for many a at once: r = K a of the block's rows is kept through a task and multiplied by a at its end.
+template <class T>
+struct Permutations : Reducer<T> {
+    const Rows<T>& members;  // [point][group], 0 or 1
+    double* rows;            // or null
+    std::vector<double>& inside;  // [block][stride of members]
+    size_t scratch_bytes(int64_t block) const { return block * members.stride() * sizeof(T); }
+    void begin(const Tile<T>& t, int64_t count) const {
+        std::fill_n(reinterpret_cast<T*>(t.scratch), count * members.stride(), T(0));
+    }
+    void take(const Tile<T>& t) {
+        if (rows) {
+            double column[kTile] = {};
+            tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.i0, column);
+            for (int64_t j = 0; j < t.columns; ++j) rows[t.j0 + j] += column[j];
+        }
+        T* const r = reinterpret_cast<T*>(t.scratch) + (t.i0 - t.first) * members.stride();
+        tiles<T>().product(false, t.rows, t.columns, members.stride(), t.k[0], members[t.j0], members.stride(), r,
+                           members.stride());
+    }
+    void end(const Tile<T>& t, int64_t count) {
+        const T* const r = reinterpret_cast<const T*>(t.scratch);
+        double* const to = inside.data() + t.block * members.stride();
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t g = 0; g < members.stride(); ++g)
+                to[g] += double(2 * members[t.first + i][g] * r[i * members.stride() + g]);
+    }
+};
+
+// ---- Order statistics ----------------------------------------------------------------------------------------------
+
+// The order of the bits of what is not negative is the order of the values; NaN, of either sign, comes behind infinity.
+template <class T>
+auto bits_of(T x) {
+    std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t> u;
+    x = x == x ? x + T(0) : std::numeric_limits<T>::quiet_NaN();
+    std::memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+// Counts, for each place that is sought, the values that begin with the bits known so far by their next bits.
+template <class T>
+struct Select : Reducer<T> {
+    using Bits = decltype(bits_of(T()));
+    static constexpr int kAtOnce = 12, kAll = int(8 * sizeof(T));
+    struct Sought {
+        Bits prefix;
+        int64_t place;
+        int64_t pair[2];
+    };
+    std::vector<Sought> sought;
+    int known = 0;  // bits
+    std::vector<std::vector<int64_t>> counts;
+    std::mutex lock;
+
+    int next() const { return std::min(kAtOnce, kAll - known); }
+    void take(const Tile<T>& t) {
+        const int shift = kAll - known - next();
+        const T* const z = t.z;
+        for (size_t r = 0; r < sought.size(); ++r) {
+            if (known == kAll) {
+                find(t, sought[r]);
+                continue;
+            }
+            const bool repeated = r > 0 && sought[r].prefix == sought[r - 1].prefix;
+            if (repeated) continue;
+            std::vector<int32_t> here(size_t(1) << next());
+            for (int64_t i = 0; i < t.rows; ++i)
+                for (int64_t j = t.diagonal ? i + 1 : 0; j < t.columns; ++j) {
+                    const Bits u = bits_of(z[i * kTile + j]);
+                    if (known && (u >> (kAll - known)) != sought[r].prefix) continue;
+                    ++here[(u >> shift) & ((Bits(1) << next()) - 1)];
+                }
+            const std::lock_guard guard(lock);
+            for (size_t i = 0; i < here.size(); ++i) counts[r][i] += here[i];
+        }
+    }
+    // The first such pair, whoever meets it.
+    void find(const Tile<T>& t, Sought& s) {
+        for (int64_t i = 0; i < t.rows; ++i)
+            for (int64_t j = t.diagonal ? i + 1 : 0; j < t.columns; ++j) {
+                if (bits_of(t.z[i * kTile + j]) != s.prefix) continue;
+                const int64_t pair[2] = {t.i0 + i, t.j0 + j};
+                const std::lock_guard guard(lock);
+                if (s.pair[0] < 0 || std::lexicographical_compare(pair, pair + 2, s.pair, s.pair + 2))
+                    std::copy_n(pair, 2, s.pair);
+            }
+    }
+    void advance() {
+        const int bits = next();
+        for (size_t r = 0; r < sought.size(); ++r) {
+            const size_t from = first_like(r);
+            int64_t i = 0;
+            while (i + 1 < (int64_t(1) << bits) && sought[r].place >= counts[from][i]) sought[r].place -= counts[from][i++];
+            pending_.push_back((sought[r].prefix << bits) | Bits(i));
+        }
+        for (size_t r = 0; r < sought.size(); ++r) sought[r].prefix = pending_[r];
+        pending_.clear();
+        known += bits;
+        for (auto& c : counts) std::fill(c.begin(), c.end(), 0);
+    }
+
+private:
+    size_t first_like(size_t r) const {
+        while (r > 0 && sought[r].prefix == sought[r - 1].prefix) --r;
+        return r;
+    }
+    std::vector<Bits> pending_;
+};
+
+}  // namespace
+
+// ---- The operations ------------------------------------------------------------------------------------------------
+
+template <class T>
+void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
+                   const double* coefs, double* sums, const Gradients<T>& gradients) {
+    std::fill_n(sums, batch * 3, 0.0);
+    Sweep<T> sweep(batch, Pairs::within_and_between, {{kernel, &x, &y, gradients}});
+    Quadratic<T> reducer(batch, sweep.blocks(), x.count, y.count, wx, wy, coefs, gradients);
+    const bool wanted[3] = {coefs[0] != 0, coefs[1] != 0, coefs[2] != 0};
+    sweep.run(reducer, wanted);
+    reducer.put(batch, sweep.blocks(), sums);
+}
+
+void add_blocks(const std::vector<double>& from, int64_t batch, int64_t width, double* to) {
+    const int64_t blocks = batch ? int64_t(from.size()) / (batch * width) : 0;
+    std::fill_n(to, batch * width, 0.0);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < blocks * width; ++i) to[b * width + i % width] += from[b * blocks * width + i];
+}
+
+template <class T>
+void sums_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric, double* rows,
+              double* columns, double* squares) {
+    Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
+    std::fill_n(rows, batch * x.count, 0.0);
+    if (!symmetric) std::fill_n(columns, batch * y.count, 0.0);
+    Sums<T> reducer{{}, x.count, y.count, rows, columns, std::vector<double>(batch * sweep.blocks())};
+    sweep.run(reducer, kAll);
+    add_blocks(reducer.squares, batch, 1, squares);
+}
+
+template <class T>
+void sums_backward_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric,
+                       const double* rows, const double* columns, const double* squares, const Gradients<T>& gradients) {
+    Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between,
+                   {{kernel, &x, symmetric ? nullptr : &y, gradients}});
+    SumsBackward<T> reducer{{}, x.count, y.count, rows, columns, squares};
+    sweep.run(reducer, kAll);
+}
+
+template <class T>
+void matmul_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric, const T* v,
+                int64_t width, T* out) {
+    const Set& columns = symmetric ? x : y;
+    Rows<T> values(batch * columns.count, width, padded<T>(width)), result(batch * x.count, width, padded<T>(width));
+    values.fill(v, batch * columns.count);
+    Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
+    MatMul<T> reducer{{}, x.count, columns.count, values, result};
+    sweep.run(reducer, kAll);
+    for (int64_t i = 0; i < batch * x.count; ++i) std::copy_n(result[i], width, out + i * width);
+}
+
+template <class T>
+void matmul_backward_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric, const T* v,
+                         const T* grad, int64_t width, T* grad_v, const Gradients<T>& gradients) {
+    const int64_t n = x.count, m = symmetric ? n : y.count, both = symmetric ? 2 * width : width;
+    Rows<T> left(batch * n, width, padded<T>(both)), right(batch * m, width, padded<T>(both));
+    Rows<T> plain(batch * n, width, padded<T>(width)), result(batch * m, width, padded<T>(width));
+    left.fill(grad, batch * n);
+    right.fill(v, batch * m);
+    if (symmetric) {
+        left.fill(v, batch * n, width);
+        right.fill(grad, batch * m, width);
+    }
+    plain.fill(grad, batch * n);
+    Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between,
+                   {{kernel, &x, symmetric ? nullptr : &y, gradients}});
+    MatMulBackward<T> reducer{{}, n, m, both, left, right, plain, result};
+    sweep.run(reducer, kAll);
+    for (int64_t i = 0; grad_v && i < batch * m; ++i) std::copy_n(result[i], width, grad_v + i * width);
+}
+
+template <class T>
+void pair_cpu(int64_t batch, const Kernel& kernel_x, const Set& x, const Kernel& kernel_y, const Set& y, double* rows_x,
+              double* rows_y, double* products) {
+    Sweep<T> sweep(batch, Pairs::within_x, {{kernel_x, &x, nullptr, {}}, {kernel_y, &y, nullptr, {}}});
+    std::fill_n(rows_x, batch * x.count, 0.0);
+    std::fill_n(rows_y, batch * x.count, 0.0);
+    Pair<T> reducer{{}, x.count, {rows_x, rows_y}, std::vector<double>(batch * sweep.blocks() * 3)};
+    sweep.run(reducer, kAll);
+    add_blocks(reducer.products, batch, 3, products);
+}
+
+template <class T>
+void pair_backward_cpu(int64_t batch, const Kernel& kernel_x, const Set& x, const Kernel& kernel_y, const Set& y,
+                       const double* rows_x, const double* rows_y, const double* products,
+                       const Gradients<T>& gradients_x, const Gradients<T>& gradients_y) {
+    Sweep<T> sweep(batch, Pairs::within_x, {{kernel_x, &x, nullptr, gradients_x}, {kernel_y, &y, nullptr, gradients_y}});
+    PairBackward<T> reducer{{}, x.count, {rows_x, rows_y}, products};
+    sweep.run(reducer, kAll);
+}
+
+template <class T>
+void permutations_cpu(const Kernel& kernel, const Set& z, const uint8_t* members, int64_t groups, double* inside,
+                      double* rows) {
+    // As many at once as stay in the second cache beside the points; the kernel is computed once for each run of them.
+    constexpr int64_t kAtOnce = 1024;
+    std::fill_n(rows, z.count, 0.0);
+    for (int64_t first = 0; first == 0 || first < groups; first += kAtOnce) {
+        const int64_t count = std::min(kAtOnce, groups - first);
+        Rows<T> a(z.count, count, padded<T>(count));
+        for (int64_t g = 0; g < count; ++g)
+            for (int64_t i = 0; i < z.count; ++i) a[i][g] = T(members[(first + g) * z.count + i] != 0);
+        Sweep<T> sweep(1, Pairs::within_x, {{kernel, &z, nullptr, {}}});
+        std::vector<double> sums(sweep.blocks() * a.stride());
+        Permutations<T> reducer{{}, a, first ? nullptr : rows, sums};
+        sweep.run(reducer, kAll);
+        for (int64_t g = 0; g < count; ++g) {
+            inside[first + g] = 0;
+            for (int64_t b = 0; b < sweep.blocks(); ++b) inside[first + g] += sums[b * a.stride() + g];
+        }
+    }
+}
+
+template <class T>
+void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, const std::vector<int64_t>& places,
+                T* values, int64_t* pairs) {
+    // Distances as those kernels need them that are functions of the root; the kernel itself is not looked at.
+    const Kernel kernel{{{Metric::l2, dimension, {{Family::energy, 1, 0, 0, 0}}}}};
+    Sweep<T> sweep(1, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
+    Select<T> reducer;
+    std::vector<size_t> order(places.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return places[a] < places[b]; });
+    for (const size_t i : order) reducer.sought.push_back({0, places[i], {-1, -1}});
+    reducer.counts.assign(places.size(), std::vector<int64_t>(size_t(1) << Select<T>::kAtOnce));
+    while (reducer.known < Select<T>::kAll) {
+        sweep.run(reducer, kAll);
+        reducer.advance();
+    }
+    sweep.run(reducer, kAll);
+    for (size_t r = 0; r < order.size(); ++r) {
+        std::memcpy(values + order[r], &reducer.sought[r].prefix, sizeof(T));
+        std::copy_n(reducer.sought[r].pair, 2, pairs + 2 * order[r]);
+    }
+}
+
+#define MMFAST_INSTANTIATE(T)                                                                                                  template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*,                                         double*, const Gradients<T>&);                                                              template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);                template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*, const double*,                                        const double*, const Gradients<T>&);                                                    template void matmul_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, int64_t, T*);                  template void matmul_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, const T*,                                                  int64_t, T*, const Gradients<T>&);                                                    template void pair_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, double*, double*, double*);       template void pair_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, const double*,                                              const double*, const double*, const Gradients<T>&, const Gradients<T>&);                template void permutations_cpu<T>(const Kernel&, const Set&, const uint8_t*, int64_t, double*, double*);                   template void select_cpu<T>(const Set&, const Set&, int64_t, bool, const std::vector<int64_t>&, T*, int64_t*);
+MMFAST_INSTANTIATE(float)
+MMFAST_INSTANTIATE(double)
+#undef MMFAST_INSTANTIATE
+
+}  // namespace mmd
+}  // namespace mmfast

@@ -1,0 +1,452 @@
+// A sweep over all pairs of points, tile by tile, with a reducer that takes each tile of kernel values and may say what
+// the derivative by each value is.
+//
+// Note: [Rounds]
+//   Points come in blocks, and a task is a pair of blocks. Each pair of points is met once: what is symmetric is computed
+//   once and counted for both. In a round no block takes part in two tasks, so that a task adds to the rows of both its
+//   blocks (row sums, gradients) without locks, and in an order that depends on the sizes alone: the result is the same for
+//   any number of threads. The rounds of n blocks among themselves are those of a round-robin tournament (n - 1 rounds of
+//   n / 2 pairs), after one round of each block with itself; between two sets they are the cyclic shifts.
+//
+// Note: [Centres]
+//   Kernels of a distance do not change when all points move. Products lose the digits that all points have in common, so
+//   a centre is subtracted first: of x for pairs in x, of y for pairs in y, half way for pairs of both. It need not be exact:
+//   the mean of some of the points, of its finite parts.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "common/work.h"
+#include "mmd/mmd.h"
+#include "mmd/mmd_tile.h"
+
+namespace mmfast {
+namespace mmd {
+
+template <class T>
+const TileKernels<T>& tiles() {
+    static const TileKernels<T> t = [] {
+        if constexpr (sizeof(T) == 4) return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_float)();
+        else return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_double)();
+    }();
+    return t;
+}
+
+template <class T>
+Program<T> program_of(const Layer& layer);
+
+// The distance between rows: whole vectors, and an odd number of cache lines, or rows a power of two apart would share one
+// set of the cache.
+template <class T>
+int64_t padded(int64_t width) {
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t lines = std::max<int64_t>(1, (width + line - 1) / line);
+    return (lines | 1) * line;
+}
+
+constexpr int64_t kMostLayers = 8;
+
+// One kernel of a sweep and what it is evaluated on.
+template <class T>
+struct Group {
+    const Kernel& kernel;
+    const Set *x, *y;  // y may be null
+    Gradients<T> gradients;
+};
+
+enum class Pairs { within_x, within_and_between, between };
+
+struct Block {
+    int side;  // 0: x, 1: y
+    int64_t first, count, index;
+};
+
+// A tile as a reducer sees it: rows i0 .. of side a, columns j0 .. of side b. The values beyond `columns`, and those of a
+// pair that is met elsewhere, are 0.
+template <class T>
+struct Tile {
+    int64_t batch, first, i0, j0, rows, columns;  // `first`: the block's first row
+    int a, b;        // sides
+    int64_t block;   // of the rows
+    bool diagonal;   // pairs i < j only
+    const T* z;      // what the first layer of the first group compares: distances or products
+    T* k[2];         // values, of each group
+    T* g[2];         // for the reducer: the derivatives by the values
+    char* scratch;   // the reducer's own, kept through a task
+    bool within() const { return a == b; }
+};
+
+template <class T>
+class Sweep {
+public:
+    Sweep(int64_t batch, Pairs pairs, std::vector<Group<T>> groups) : batch_(batch), pairs_(pairs), groups_(groups) {
+        for (const auto& g : groups_) {
+            programs_.emplace_back();
+            for (const Layer& l : g.kernel.layers) {
+                programs_.back().push_back(program_of<T>(l));
+                widest_ = std::max(widest_, padded<T>(l.dimension));
+            }
+            for (const T* p : g.gradients.x) gradients_ |= p != nullptr;
+            for (const T* p : g.gradients.y) gradients_ |= p != nullptr;
+            parameters_ |= g.gradients.parameters != nullptr;
+        }
+        make_blocks();
+        make_centres();
+        lay_out();
+    }
+
+    int64_t blocks() const { return int64_t(blocks_.size()); }
+    bool differentiates() const { return gradients_ || parameters_; }
+
+    // `wanted[kind]`: pairs in x, in y, of both.
+    template <class R>
+    void run(R& reducer, const bool (&wanted)[3]) {
+        if (parameters_) parameter_sums_.assign(batch_ * blocks_.size() * 2 * Program<T>::kMostTerms * 4, 0);
+        const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
+        const auto round = [&](const std::vector<std::pair<int, int>>& tasks) {
+            const int64_t n = int64_t(tasks.size());
+            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch) {
+                task(i / n, blocks_[tasks[i % n].first], blocks_[tasks[i % n].second], scratch, reducer);
+            });
+        };
+        std::vector<std::pair<int, int>> tasks;
+        const int n = int(blocks_.size());
+        const auto add = [&](int a, int b) {
+            if (a > b) std::swap(a, b);
+            if (b >= n) return;
+            const int s = blocks_[a].side, t = blocks_[b].side;
+            if (wanted[s != t ? 2 : s]) tasks.emplace_back(a, b);
+        };
+        const auto flush = [&] {
+            if (!tasks.empty()) round(tasks);
+            tasks.clear();
+        };
+        if (pairs_ == Pairs::between) {
+            const int rows = x_blocks_, columns = n - x_blocks_, most = std::max(rows, columns);
+            for (int r = 0; r < most; flush(), ++r)
+                for (int a = 0; a < rows; ++a)
+                    if ((a + r) % most < columns) add(a, rows + (a + r) % most);
+        } else {
+            for (int a = 0; a < n; ++a) add(a, a);
+            flush();
+            const int even = (n + 1) / 2 * 2, m = even - 1;
+            for (int r = 0; r < m; flush(), ++r) {
+                add(m, r);
+                for (int i = 1; i < even / 2; ++i) add((r + i) % m, (r - i + m) % m);
+            }
+        }
+        if (parameters_) add_up_parameters();
+    }
+
+private:
+    struct Part {  // offsets in a thread's scratch, of one layer
+        size_t a_rows, a_norms, b_rows, b_panels, b_norms, z, k, h, a_gradient, b_gradient;
+        int64_t stride;
+    };
+
+    void make_blocks() {
+        int64_t count = groups_[0].x->count + (groups_[0].y && pairs_ != Pairs::within_x ? groups_[0].y->count : 0);
+        block_size_ = count >= 8192 ? 256 : count >= 2048 ? 128 : 64;
+        // A block and its gradient stay in the second cache.
+        while (block_size_ > kTile && block_size_ * widest_ * int64_t(sizeof(T)) > (int64_t(1) << 19)) block_size_ /= 2;
+        const auto cut = [&](int side, int64_t n) {
+            for (int64_t i = 0; i < n; i += block_size_)
+                blocks_.push_back({side, i, std::min(block_size_, n - i), int64_t(blocks_.size())});
+        };
+        cut(0, groups_[0].x->count);
+        x_blocks_ = int(blocks_.size());
+        if (pairs_ != Pairs::within_x) cut(1, groups_[0].y->count);
+    }
+
+    // centres_[batch][group][layer][kind][dimension]
+    void make_centres() {
+        int64_t size = 0;
+        for (const auto& g : groups_) {
+            centre_at_.emplace_back();
+            for (const Layer& l : g.kernel.layers) {
+                centre_at_.back().push_back(size);
+                size += 3 * padded<T>(l.dimension);
+            }
+        }
+        centres_size_ = size;
+        centres_.assign(batch_ * size, 0);
+        for (int64_t b = 0; b < batch_; ++b)
+            for (size_t q = 0; q < groups_.size(); ++q)
+                for (size_t l = 0; l < groups_[q].kernel.layers.size(); ++l) {
+                    const Layer& layer = groups_[q].kernel.layers[l];
+                    if (layer.metric != Metric::l2) continue;
+                    T* const c = centres_.data() + b * size + centre_at_[q][l];
+                    const int64_t d = layer.dimension, s = padded<T>(d);
+                    if (!add_mean(b, q, l, 0, c)) continue;
+                    if (pairs_ == Pairs::within_x || !add_mean(b, q, l, 1, c + s)) continue;
+                    for (int64_t k = 0; k < d; ++k) c[2 * s + k] = (c[k] + c[s + k]) / 2;
+                }
+    }
+
+    bool add_mean(int64_t b, size_t q, size_t l, int side, T* mean) const {
+        constexpr int64_t kSome = 32;
+        const Set& set = side ? *groups_[q].y : *groups_[q].x;
+        const int64_t n = std::min(set.count, kSome), d = groups_[q].kernel.layers[l].dimension, stride = padded<T>(d);
+        if (!n) return false;
+        std::vector<T> row(stride);
+        T norm;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = i * set.count / n;
+            tiles<T>().pack(source(b, q, l, side), at, 1, nullptr, {row.data(), nullptr, &norm, stride});
+            for (int64_t k = 0; k < d; ++k) mean[k] += row[k];
+        }
+        for (int64_t k = 0; k < d; ++k) mean[k] = std::isfinite(mean[k]) ? mean[k] / T(n) : T(0);
+        return true;
+    }
+
+    const T* centre(int64_t b, size_t q, size_t l, int kind) const {
+        const Layer& layer = groups_[q].kernel.layers[l];
+        if (layer.metric != Metric::l2) return nullptr;
+        return centres_.data() + b * centres_size_ + centre_at_[q][l] + kind * padded<T>(layer.dimension);
+    }
+
+    Source source(int64_t b, size_t q, size_t l, int side) const {
+        const Features& f = (side ? *groups_[q].y : *groups_[q].x).layers[l];
+        const size_t size = f.type == ScalarType::float64 ? 8 : f.type == ScalarType::float32 ? 4 : 2;
+        return {static_cast<const char*>(f.data) + size * b * f.batch_stride, f.type, f.row_stride, f.column_stride,
+                groups_[q].kernel.layers[l].dimension};
+    }
+
+    void lay_out() {
+        size_t at = 0;
+        const auto take = [&](int64_t values) {
+            const size_t here = at;
+            at += (size_t(values) * sizeof(T) + 63) / 64 * 64;
+            return here;
+        };
+        for (size_t q = 0; q < groups_.size(); ++q) {
+            parts_.emplace_back();
+            const auto& layers = groups_[q].kernel.layers;
+            product_[q] = layers.size() > 1 ? take(kTile * kTile) : 0;
+            for (const Layer& l : layers) {
+                Part p{};
+                p.stride = padded<T>(l.dimension);
+                p.a_rows = take(block_size_ * p.stride);
+                p.a_norms = take(block_size_);
+                p.b_rows = take(kTile * p.stride);
+                p.b_panels = take(kTile * p.stride);
+                p.b_norms = take(kTile);
+                p.z = take(kTile * kTile);
+                p.k = take(kTile * kTile);
+                p.h = differentiates() ? take(kTile * kTile) : 0;
+                p.a_gradient = gradients_ ? take(block_size_ * p.stride) : 0;
+                p.b_gradient = gradients_ ? take(kTile * p.stride) : 0;
+                parts_.back().push_back(p);
+            }
+            g_[q] = take(kTile * kTile);
+        }
+        a_sums_ = take(block_size_ * 2 * kMostLayers * int64_t(sizeof(double) / sizeof(T)));
+        sizes_ = at;
+    }
+
+    double task_cost() const {
+        double pair = 0;
+        for (const auto& g : groups_)
+            for (const Layer& l : g.kernel.layers)
+                pair += 0.013 * double(l.dimension) * (gradients_ ? 3 : 1) + 0.3 * double(l.terms.size());
+        const double rows = double(std::min(block_size_, blocks_.empty() ? 0 : blocks_[0].count));
+        return pair * rows * rows * sizeof(T) / 4;
+    }
+
+    Points<T> a_points(const Part& p, char* s) const {
+        return {reinterpret_cast<T*>(s + p.a_rows), nullptr, reinterpret_cast<T*>(s + p.a_norms), p.stride};
+    }
+    Points<T> b_points(const Part& p, char* s) const {
+        return {reinterpret_cast<T*>(s + p.b_rows), reinterpret_cast<T*>(s + p.b_panels),
+                reinterpret_cast<T*>(s + p.b_norms), p.stride};
+    }
+    static T* at(char* scratch, size_t offset) { return reinterpret_cast<T*>(scratch + offset); }
+
+    T* gradient(size_t q, size_t l, int side) const {
+        const auto& list = side ? groups_[q].gradients.y : groups_[q].gradients.x;
+        return l < list.size() ? list[l] : nullptr;
+    }
+
+    // The sums of the derivatives of a block's rows, for layer l of group q.
+    double* row_sums(char* scratch, size_t q, size_t l) const {
+        return reinterpret_cast<double*>(scratch + a_sums_) + (q * kMostLayers + l) * block_size_;
+    }
+
+    template <class R>
+    void task(int64_t batch, const Block& a, const Block& b, char* s, R& reducer) {
+        const int kind = a.side != b.side ? 2 : a.side;
+        const bool diagonal = a.index == b.index;
+        for_layers([&](size_t q, size_t l, const Part& p) {
+            tiles<T>().pack(source(batch, q, l, a.side), a.first, a.count, centre(batch, q, l, kind), a_points(p, s));
+            if (!gradients_) return;
+            std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+            std::fill_n(row_sums(s, q, l), a.count, 0.0);
+        });
+        Tile<T> tile{};
+        tile.batch = batch;
+        tile.first = a.first;
+        tile.a = a.side;
+        tile.b = b.side;
+        tile.block = batch * blocks() + a.index;
+        tile.scratch = s + sizes_;
+        tile.z = at(s, parts_[0][0].z);
+        for (size_t q = 0; q < groups_.size(); ++q) {
+            tile.k[q] = at(s, parts_[q].size() > 1 ? product_[q] : parts_[q][0].k);
+            tile.g[q] = at(s, g_[q]);
+        }
+        reducer.begin(tile, a.count);
+        for (int64_t j = 0; j < b.count; j += kTile) {
+            tile.j0 = b.first + j;
+            tile.columns = std::min(kTile, b.count - j);
+            for_layers([&](size_t q, size_t l, const Part& p) {
+                tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind), b_points(p, s));
+                if (gradients_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
+            });
+            double column_sums[2 * kMostLayers][kTile] = {};
+            for (int64_t i = 0; i < a.count && !(diagonal && i > j); i += kTile) {
+                tile.i0 = a.first + i;
+                tile.rows = std::min(kTile, a.count - i);
+                tile.diagonal = diagonal && i == j;
+                compute(tile, i, s);
+                reducer.take(tile);
+                if (differentiates()) differentiate(tile, i, s, reducer, column_sums);
+            }
+            if (gradients_)
+                for_layers([&](size_t q, size_t l, const Part& p) {
+                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient), b_points(p, s).rows,
+                                 column_sums[q * kMostLayers + l]);
+                });
+        }
+        if (gradients_)
+            for_layers([&](size_t q, size_t l, const Part& p) {
+                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, s).rows,
+                             row_sums(s, q, l));
+            });
+        reducer.end(tile, a.count);
+    }
+
+    template <class F>
+    void for_layers(const F& f) const {
+        for (size_t q = 0; q < parts_.size(); ++q)
+            for (size_t l = 0; l < parts_[q].size(); ++l) f(q, l, parts_[q][l]);
+    }
+
+    // Zeros where there is no pair, and in the lower half of a diagonal tile.
+    static void mask(const Tile<T>& t, bool diagonal, T* x) {
+        if (t.columns == kTile && !diagonal) return;
+        for (int64_t i = 0; i < t.rows; ++i) {
+            if (diagonal) std::fill_n(x + i * kTile, std::min(i + 1, kTile), T(0));
+            std::fill(x + i * kTile + t.columns, x + (i + 1) * kTile, T(0));
+        }
+    }
+
+    void compute(const Tile<T>& tile, int64_t i, char* s) {
+        for_layers([&](size_t q, size_t l, const Part& p) {
+            const Program<T>& program = programs_[q][l];
+            tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s), i,
+                               tile.rows, b_points(p, s), tile.columns, at(s, p.z));
+            mask(tile, false, at(s, p.z));
+            tiles<T>().evaluate(program, tile.rows, at(s, p.z), at(s, p.k), differentiates() ? at(s, p.h) : nullptr);
+            mask(tile, tile.diagonal, at(s, p.k));
+            if (differentiates()) mask(tile, tile.diagonal, at(s, p.h));
+        });
+        for (size_t q = 0; q < parts_.size(); ++q) {
+            if (parts_[q].size() == 1) continue;
+            std::memcpy(tile.k[q], at(s, parts_[q][0].k), tile.rows * kTile * sizeof(T));
+            for (size_t l = 1; l < parts_[q].size(); ++l) tiles<T>().multiply(tile.rows, at(s, parts_[q][l].k), tile.k[q]);
+        }
+    }
+
+    template <class R>
+    void differentiate(const Tile<T>& tile, int64_t i, char* s, R& reducer,
+                       double (&column_sums)[2 * kMostLayers][kTile]) {
+        const auto& t = tiles<T>();
+        for_layers([&](size_t q, size_t l, const Part& p) {
+            T* const w = at(s, p.h);
+            const auto complete = [&](T* x) {  // times the other layers, times the derivative by the value
+                for (size_t other = 0; other < parts_[q].size(); ++other)
+                    if (other != l) t.multiply(tile.rows, at(s, parts_[q][other].k), x);
+                reducer.weigh(tile, int(q), x);
+            };
+            if (gradients_) {
+                complete(w);
+                const bool need_a = gradient(q, l, tile.a), need_b = gradient(q, l, tile.b);
+                if (programs_[q][l].metric == Metric::l1) {
+                    t.signs(tile.rows, tile.columns, p.stride, w, a_points(p, s).rows + i * p.stride, b_points(p, s).rows,
+                            p.stride, at(s, p.a_gradient) + i * p.stride, at(s, p.b_gradient));
+                } else {
+                    if (programs_[q][l].metric == Metric::l2)
+                        t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums[q * kMostLayers + l]);
+                    if (need_a) t.product(false, tile.rows, tile.columns, p.stride, w, b_points(p, s).rows, p.stride,
+                              at(s, p.a_gradient) + i * p.stride, p.stride);
+                    if (need_b) t.product(true, tile.columns, tile.rows, p.stride, w, a_points(p, s).rows + i * p.stride, p.stride,
+                              at(s, p.b_gradient), p.stride);
+                }
+            }
+            if (!groups_[q].gradients.parameters) return;
+            std::fill_n(w, tile.rows * kTile, T(1));
+            mask(tile, tile.diagonal, w);
+            complete(w);
+            t.parameters(programs_[q][l], int(tile.rows), at(s, p.z), w, parameter_sums(tile.block, q) + 4 * first_term(q, l));
+        });
+    }
+
+    int64_t first_term(size_t q, size_t l) const {
+        int64_t n = 0;
+        for (size_t i = 0; i < l; ++i) n += int64_t(groups_[q].kernel.layers[i].terms.size());
+        return n;
+    }
+
+    // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed.
+    void put_gradient(size_t q, size_t l, int side, int64_t batch, int64_t first, int64_t count, const T* summed,
+                      const T* points, const double* sums) const {
+        T* const to = gradient(q, l, side);
+        if (!to) return;
+        const Layer& layer = groups_[q].kernel.layers[l];
+        const int64_t d = layer.dimension, stride = padded<T>(d), n = (side ? *groups_[q].y : *groups_[q].x).count;
+        for (int64_t i = 0; i < count; ++i) {
+            T* const row = to + ((batch * n) + first + i) * d;
+            const T* const from = summed + i * stride;
+            if (layer.metric == Metric::l2) {
+                const T sum = T(sums[i]);
+                const T* const x = points + i * stride;
+                for (int64_t k = 0; k < d; ++k) row[k] += T(2) * (sum * x[k] - from[k]);
+            } else {
+                for (int64_t k = 0; k < d; ++k) row[k] += from[k];
+            }
+        }
+    }
+
+    double* parameter_sums(int64_t block, size_t q) {
+        return parameter_sums_.data() + (block * 2 + int64_t(q)) * Program<T>::kMostTerms * 4;
+    }
+    void add_up_parameters() {
+        for (size_t q = 0; q < groups_.size(); ++q)
+            if (groups_[q].gradients.parameters)
+                for (int64_t block = 0; block < batch_ * blocks(); ++block) {
+                    const int64_t n = groups_[q].kernel.terms() * 4;
+                    double* const to = groups_[q].gradients.parameters + block / blocks() * n;
+                    for (int64_t i = 0; i < n; ++i) to[i] += parameter_sums(block, q)[i];
+                }
+    }
+
+    const int64_t batch_;
+    const Pairs pairs_;
+    const std::vector<Group<T>> groups_;
+    std::vector<std::vector<Program<T>>> programs_;
+    std::vector<std::vector<Part>> parts_;
+    std::vector<Block> blocks_;
+    std::vector<T> centres_;
+    std::vector<std::vector<int64_t>> centre_at_;
+    std::vector<double> parameter_sums_;
+    int64_t centres_size_ = 0, block_size_ = kTile, widest_ = 0;
+    int x_blocks_ = 0;
+    size_t product_[2] = {}, g_[2] = {}, a_sums_ = 0, sizes_ = 0;
+    bool gradients_ = false, parameters_ = false;
+};
+
+}  // namespace mmd
+}  // namespace mmfast

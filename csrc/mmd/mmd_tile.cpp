@@ -1,0 +1,430 @@
+// The work on one tile of pairs: compare, evaluate, reduce, multiply. Lanes are points of b (or features, in product()).
+//
+// Note: [Cost of a tile]
+//   compare() of D dimensions is D multiply-adds a pair, evaluate() about 11 instructions a vector for one exp and 3 more
+//   for each further Gaussian of a chain, a gradient 2 D multiply-adds a pair. The tiles in between are written and read
+//   once: 16 KiB in float, which stays in the first cache and costs 2 instructions a vector; for that each step is written
+//   once and serves every reduction.
+#include <cstdint>
+
+#include "common/simd.h"
+#include "mmd/mmd_tile.h"
+
+namespace mmfast {
+namespace mmd {
+namespace MMFAST_ISA {
+namespace {
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+// Rows and vectors of a product that stay in registers: half of AVX-512's 32, which hides the latency of its two units,
+// and three quarters of 16.
+#if defined(__AVX512F__)
+constexpr int kGroup = 8, kWide = 4;
+#else
+constexpr int kGroup = 6, kWide = 2;
+#endif
+constexpr int kStrip = 2;
+// Dimensions whose panels fit into the first cache.
+constexpr int64_t kDepth = 256;
+
+template <class T>
+struct Math {
+    using V = Vec<T>;
+    static MMFAST_INLINE V exp(V x) { return mmfast::exp(x); }
+    static MMFAST_INLINE V log(V x) { return mmfast::log(x); }
+    static MMFAST_INLINE V sqrt(V x) { return Simd<T>::sqrt(x); }
+};
+
+// ---- Points --------------------------------------------------------------------------------------------------------
+
+template <class T, class From>
+MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t dimension, const T* centre, int64_t stride, T* to) {
+    constexpr int64_t N = Simd<T>::lanes;
+    int64_t k = 0;
+    if constexpr (sizeof(From) == sizeof(T)) {
+        if (step == 1)
+            for (; k + N <= dimension; k += N) {
+                const Vec<T> x = Simd<T>::load(reinterpret_cast<const T*>(from) + k);
+                Simd<T>::store(to + k, centre ? x - Simd<T>::load(centre + k) : x);
+            }
+    }
+    for (; k < dimension; ++k) to[k] = T(from[k * step]) - (centre ? centre[k] : T(0));
+    for (; k < stride; ++k) to[k] = 0;
+}
+
+template <class T>
+MMFAST_INLINE T sum_of_squares(const T* x, int64_t stride) {
+    constexpr int N = Simd<T>::lanes;
+    Vec<T> sum{};
+    for (int64_t k = 0; k < stride; k += N) {
+        const Vec<T> v = Simd<T>::load(x + k);
+        sum += v * v;
+    }
+    T total = 0;
+    for (int i = 0; i < N; ++i) total += sum[i];
+    return total;
+}
+
+template <class T>
+void pack(const Source& from, int64_t first, int64_t count, const T* centre, const Points<T>& to) {
+    dispatch(from.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        const From* const data = static_cast<const From*>(from.data);
+        for (int64_t i = 0; i < count; ++i)
+            pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre, to.stride,
+                     to.rows + i * to.stride);
+    });
+    for (int64_t i = 0; i < count; ++i) to.norms[i] = sum_of_squares(to.rows + i * to.stride, to.stride);
+    if (!to.panels) return;
+    // A panel is kStrip vectors wide; what has no point repeats the last one.
+    constexpr int64_t N = Simd<T>::lanes, W = N * kStrip;
+    for (int64_t i = count; i < kTile; ++i) to.norms[i] = to.norms[count - 1];
+    for (int64_t j = 0; j < kTile && j / W * W < count; j += N) {
+        const T* rows[N];
+        for (int64_t i = 0; i < N; ++i) rows[i] = to.rows + (j + i < count ? j + i : count - 1) * to.stride;
+        T* const panel = to.panels + j / W * W * to.stride + j % W;
+        for (int64_t k = 0; k < to.stride; k += N) {
+            Vec<T> columns[N];
+            Simd<T>::load_transposed(rows, k, columns);
+            for (int64_t i = 0; i < N; ++i) Simd<T>::store(panel + (k + i) * W, columns[i]);
+        }
+    }
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------------
+
+// sum[r][v] += sum over k of a(r, k) b[k][v].
+template <class T, int R, int S, bool kTransposed>
+MMFAST_INLINE void multiply_add(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                                Vec<T> (&sum)[R][S]) {
+    constexpr int N = Simd<T>::lanes;
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec<T> column[S];
+#pragma GCC unroll 8
+        for (int v = 0; v < S; ++v) column[v] = Simd<T>::load(b + k * b_stride + v * N);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const T x = kTransposed ? a[k * a_stride + r] : a[r * a_stride + k];
+#pragma GCC unroll 8
+            for (int v = 0; v < S; ++v) sum[r][v] += x * column[v];
+        }
+    }
+}
+
+// f.template operator()<R>(i) for groups of R rows from i on that make up `rows`.
+template <class F>
+MMFAST_INLINE void for_groups(int64_t rows, const F& f) {
+    int64_t i = 0;
+    for (; i + kGroup <= rows; i += kGroup) f.template operator()<kGroup>(i);
+    if (rows - i >= 4) {
+        f.template operator()<4>(i);
+        i += 4;
+    }
+    for (; i < rows; ++i) f.template operator()<1>(i);
+}
+
+template <class T, bool kTransposed, int S>
+MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, const T* b, int64_t b_stride, T* c,
+                                 int64_t c_stride) {
+    constexpr int N = Simd<T>::lanes;
+    for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+        Vec<T> sum[R][S];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < S; ++v) sum[r][v] = Simd<T>::load(c + (i + r) * c_stride + v * N);
+        multiply_add<T, R, S, kTransposed>(depth, a + i * (kTransposed ? 1 : kTile), kTile, b, b_stride, sum);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < S; ++v) Simd<T>::store(c + (i + r) * c_stride + v * N, sum[r][v]);
+    });
+}
+
+template <class T>
+void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride, T* c,
+             int64_t c_stride) {
+    constexpr int64_t N = Simd<T>::lanes;
+    int64_t at = 0;
+    for (; at + kStrip * N <= width; at += kStrip * N) {
+        if (transposed) product_strip<T, true, kStrip>(rows, depth, a, b + at, b_stride, c + at, c_stride);
+        else product_strip<T, false, kStrip>(rows, depth, a, b + at, b_stride, c + at, c_stride);
+    }
+    for (; at < width; at += N) {
+        if (transposed) product_strip<T, true, 1>(rows, depth, a, b + at, b_stride, c + at, c_stride);
+        else product_strip<T, false, 1>(rows, depth, a, b + at, b_stride, c + at, c_stride);
+    }
+}
+
+// ---- Comparing -----------------------------------------------------------------------------------------------------
+
+template <class T>
+MMFAST_INLINE void compare_products(bool squared_distance, int64_t dimension, const Points<T>& a, int64_t first,
+                                    int64_t rows, const Points<T>& b, int64_t columns, T* z) {
+    constexpr int N = Simd<T>::lanes, W = N * kStrip;
+    for (int64_t at = 0; at == 0 || at < dimension; at += kDepth) {
+        const int64_t depth = dimension - at < kDepth ? dimension - at : kDepth;
+        const bool last = at + depth == dimension;
+        for (int64_t j = 0; j < columns; j += W) {
+            const T* const panel = b.panels + j * b.stride + at * W;
+            for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+                Vec<T> sum[R][kStrip];
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < kStrip; ++v)
+                        sum[r][v] = at ? Simd<T>::load(z + (i + r) * kTile + j + v * N) : Vec<T>{};
+                multiply_add<T, R, kStrip, false>(depth, a.rows + (first + i) * a.stride + at, a.stride, panel, W, sum);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < kStrip; ++v) {
+                        Vec<T> s = sum[r][v];
+                        if (last && squared_distance) {
+                            s = (a.norms[first + i + r] + Simd<T>::load(b.norms + j + v * N)) - T(2) * s;
+                            s = s < 0 ? s * 0 : s;  // a NaN stays
+                        }
+                        Simd<T>::store(z + (i + r) * kTile + j + v * N, s);
+                    }
+            });
+        }
+    }
+}
+
+// Differences: sums of their squares or of their magnitudes.
+template <class T, bool kSquared>
+MMFAST_INLINE void compare_differences(int64_t dimension, const Points<T>& a, int64_t first, int64_t rows,
+                                       const Points<T>& b, int64_t columns, T* z) {
+    constexpr int N = Simd<T>::lanes, W = N * kStrip;
+    for (int64_t j = 0; j < columns; j += W) {
+        const T* const panel = b.panels + j * b.stride;
+        for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+            Vec<T> sum[R][kStrip] = {};
+            for (int64_t k = 0; k < dimension; ++k) {
+                Vec<T> column[kStrip];
+                for (int v = 0; v < kStrip; ++v) column[v] = Simd<T>::load(panel + k * W + v * N);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < kStrip; ++v) {
+                        const Vec<T> x = a.rows[(first + i + r) * a.stride + k] - column[v];
+                        sum[r][v] += kSquared ? x * x : x < 0 ? -x : x;
+                    }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < kStrip; ++v) Simd<T>::store(z + (i + r) * kTile + j + v * N, sum[r][v]);
+        });
+    }
+}
+
+// Squared distances that are small beside the norms have lost their digits: these are computed again from differences.
+template <class T>
+MMFAST_INLINE void compare_again(const Points<T>& a, int64_t first, int64_t rows, const Points<T>& b, int64_t columns,
+                                 T* z) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int64_t i = 0; i < rows; ++i) {
+        const T* const x = a.rows + (first + i) * a.stride;
+        const T norm = a.norms[first + i];
+        for (int64_t j = 0; j < columns; j += N) {
+            T* const at = z + i * kTile + j;
+            const auto small = Simd<T>::load(at) < (Simd<T>::load(b.norms + j) + norm) * T(1.0 / 128);
+            typename Simd<T>::Int any = 0;
+            for (int64_t v = 0; v < N; ++v) any |= small[v];
+            if (!any) continue;
+            for (int64_t v = 0; v < N && j + v < columns; ++v) {
+                if (!small[v]) continue;
+                const T* const y = b.rows + (j + v) * b.stride;
+                Vec<T> sum{};
+                for (int64_t k = 0; k < a.stride; k += N) {
+                    const Vec<T> d = Simd<T>::load(x + k) - Simd<T>::load(y + k);
+                    sum += d * d;
+                }
+                T total = 0;
+                for (int l = 0; l < N; ++l) total += sum[l];
+                at[v] = total;
+            }
+        }
+    }
+}
+
+template <class T>
+void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, int64_t first, int64_t rows,
+             const Points<T>& b, int64_t columns, T* z) {
+    if (metric == Metric::l1) return compare_differences<T, false>(dimension, a, first, rows, b, columns, z);
+    const bool l2 = metric == Metric::l2;
+    if (l2 && dimension <= kFewDimensions) return compare_differences<T, true>(dimension, a, first, rows, b, columns, z);
+    compare_products(l2, dimension, a, first, rows, b, columns, z);
+    if (l2 && roots) compare_again(a, first, rows, b, columns, z);
+}
+
+// ---- The kernel ----------------------------------------------------------------------------------------------------
+
+template <class T, int U, bool kSlope>
+MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
+    Vec<T> t[U];
+    const T exponent = c.exponent * T(1.4426950408889634);
+    for (int u = 0; u < U; ++u) t[u] = exp2(exponent * z[u]);
+    for (int i = 0; i < c.count; ++i) {
+        for (int q = c.squarings[i]; q > 0; --q)
+            for (int u = 0; u < U; ++u) t[u] *= t[u];
+        for (int u = 0; u < U; ++u) {
+            k[u] += c.weight[i] * t[u];
+            if (kSlope) h[u] += c.slope[i] * t[u];
+        }
+    }
+}
+
+template <class T, bool kSlope>
+MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
+    constexpr int U = kWide, N = Simd<T>::lanes;
+    for (int64_t at = 0; at < rows * kTile; at += U * N) {
+        Vec<T> zs[U], ks[U], hs[U];
+        for (int u = 0; u < U; ++u) {
+            zs[u] = Simd<T>::load(z + at + u * N);
+            ks[u] = hs[u] = Vec<T>{};
+        }
+        for (int c = 0; c < p.chains; ++c) evaluate_chain<T, U, kSlope>(p.chain[c], zs, ks, hs);
+        for (int t = 0; t < p.others; ++t)
+            for (int u = 0; u < U; ++u) {
+                const auto [value, slope] = mmd::value<Math<T>>(p.other[t], zs[u]);
+                ks[u] += value;
+                if (kSlope) hs[u] += slope;
+            }
+        for (int u = 0; u < U; ++u) {
+            Simd<T>::store(k + at + u * N, ks[u]);
+            if (kSlope) Simd<T>::store(h + at + u * N, hs[u]);
+        }
+    }
+}
+
+template <class T>
+void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
+    if (h) evaluate_tile<T, true>(p, rows, z, k, h);
+    else evaluate_tile<T, false>(p, rows, z, k, h);
+}
+
+template <class T>
+MMFAST_INLINE double total(Vec<T> x) {
+    double sum = 0;
+    for (int i = 0; i < Simd<T>::lanes; ++i) sum += double(x[i]);
+    return sum;
+}
+
+template <class T>
+void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, double* sums) {
+    constexpr int N = Simd<T>::lanes;
+    for (int t = 0; t < p.terms; ++t)
+        for (int64_t i = 0; i < rows; ++i) {
+            ParameterGradient<Vec<T>> sum{};
+            for (int64_t j = i * kTile; j < (i + 1) * kTile; j += N) {
+                const Vec<T> w = Simd<T>::load(g + j);
+                const auto d = parameter_gradient<Math<T>>(p.term[t], Simd<T>::load(z + j));
+                sum.weight += w * d.weight;
+                sum.gamma += w * d.gamma;
+                sum.offset += w * d.offset;
+                sum.exponent += w * d.exponent;
+            }
+            sums[4 * t] += total<T>(sum.weight);
+            sums[4 * t + 1] += total<T>(sum.gamma);
+            sums[4 * t + 2] += total<T>(sum.offset);
+            sums[4 * t + 3] += total<T>(sum.exponent);
+        }
+}
+
+// ---- Reductions ----------------------------------------------------------------------------------------------------
+
+// Sums in double of what float vectors hold.
+template <class T>
+struct Accumulator {
+    static constexpr int N = Simd<T>::lanes;
+    typename VectorOf<double, N>::type sum{};
+    MMFAST_INLINE void add(Vec<T> x, double factor = 1) {
+        sum += __builtin_convertvector(x, typename VectorOf<double, N>::type) * factor;
+    }
+    MMFAST_INLINE double total() const {
+        double s = 0;
+        for (int i = 0; i < N; ++i) s += sum[i];
+        return s;
+    }
+};
+
+template <class T>
+double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums) {
+    constexpr int64_t N = Simd<T>::lanes, C = kTile / N;
+    Accumulator<T> all;
+    Vec<T> columns[C] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+        Vec<T> row{};
+        for (int64_t c = 0; c < C; ++c) {
+            const Vec<T> x = Simd<T>::load(k + i * kTile + c * N);
+            row += v ? x * Simd<T>::load(v + c * N) : x;
+            if (column_sums) columns[c] += u ? u[i] * x : x;
+        }
+        if (row_sums) row_sums[i] += total<T>(row);
+        all.add(row, u ? double(u[i]) : 1.0);
+    }
+    if (column_sums)
+        for (int64_t c = 0; c < C; ++c)
+            for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += double(columns[c][l]);
+    return all.total();
+}
+
+template <class T>
+double inner(int64_t rows, const T* a, const T* b) {
+    constexpr int64_t N = Simd<T>::lanes;
+    Accumulator<T> all;
+    for (int64_t i = 0; i < rows; ++i) {
+        Vec<T> row{};
+        for (int64_t j = i * kTile; j < (i + 1) * kTile; j += N) row += Simd<T>::load(a + j) * Simd<T>::load(b + j);
+        all.add(row);
+    }
+    return all.total();
+}
+
+template <class T>
+void multiply(int64_t rows, const T* a, T* b) {
+    for (int64_t at = 0; at < rows * kTile; at += Simd<T>::lanes)
+        Simd<T>::store(b + at, Simd<T>::load(a + at) * Simd<T>::load(b + at));
+}
+
+template <class T>
+void scale(int64_t rows, T c, const T* u, const T* v, T* h) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int64_t i = 0; i < rows; ++i) {
+        const T factor = u ? c * u[i] : c;
+        for (int64_t j = 0; j < kTile; j += N) {
+            const Vec<T> x = factor * Simd<T>::load(h + i * kTile + j);
+            Simd<T>::store(h + i * kTile + j, v ? x * Simd<T>::load(v + j) : x);
+        }
+    }
+}
+
+template <class T>
+void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride, T* a_gradient,
+           T* b_gradient) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int64_t k = 0; k < width; k += N)
+        for (int64_t i = 0; i < rows; ++i) {
+            const Vec<T> x = Simd<T>::load(a + i * stride + k);
+            Vec<T> sum = Simd<T>::load(a_gradient + i * stride + k);
+            for (int64_t j = 0; j < columns; ++j) {
+                const Vec<T> d = x - Simd<T>::load(b + j * stride + k), f = Simd<T>::splat(w[i * kTile + j]);
+                const Vec<T> part = d > 0 ? f : d < 0 ? -f : d * 0;
+                sum += part;
+                T* const to = b_gradient + j * stride + k;
+                Simd<T>::store(to, Simd<T>::load(to) - part);
+            }
+            Simd<T>::store(a_gradient + i * stride + k, sum);
+        }
+}
+
+template <class T>
+MMFAST_INLINE TileKernels<T> tiles_of() {
+    return {Simd<T>::lanes, pack<T>, compare<T>, evaluate<T>, parameters<T>, reduce<T>,
+            inner<T>,       multiply<T>, scale<T>, product<T>, signs<T>};
+}
+
+}  // namespace
+
+TileKernels<float> mmd_tiles_float() {
+    return tiles_of<float>();
+}
+TileKernels<double> mmd_tiles_double() {
+    return tiles_of<double>();
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmd
+}  // namespace mmfast

@@ -1,0 +1,93 @@
+// What the sweeps of mmd_cpu.cpp ask of one tile; mmd_tile.cpp implements it once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/scalar_types.h"
+#include "mmd/mmd_core.h"
+
+namespace mmfast {
+namespace mmd {
+
+// A tile is kTile x kTile pairs of points, its rows kTile values apart.
+constexpr int64_t kTile = 64;
+// Points of at most so many dimensions are compared difference by difference, which is exact and no slower.
+constexpr int64_t kFewDimensions = 8;
+
+// A chain of Gaussians, each 2^squarings times as narrow as the one before: one exp for all of them.
+template <class T>
+struct Chain {
+    static constexpr int kMost = 16;
+    T exponent;  // -gamma of the widest
+    int count;
+    int squarings[kMost];  // before this one
+    T weight[kMost], slope[kMost];
+};
+
+// Sum of the terms of one layer, in the form in which it is computed.
+template <class T>
+struct Program {
+    static constexpr int kMostChains = 16, kMostTerms = 64;
+    Metric metric;
+    bool roots;  // a term is a function of the distance itself
+    int chains, others, terms;
+    Chain<T> chain[kMostChains];
+    Term<T> other[kMostTerms];  // what stands in no chain
+    Term<T> term[kMostTerms];   // all, in the caller's order
+};
+
+// Points of one layer that are ready to be compared.
+template <class T>
+struct Points {
+    T* rows;    // [n][stride], less the centre, zero beyond the dimension
+    T* panels;  // the same with the point along the lanes, for each kTile points; or null
+    T* norms;   // [n] |row|^2
+    int64_t stride;
+};
+
+struct Source {
+    const void* data;
+    ScalarType type;
+    int64_t row_stride, column_stride, dimension;
+};
+
+template <class T>
+struct TileKernels {
+    int64_t lanes;
+    // Points `first` .. of a source. With panels, at most kTile of them.
+    void (*pack)(const Source& from, int64_t first, int64_t count, const T* centre, const Points<T>& to);
+    // z[i][j] for `rows` points of a (from `first` on) and the kTile of b's panels.
+    void (*compare)(Metric metric, bool roots, int64_t dimension, const Points<T>& a, int64_t first, int64_t rows,
+                    const Points<T>& b, int64_t columns, T* z);
+    // k = the kernel at z; h = its derivative by z, unless null.
+    void (*evaluate)(const Program<T>& program, int64_t rows, const T* z, T* k, T* h);
+    // sums[term][4] += the derivatives by the parameters, weighted with g.
+    void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
+    // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij unless null.
+    double (*reduce)(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums);
+    double (*inner)(int64_t rows, const T* a, const T* b);  // sum of a_ij b_ij
+    void (*multiply)(int64_t rows, const T* a, T* b);       // b *= a
+    void (*scale)(int64_t rows, T c, const T* u, const T* v, T* h);  // h_ij *= c u_i v_j
+    // c[i][:] += sum_k a_ik b[k][:] (a_ki if transposed), `width` values a row, a whole number of vectors.
+    void (*product)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride,
+                    T* c, int64_t c_stride);
+    // a_gradient[i][:] += sum_j w_ij sign(a_i - b_j), b_gradient[j][:] -= sum_i w_ij sign(a_i - b_j)
+    void (*signs)(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
+                  T* a_gradient, T* b_gradient);
+};
+
+#define MMFAST_DECLARE_TILES(isa)           \
+    namespace isa {                         \
+    TileKernels<float> mmd_tiles_float();   \
+    TileKernels<double> mmd_tiles_double(); \
+    }
+MMFAST_DECLARE_TILES(baseline)
+#if defined(MMFAST_X86)
+MMFAST_DECLARE_TILES(avx2)
+MMFAST_DECLARE_TILES(avx512)
+#endif
+#undef MMFAST_DECLARE_TILES
+
+}  // namespace mmd
+}  // namespace mmfast
