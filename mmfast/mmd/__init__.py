@@ -1,0 +1,25 @@
+"""Reductions of kernel matrices between samples (MMD and its relatives) that never build the matrix."""
+
+from mmfast.mmd import reference
+from mmfast.mmd.dependence import cka, hsic, kernel_alignment
+from mmfast.mmd.estimators import lmmd, mmd2, witness
+from mmfast.mmd.products import KernelSums, kernel_matmul, kernel_matrix, kernel_sum
+from mmfast.mmd.testing import TwoSampleTest, mmd2_power, mmd2_variance, two_sample_test
+
+__all__ = [
+    "KernelSums",
+    "TwoSampleTest",
+    "cka",
+    "hsic",
+    "kernel_alignment",
+    "kernel_matmul",
+    "kernel_matrix",
+    "kernel_sum",
+    "lmmd",
+    "mmd2",
+    "mmd2_power",
+    "mmd2_variance",
+    "reference",
+    "two_sample_test",
+    "witness",
+]
