@@ -70,6 +70,15 @@ struct Simd {
         return y;
     }
 
+    // Sum of the lanes, in pairs.
+    static MMFAST_INLINE T sum(V x) {
+        alignas(64) T part[lanes];
+        store(part, x);
+        for (int n = lanes / 2; n > 0; n /= 2)
+            for (int i = 0; i < n; ++i) part[i] += part[i + n];
+        return part[0];
+    }
+
     // Lanes 1 .. of x, then `next`.
     static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
 

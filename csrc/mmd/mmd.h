@@ -19,6 +19,11 @@ struct Layer {
 
 struct Kernel {
     std::vector<Layer> layers;
+    int64_t dimension() const {
+        int64_t n = 0;
+        for (const Layer& l : layers) n += l.dimension;
+        return n;
+    }
     int64_t terms() const {
         int64_t n = 0;
         for (const Layer& l : layers) n += int64_t(l.terms.size());
@@ -26,21 +31,19 @@ struct Kernel {
     }
 };
 
-// A batch of sets of `count` points, of each layer: strides in elements.
-struct Features {
+// A batch of sets of `count` points, whose features are those of the kernel's layers, one behind the other: strides in
+// elements.
+struct Set {
+    int64_t count;
     const void* data;
     ScalarType type;
     int64_t batch_stride, row_stride, column_stride;
-};
-struct Set {
-    int64_t count = 0;
-    std::vector<Features> layers;
 };
 
 // Where gradients go, each added to what is there; null where none is wanted.
 template <class T>
 struct Gradients {
-    std::vector<T*> x, y;                              // a layer each, [batch][count][dimension]
+    T *x = nullptr, *y = nullptr;                       // [batch][count][dimensions of all layers]
     double *weights_x = nullptr, *weights_y = nullptr;  // [batch][count]
     double* parameters = nullptr;                      // [batch][terms][4]
 };

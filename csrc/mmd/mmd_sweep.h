@@ -85,12 +85,15 @@ public:
     Sweep(int64_t batch, Pairs pairs, std::vector<Group<T>> groups) : batch_(batch), pairs_(pairs), groups_(groups) {
         for (const auto& g : groups_) {
             programs_.emplace_back();
+            column_.emplace_back();
+            int64_t column = 0;
             for (const Layer& l : g.kernel.layers) {
                 programs_.back().push_back(program_of<T>(l));
                 widest_ = std::max(widest_, padded<T>(l.dimension));
+                column_.back().push_back(column);
+                column += l.dimension;
             }
-            for (const T* p : g.gradients.x) gradients_ |= p != nullptr;
-            for (const T* p : g.gradients.y) gradients_ |= p != nullptr;
+            gradients_ |= g.gradients.x || g.gradients.y;
             parameters_ |= g.gradients.parameters != nullptr;
         }
         make_blocks();
@@ -149,9 +152,9 @@ private:
 
     void make_blocks() {
         int64_t count = groups_[0].x->count + (groups_[0].y && pairs_ != Pairs::within_x ? groups_[0].y->count : 0);
-        block_size_ = count >= 8192 ? 256 : count >= 2048 ? 128 : 64;
+        block_size_ = count >= 16384 ? 512 : count >= 4096 ? 256 : count >= 1024 ? 128 : 64;
         // A block and its gradient stay in the second cache.
-        while (block_size_ > kTile && block_size_ * widest_ * int64_t(sizeof(T)) > (int64_t(1) << 19)) block_size_ /= 2;
+        while (block_size_ > kTile && block_size_ * widest_ * int64_t(sizeof(T)) > (int64_t(5) << 17)) block_size_ /= 2;
         const auto cut = [&](int side, int64_t n) {
             for (int64_t i = 0; i < n; i += block_size_)
                 blocks_.push_back({side, i, std::min(block_size_, n - i), int64_t(blocks_.size())});
@@ -209,9 +212,10 @@ private:
     }
 
     Source source(int64_t b, size_t q, size_t l, int side) const {
-        const Features& f = (side ? *groups_[q].y : *groups_[q].x).layers[l];
+        const Set& f = side ? *groups_[q].y : *groups_[q].x;
         const size_t size = f.type == ScalarType::float64 ? 8 : f.type == ScalarType::float32 ? 4 : 2;
-        return {static_cast<const char*>(f.data) + size * b * f.batch_stride, f.type, f.row_stride, f.column_stride,
+        const int64_t at = b * f.batch_stride + column_[q][l] * f.column_stride;
+        return {static_cast<const char*>(f.data) + int64_t(size) * at, f.type, f.row_stride, f.column_stride,
                 groups_[q].kernel.layers[l].dimension};
     }
 
@@ -265,10 +269,7 @@ private:
     }
     static T* at(char* scratch, size_t offset) { return reinterpret_cast<T*>(scratch + offset); }
 
-    T* gradient(size_t q, size_t l, int side) const {
-        const auto& list = side ? groups_[q].gradients.y : groups_[q].gradients.x;
-        return l < list.size() ? list[l] : nullptr;
-    }
+    T* gradient(size_t q, int side) const { return side ? groups_[q].gradients.y : groups_[q].gradients.x; }
 
     // The sums of the derivatives of a block's rows, for layer l of group q.
     double* row_sums(char* scratch, size_t q, size_t l) const {
@@ -373,16 +374,17 @@ private:
             };
             if (gradients_) {
                 complete(w);
-                const bool need_a = gradient(q, l, tile.a), need_b = gradient(q, l, tile.b);
+                const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
+                const bool need_a = gradient(q, tile.a), need_b = gradient(q, tile.b);
                 if (programs_[q][l].metric == Metric::l1) {
-                    t.signs(tile.rows, tile.columns, p.stride, w, a_points(p, s).rows + i * p.stride, b_points(p, s).rows,
+                    t.signs(tile.rows, tile.columns, width, w, a_points(p, s).rows + i * p.stride, b_points(p, s).rows,
                             p.stride, at(s, p.a_gradient) + i * p.stride, at(s, p.b_gradient));
                 } else {
                     if (programs_[q][l].metric == Metric::l2)
                         t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums[q * kMostLayers + l]);
-                    if (need_a) t.product(false, tile.rows, tile.columns, p.stride, w, b_points(p, s).rows, p.stride,
+                    if (need_a) t.product(false, tile.rows, tile.columns, width, w, b_points(p, s).rows, p.stride,
                               at(s, p.a_gradient) + i * p.stride, p.stride);
-                    if (need_b) t.product(true, tile.columns, tile.rows, p.stride, w, a_points(p, s).rows + i * p.stride, p.stride,
+                    if (need_b) t.product(true, tile.columns, tile.rows, width, w, a_points(p, s).rows + i * p.stride, p.stride,
                               at(s, p.b_gradient), p.stride);
                 }
             }
@@ -403,12 +405,13 @@ private:
     // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed.
     void put_gradient(size_t q, size_t l, int side, int64_t batch, int64_t first, int64_t count, const T* summed,
                       const T* points, const double* sums) const {
-        T* const to = gradient(q, l, side);
+        T* const to = gradient(q, side);
         if (!to) return;
         const Layer& layer = groups_[q].kernel.layers[l];
-        const int64_t d = layer.dimension, stride = padded<T>(d), n = (side ? *groups_[q].y : *groups_[q].x).count;
+        const int64_t d = layer.dimension, stride = padded<T>(d), all = groups_[q].kernel.dimension();
+        const int64_t n = (side ? *groups_[q].y : *groups_[q].x).count;
         for (int64_t i = 0; i < count; ++i) {
-            T* const row = to + ((batch * n) + first + i) * d;
+            T* const row = to + (batch * n + first + i) * all + column_[q][l];
             const T* const from = summed + i * stride;
             if (layer.metric == Metric::l2) {
                 const T sum = T(sums[i]);
@@ -440,7 +443,7 @@ private:
     std::vector<std::vector<Part>> parts_;
     std::vector<Block> blocks_;
     std::vector<T> centres_;
-    std::vector<std::vector<int64_t>> centre_at_;
+    std::vector<std::vector<int64_t>> centre_at_, column_;
     std::vector<double> parameter_sums_;
     int64_t centres_size_ = 0, block_size_ = kTile, widest_ = 0;
     int x_blocks_ = 0;

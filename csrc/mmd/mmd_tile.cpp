@@ -27,7 +27,7 @@ constexpr int kGroup = 6, kWide = 2;
 #endif
 constexpr int kStrip = 2;
 // Dimensions whose panels fit into the first cache.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 128;
 
 template <class T>
 struct Math {
@@ -39,32 +39,28 @@ struct Math {
 
 // ---- Points --------------------------------------------------------------------------------------------------------
 
+// One row less the centre (which is as long as the row's stride, or null), and the square of its length.
 template <class T, class From>
-MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t dimension, const T* centre, int64_t stride, T* to) {
+MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, const T* centre, int64_t stride, T* to) {
     constexpr int64_t N = Simd<T>::lanes;
+    Vec<T> square{};
     int64_t k = 0;
+    const auto put = [&](Vec<T> x) __attribute__((always_inline)) {
+        if (centre) x -= Simd<T>::load(centre + k);
+        Simd<T>::store(to + k, x);
+        square += x * x;
+    };
     if constexpr (sizeof(From) == sizeof(T)) {
         if (step == 1)
-            for (; k + N <= dimension; k += N) {
-                const Vec<T> x = Simd<T>::load(reinterpret_cast<const T*>(from) + k);
-                Simd<T>::store(to + k, centre ? x - Simd<T>::load(centre + k) : x);
-            }
+            for (; k + N <= dimension; k += N) put(Simd<T>::load(reinterpret_cast<const T*>(from) + k));
     }
-    for (; k < dimension; ++k) to[k] = T(from[k * step]) - (centre ? centre[k] : T(0));
-    for (; k < stride; ++k) to[k] = 0;
-}
-
-template <class T>
-MMFAST_INLINE T sum_of_squares(const T* x, int64_t stride) {
-    constexpr int N = Simd<T>::lanes;
-    Vec<T> sum{};
-    for (int64_t k = 0; k < stride; k += N) {
-        const Vec<T> v = Simd<T>::load(x + k);
-        sum += v * v;
+    for (; k < dimension; k += N) {
+        Vec<T> x{};
+        for (int64_t i = 0; i < N && k + i < dimension; ++i) x[i] = T(from[(k + i) * step]);
+        put(x);
     }
-    T total = 0;
-    for (int i = 0; i < N; ++i) total += sum[i];
-    return total;
+    for (; k < stride; k += N) Simd<T>::store(to + k, Vec<T>{});
+    return Simd<T>::sum(square);
 }
 
 template <class T>
@@ -73,10 +69,9 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(from.data);
         for (int64_t i = 0; i < count; ++i)
-            pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre, to.stride,
-                     to.rows + i * to.stride);
+            to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre, to.stride,
+                                   to.rows + i * to.stride);
     });
-    for (int64_t i = 0; i < count; ++i) to.norms[i] = sum_of_squares(to.rows + i * to.stride, to.stride);
     if (!to.panels) return;
     // A panel is kStrip vectors wide; what has no point repeats the last one.
     constexpr int64_t N = Simd<T>::lanes, W = N * kStrip;
@@ -85,7 +80,7 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
         const T* rows[N];
         for (int64_t i = 0; i < N; ++i) rows[i] = to.rows + (j + i < count ? j + i : count - 1) * to.stride;
         T* const panel = to.panels + j / W * W * to.stride + j % W;
-        for (int64_t k = 0; k < to.stride; k += N) {
+        for (int64_t k = 0; k < from.dimension; k += N) {
             Vec<T> columns[N];
             Simd<T>::load_transposed(rows, k, columns);
             for (int64_t i = 0; i < N; ++i) Simd<T>::store(panel + (k + i) * W, columns[i]);
@@ -231,9 +226,7 @@ MMFAST_INLINE void compare_again(const Points<T>& a, int64_t first, int64_t rows
                     const Vec<T> d = Simd<T>::load(x + k) - Simd<T>::load(y + k);
                     sum += d * d;
                 }
-                T total = 0;
-                for (int l = 0; l < N; ++l) total += sum[l];
-                at[v] = total;
+                at[v] = Simd<T>::sum(sum);
             }
         }
     }
@@ -296,13 +289,6 @@ void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
 }
 
 template <class T>
-MMFAST_INLINE double total(Vec<T> x) {
-    double sum = 0;
-    for (int i = 0; i < Simd<T>::lanes; ++i) sum += double(x[i]);
-    return sum;
-}
-
-template <class T>
 void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, double* sums) {
     constexpr int N = Simd<T>::lanes;
     for (int t = 0; t < p.terms; ++t)
@@ -316,10 +302,10 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
                 sum.offset += w * d.offset;
                 sum.exponent += w * d.exponent;
             }
-            sums[4 * t] += total<T>(sum.weight);
-            sums[4 * t + 1] += total<T>(sum.gamma);
-            sums[4 * t + 2] += total<T>(sum.offset);
-            sums[4 * t + 3] += total<T>(sum.exponent);
+            sums[4 * t] += Simd<T>::sum(sum.weight);
+            sums[4 * t + 1] += Simd<T>::sum(sum.gamma);
+            sums[4 * t + 2] += Simd<T>::sum(sum.offset);
+            sums[4 * t + 3] += Simd<T>::sum(sum.exponent);
         }
 }
 
@@ -352,7 +338,7 @@ double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums
             row += v ? x * Simd<T>::load(v + c * N) : x;
             if (column_sums) columns[c] += u ? u[i] * x : x;
         }
-        if (row_sums) row_sums[i] += total<T>(row);
+        if (row_sums) row_sums[i] += Simd<T>::sum(row);
         all.add(row, u ? double(u[i]) : 1.0);
     }
     if (column_sums)
