@@ -53,6 +53,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def mmd_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the mmd slice for CPU tensors."""
+    if request.param == "cpu":
+        need_native()
+        if "cpu" not in _backend.OPS["mmd"]:
+            _missing("MMFAST_REQUIRE_NATIVE", "the mmd slice has no kernels for CPU tensors")
+    return request.param
+
+
 @pytest.fixture
 def native() -> str:
     """The backend ``cpu``, for what only the native kernels promise."""
