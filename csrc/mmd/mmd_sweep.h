@@ -190,15 +190,15 @@ private:
     }
 
     bool add_mean(int64_t b, size_t q, size_t l, int side, T* mean) const {
-        constexpr int64_t kSome = 32;
+        constexpr int64_t kSome = 16;
         const Set& set = side ? *groups_[q].y : *groups_[q].x;
         const int64_t n = std::min(set.count, kSome), d = groups_[q].kernel.layers[l].dimension, stride = padded<T>(d);
         if (!n) return false;
-        std::vector<T> row(stride);
-        T norm;
+        const Scratch scratch((stride + 16) * sizeof(T));
+        T* const row = reinterpret_cast<T*>(scratch.data());
         for (int64_t i = 0; i < n; ++i) {
             const int64_t at = i * set.count / n;
-            tiles<T>().pack(source(b, q, l, side), at, 1, nullptr, {row.data(), nullptr, &norm, stride});
+            tiles<T>().pack(source(b, q, l, side), at, 1, nullptr, {row, nullptr, row + stride, stride});
             for (int64_t k = 0; k < d; ++k) mean[k] += row[k];
         }
         for (int64_t k = 0; k < d; ++k) mean[k] = std::isfinite(mean[k]) ? mean[k] / T(n) : T(0);
@@ -335,6 +335,12 @@ private:
             for (size_t l = 0; l < parts_[q].size(); ++l) f(q, l, parts_[q][l]);
     }
 
+    // w += w', for w whose lower half is zero.
+    static void add_transposed(int64_t rows, T* w) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < i; ++j) w[i * kTile + j] = w[j * kTile + i];
+    }
+
     // Zeros where there is no pair, and in the lower half of a diagonal tile.
     static void mask(const Tile<T>& t, bool diagonal, T* x) {
         if (t.columns == kTile && !diagonal) return;
@@ -374,19 +380,7 @@ private:
             };
             if (gradients_) {
                 complete(w);
-                const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
-                const bool need_a = gradient(q, tile.a), need_b = gradient(q, tile.b);
-                if (programs_[q][l].metric == Metric::l1) {
-                    t.signs(tile.rows, tile.columns, width, w, a_points(p, s).rows + i * p.stride, b_points(p, s).rows,
-                            p.stride, at(s, p.a_gradient) + i * p.stride, at(s, p.b_gradient));
-                } else {
-                    if (programs_[q][l].metric == Metric::l2)
-                        t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums[q * kMostLayers + l]);
-                    if (need_a) t.product(false, tile.rows, tile.columns, width, w, b_points(p, s).rows, p.stride,
-                              at(s, p.a_gradient) + i * p.stride, p.stride);
-                    if (need_b) t.product(true, tile.columns, tile.rows, width, w, a_points(p, s).rows + i * p.stride, p.stride,
-                              at(s, p.b_gradient), p.stride);
-                }
+                add_gradient(q, l, p, tile, i, s, w, column_sums[q * kMostLayers + l]);
             }
             if (!groups_[q].gradients.parameters) return;
             std::fill_n(w, tile.rows * kTile, T(1));
@@ -394,6 +388,24 @@ private:
             complete(w);
             t.parameters(programs_[q][l], int(tile.rows), at(s, p.z), w, parameter_sums(tile.block, q) + 4 * first_term(q, l));
         });
+    }
+
+    // What derivatives w by the distances (or products) of a tile add to the gradients of its rows and columns.
+    void add_gradient(size_t q, size_t l, const Part& p, const Tile<T>& tile, int64_t i, char* s, T* w,
+                      double* column_sums) const {
+        const auto& t = tiles<T>();
+        const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
+        const T* const from_a = a_points(p, s).rows + i * p.stride;
+        const T* const from_b = b_points(p, s).rows;
+        T* const to_a = at(s, p.a_gradient) + i * p.stride;
+        T* const to_b = at(s, p.b_gradient);
+        const Metric metric = programs_[q][l].metric;
+        if (metric == Metric::l1) return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
+        if (metric == Metric::l2) t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
+        if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
+        if (gradient(q, tile.a)) t.product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);
+        if (gradient(q, tile.b) && !tile.diagonal)
+            t.product(true, tile.columns, tile.rows, width, w, from_a, p.stride, to_b, p.stride);
     }
 
     int64_t first_term(size_t q, size_t l) const {

@@ -55,9 +55,10 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, cons
             for (; k + N <= dimension; k += N) put(Simd<T>::load(reinterpret_cast<const T*>(from) + k));
     }
     for (; k < dimension; k += N) {
-        Vec<T> x{};
-        for (int64_t i = 0; i < N && k + i < dimension; ++i) x[i] = T(from[(k + i) * step]);
-        put(x);
+        alignas(64) T part[N] = {};
+        const int64_t n = dimension - k < N ? dimension - k : N;
+        for (int64_t i = 0; i < n; ++i) part[i] = T(from[(k + i) * step]);
+        put(Simd<T>::load(part));
     }
     for (; k < stride; k += N) Simd<T>::store(to + k, Vec<T>{});
     return Simd<T>::sum(square);
