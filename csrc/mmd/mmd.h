@@ -49,10 +49,11 @@ struct Gradients {
 };
 
 // sums: [batch][3], of a_i a_j k(x_i, x_j) over i != j, of b_i b_j k(y_i, y_j) likewise, of a_i b_j k(x_i, y_j) over all;
-// wx, wy: [batch][count] or null for ones. The gradients are those of sums . coefs. What has the coefficient 0 is left out.
+// wx, wy: [batch][count] or null for ones. The gradients are those of sums . coefs. What has the coefficient 0 is left out, unless all
+// sums are asked for.
 template <class T>
 void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
-                   const double* coefs, double* sums, const Gradients<T>& gradients);
+                   const double* coefs, bool all_sums, double* sums, const Gradients<T>& gradients);
 
 // Sums of the rows and of the columns, and of the squares, of K(x, y); with `symmetric` of K(x, x) without its diagonal,
 // and there are no columns.

@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic(const Tenso
     const mmd::Kernel kernel = kernel_of(terms, x.size(2));
     const mmd::Set sx = set_of(x, batch), sy = set_of(x, optional<Tensor>(y), batch);
     const Tensor c = doubles(coefs), sums = at::empty({batch, 3}, c.options());
-    TORCH_CHECK_VALUE(c.numel() == 3 && need.size() == 5, "coefs and need must have 3 and 5 elements");
+    TORCH_CHECK_VALUE(c.numel() == 3 && need.size() == 6, "coefs and need must have 3 and 6 elements");
     Tensors5 gradients;
     for_type(compute_type(x), [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic(const Tenso
         const Tensor u = wx ? in_type<T>(*wx) : Tensor(), v = wy ? in_type<T>(*wy) : Tensor();
         mmd::quadratic_cpu<T>(batch, kernel, sx, sy, wx ? u.template const_data_ptr<T>() : nullptr,
                               wy ? v.template const_data_ptr<T>() : nullptr, c.const_data_ptr<double>(),
-                              sums.data_ptr<double>(), w.pointers);
+                              need[5], sums.data_ptr<double>(), w.pointers);
         gradients = {w.x, w.y, w.weights_x, w.weights_y, in_callers_order(w.parameters, terms)};
     });
     return std::tuple_cat(std::make_tuple(sums), gradients);

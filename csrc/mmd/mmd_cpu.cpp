@@ -373,11 +373,11 @@ private:
 
 template <class T>
 void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
-                   const double* coefs, double* sums, const Gradients<T>& gradients) {
+                   const double* coefs, bool all_sums, double* sums, const Gradients<T>& gradients) {
     std::fill_n(sums, batch * 3, 0.0);
     Sweep<T> sweep(batch, Pairs::within_and_between, {{kernel, &x, &y, gradients}});
     Quadratic<T> reducer(batch, sweep.blocks(), x.count, y.count, wx, wy, coefs, gradients);
-    const bool wanted[3] = {coefs[0] != 0, coefs[1] != 0, coefs[2] != 0};
+    const bool wanted[3] = {all_sums || coefs[0] != 0, all_sums || coefs[1] != 0, all_sums || coefs[2] != 0};
     sweep.run(reducer, wanted);
     reducer.put(batch, sweep.blocks(), sums);
 }
@@ -506,7 +506,7 @@ void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, c
     }
 }
 
-#define MMFAST_INSTANTIATE(T)                                                                                                  template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*,                                         double*, const Gradients<T>&);                                                              template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);                template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*, const double*,                                        const double*, const Gradients<T>&);                                                    template void matmul_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, int64_t, T*);                  template void matmul_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, const T*,                                                  int64_t, T*, const Gradients<T>&);                                                    template void pair_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, double*, double*, double*);       template void pair_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, const double*,                                              const double*, const double*, const Gradients<T>&, const Gradients<T>&);                template void permutations_cpu<T>(const Kernel&, const Set&, const uint8_t*, int64_t, double*, double*);                   template void select_cpu<T>(const Set&, const Set&, int64_t, bool, const std::vector<int64_t>&, T*, int64_t*);
+#define MMFAST_INSTANTIATE(T)                                                                                                  template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*, bool,                                         double*, const Gradients<T>&);                                                              template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);                template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*, const double*,                                        const double*, const Gradients<T>&);                                                    template void matmul_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, int64_t, T*);                  template void matmul_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, const T*,                                                  int64_t, T*, const Gradients<T>&);                                                    template void pair_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, double*, double*, double*);       template void pair_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, const double*,                                              const double*, const double*, const Gradients<T>&, const Gradients<T>&);                template void permutations_cpu<T>(const Kernel&, const Set&, const uint8_t*, int64_t, double*, double*);                   template void select_cpu<T>(const Set&, const Set&, int64_t, bool, const std::vector<int64_t>&, T*, int64_t*);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)
 #undef MMFAST_INSTANTIATE

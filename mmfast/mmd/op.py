@@ -58,10 +58,10 @@ def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms) -> tuple[Tensor, Tensor
     """`reference.quadratic`; the gradients are computed along with the value where one will be asked for."""
     kernel = _kernel(x, terms)
     x, y = _joined(x), _joined(y)
-    need = [False] * 5
+    need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
     if torch.is_grad_enabled():
-        need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params)]
-    if any(need) or coefs.requires_grad or torch.compiler.is_compiling():
+        need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params, coefs)]
+    if any(need) or torch.compiler.is_compiling():
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
     with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a small batch
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
@@ -224,7 +224,7 @@ def _(x, y, wx, wy, coefs, params, dims, families, layers, need):
 @torch.library.register_fake("mmfast::mmd_quadratic_backward")
 def _(grad, x, y, wx, wy, coefs, params, dims, families, layers, need, unit_x, unit_y, unit_wx, unit_wy, unit_params):
     inputs, units = (x, y, wx, wy, params), (unit_x, unit_y, unit_wx, unit_wy, unit_params)
-    return tuple(_like(t, n, u) for t, u, n in zip(inputs, units, need, strict=True))
+    return tuple(_like(t, n, u) for t, u, n in zip(inputs, units, need[:5], strict=True))
 
 
 @torch.library.register_fake("mmfast::mmd_sums")
@@ -342,7 +342,7 @@ def _differentiate_quadratic(ctx, grad, *_):
     x, y, wx, wy, coefs, params, sums, *units = ctx.saved_tensors
     kernel = params, ctx.dims, ctx.families, ctx.layers
     by = _ops.mmd_quadratic_backward.default(grad, x, y, wx, wy, coefs, *kernel, ctx.need, *units)
-    *by, by_params = _kept(by, ctx.need)
+    *by, by_params = _kept(by, ctx.need[:5])
     by_coefs = None
     if coefs.requires_grad and torch.is_grad_enabled():  # a second derivative may follow: the sums depend on the points
         need, units = ctx.need, torch.eye(3, dtype=torch.float64, device=x.device)
@@ -368,7 +368,7 @@ def _differentiate_quadratic_twice(ctx, *grads):
 
     need = ctx.need
     wanted = [*need[:4], False, need[4]]
-    (by_grad,), by = _second(forward, [grad], inputs, wanted, [g for g, n in zip(grads, need, strict=True) if n])
+    (by_grad,), by = _second(forward, [grad], inputs, wanted, [g for g, n in zip(grads, need[:5], strict=True) if n])
     return by_grad, *by, *(None,) * 9
 
 
