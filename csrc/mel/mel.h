@@ -2,6 +2,7 @@
 // F frames, C features of a frame, K = n_fft / 2 + 1 bins, M filters.
 #pragma once
 
+#include <cmath>
 #include <memory>
 #include <mutex>
 
@@ -38,6 +39,35 @@ struct Spec {
     bool time_major = false;
 };
 
+// What of a Spec the kernels of every device read; transform, window, filters and DCT are added.
+template <class T>
+MelParams<T> kernel_params(const Spec& s, uint32_t seed) {
+    MelParams<T> p;
+    p.framing = s.framing;
+    p.input_scale = T(s.input_scale);
+    p.preemphasis = s.preemphasis_of_signal ? T(0) : T(s.preemphasis);
+    p.dither = T(s.dither);
+    p.seed = seed;
+    p.has_energy_floor = s.energy_floor > 0;
+    p.log_energy_floor = p.has_energy_floor ? T(std::log(s.energy_floor)) : T(0);
+    p.remove_dc = s.remove_dc;
+    p.raw_energy = s.raw_energy;
+    p.energy = s.energy;
+    p.power = T(s.power);
+    p.power_offset = T(s.power_offset);
+    p.log = s.log;
+    p.has_top_db = s.has_top_db;
+    p.log_floor = T(s.log_floor);
+    p.log_offset = T(s.log_offset);
+    p.log_scale = T(s.log_scale);
+    p.log_shift = T(s.log_shift);
+    p.top_db = T(s.top_db);
+    p.output_offset = T(s.output_offset);
+    p.output_scale = T(s.output_scale);
+    p.time_major = s.time_major;
+    return p;
+}
+
 // A Spec with its transform tables, made on first use of each precision; safe to share between threads.
 class Plan {
 public:
@@ -46,7 +76,19 @@ public:
     template <class T>
     const RealPlan<T>& fft() const;
 
+    // What code for other devices keeps with a plan: one object for each index, made by the first to ask.
+    template <class Make>
+    std::shared_ptr<void> keep(int index, const Make& make) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [i, object] : kept_)
+            if (i == index) return object;
+        kept_.emplace_back(index, make());
+        return kept_.back().second;
+    }
+
 private:
+    mutable std::mutex mutex_;
+    mutable std::vector<std::pair<int, std::shared_ptr<void>>> kept_;
     mutable std::once_flag once_[2];
     mutable std::unique_ptr<FftTables<float>> float_;
     mutable std::unique_ptr<FftTables<double>> double_;

@@ -133,29 +133,8 @@ struct Job {
 
     Job(const Plan& plan, const Waveform& w, const Tables<T>& tables, int64_t group_, uint32_t seed, bool by_bin)
         : spec(plan.spec), wave(w) {
+        p = kernel_params<T>(spec, seed);
         p.fft = plan.fft<T>();
-        p.framing = spec.framing;
-        p.input_scale = T(spec.input_scale);
-        p.preemphasis = spec.preemphasis_of_signal ? T(0) : T(spec.preemphasis);
-        p.dither = T(spec.dither);
-        p.seed = seed;
-        p.has_energy_floor = spec.energy_floor > 0;
-        p.log_energy_floor = p.has_energy_floor ? T(std::log(spec.energy_floor)) : T(0);
-        p.remove_dc = spec.remove_dc;
-        p.raw_energy = spec.raw_energy;
-        p.energy = spec.energy;
-        p.power = T(spec.power);
-        p.power_offset = T(spec.power_offset);
-        p.log = spec.log;
-        p.has_top_db = spec.has_top_db;
-        p.log_floor = T(spec.log_floor);
-        p.log_offset = T(spec.log_offset);
-        p.log_scale = T(spec.log_scale);
-        p.log_shift = T(spec.log_shift);
-        p.top_db = T(spec.top_db);
-        p.output_offset = T(spec.output_offset);
-        p.output_scale = T(spec.output_scale);
-        p.time_major = spec.time_major;
         p.cepstra = tables.cepstra;
         p.dct = tables.dct;
         set_window(tables.window);
