@@ -80,7 +80,7 @@ struct BlockJob {
     int64_t group = 1;                                 // rows that share a maximum
     Extrema<T>* extrema = nullptr;                     // [rows][tiles]; null: not wanted
     const T* maxima = nullptr;                         // [groups]
-    bool clip = false;                                 // the maxima are known
+    bool clip = false;                                 // second round: the maximum is known
 
     // Backward. grad: laid out as the features. spans: [rows][tiles][span], the gradient of the staged samples of a tile.
     const T* grad = nullptr;
@@ -379,11 +379,12 @@ struct Tile {
     const BlockJob<T>& job;
     const Shape& shape;
     const Block& block;
-    const Layout at;
+    const Layout& at;
     T* const memory;
     int64_t row, tile, frame, length;
     int frames, here;  // frames of the row in this tile, and places for frames in the features
     Planes<T> z;
+    T maximum;  // of v over the group, once it is known
 
     MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, int64_t index)
         : job(j), shape(s), block(b), at(layout), memory(m), row(index / j.tiles), tile(index % j.tiles),
@@ -392,6 +393,7 @@ struct Tile {
         frames = left <= 0 ? 0 : left < s.frames() ? int(left) : s.frames();
         here = places < s.frames() ? int(places) : s.frames();
         z = {m + at.z, m + at.z + at.plane};
+        maximum = j.maxima ? j.maxima[row / j.group] : T(0);
     }
 
     MMFAST_INLINE T* x() const { return memory + at.x; }
@@ -859,7 +861,7 @@ MMFAST_UNROLL
         const MelParams<T>& p = job.p;
         const int lane_stride = at.lane_stride;
         if (tile == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
-        const T threshold = job.clip ? job.maxima[group()] - p.top_db : T(0);
+        const T threshold = job.clip ? maximum - p.top_db : T(0);
         if (job.clip && (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold)) return;
         if (frames > 0) {
             analyse<false>();
@@ -898,7 +900,7 @@ MMFAST_UNROLL
     // Second round without a DCT: the features that lie below the threshold are raised in place.
     MMFAST_INLINE void clip_features() const {
         const MelParams<T>& p = job.p;
-        const T threshold = job.maxima[group()] - p.top_db;
+        const T threshold = maximum - p.top_db;
         if (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold) return;
         const T raised = (threshold + p.output_offset) * p.output_scale;
         each_feature([&](int f, int c, int64_t index) {

@@ -31,7 +31,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::band_gradients() const {
         extrema([&](int band, int f) { return compress_value(p, m[band * lane_stride + f]); });
         block.each(1, [&](int) { job.highest[row * job.tiles + tile] = parts[kParts * F]; });
     }
-    const T threshold = p.has_top_db ? job.maxima[group()] - p.top_db : T(0);
+    const T threshold = p.has_top_db ? maximum - p.top_db : T(0);
     const T highest = whole ? parts[kParts * F] : job.share_only ? job.group_highest[group()] : T(0);
     const T share = job.share_only ? job.share[group()] : T(0);
     const T* const from = grad + (p.energy == Energy::prepend) * lane_stride;
