@@ -73,11 +73,11 @@ def _plan(key: str):
     )
 
 
-def _forward_cpu(waveform, window, filters, dct, lengths, group, seed, config):
+def _forward_native(waveform, window, filters, dct, lengths, group, seed, config):
     return _backend._C.mel_forward(_plan(config), waveform, window, filters, dct, lengths, group, seed)
 
 
-def _backward_cpu(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
+def _backward_native(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
     return _backend._C.mel_backward(
         _plan(config),
         grad,
@@ -94,8 +94,9 @@ def _backward_cpu(grad, waveform, window, filters, dct, lengths, maxima, group, 
     )
 
 
-torch.library.impl("mmfast::mel_forward", "cpu", _forward_cpu)
-torch.library.impl("mmfast::mel_backward", "cpu", _backward_cpu)
+for _device in _backend.OPS["mel"]:
+    torch.library.impl("mmfast::mel_forward", _device, _forward_native)
+    torch.library.impl("mmfast::mel_backward", _device, _backward_native)
 
 
 @torch.library.register_fake("mmfast::mel_forward")
