@@ -47,7 +47,7 @@ $(VENV)/mmfast.stamp: $(VENV)/torch.stamp pyproject.toml mmfast/__init__.py $(SO
 
 # Libraries to compare with that would bring another torch along, so without their dependencies. The compiled part of
 # torchaudio's wheel needs CUDA, which a CPU build of torch does not bring; all that is compared with is Python.
-$(VENV)/peers.stamp: $(VENV)/mmfast.stamp constraints.txt
+$(VENV)/peers.stamp: constraints.txt | $(VENV)/mmfast.stamp
 	$(PIP) tiktoken more-itertools
 	$(PIP) --no-deps --no-build-isolation torchaudio openai-whisper nnAudio
 	$(PY) -c 'import glob, os, sysconfig, torch; [os.remove(f) for f in glob.glob(sysconfig.get_path("platlib") + "/torchaudio/lib/*.so") if torch.version.cuda is None]'

@@ -28,6 +28,7 @@ _HEADERS = (
     "error, max",
     "error, L2",
     "extra MB",
+    "kept MB",
 )
 
 
@@ -152,4 +153,5 @@ def _line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
         f"{row['error']['max_relative']:.1e}",
         f"{row['error']['relative_l2']:.1e}",
         f"{memory['extra'] / 1e6:.1f}" if "extra" in memory else "",
+        f"{memory['kept'] / 1e6:.1f}" if "kept" in memory else "",
     )

@@ -20,12 +20,12 @@ class Case:
     config: MelConfig
     shape: tuple[int, ...] = (2, 3000)
 
-    def waveform(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def waveform(self, dtype: torch.dtype = torch.float32, draw: int = 0) -> torch.Tensor:
         """Noise at speech level with a loud part, a part 120 dB below it and, where the logarithm has a floor, silence.
 
-        The same values in every dtype, as far as it holds them.
+        The same values in every dtype, as far as it holds them; others for another ``draw``.
         """
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + draw)
         x = 0.1 * torch.randn(self.shape, generator=generator)
         n = self.shape[-1]
         if self.config.log is None or self.config.log_floor or self.config.log_offset:
@@ -169,7 +169,7 @@ _ODD = (
             log_offset=2.0**-24,
         ),
     ),
-    Case("frame_preemphasis", _small(preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
+    Case("frame_preemphasis", _small(window="hamming", preemphasis=0.9, input_scale=3.0, remove_dc=True, **_LN)),
 )
 
 CASES = {case.name: case for case in (*TUNED, *_SIZES, *_FRAMINGS, *_ODD)}

@@ -1,4 +1,4 @@
-"""`MelConfig`'s table of formulas once more, sample by sample in numpy: slow, plain, and independent of the reference."""
+"""`MelConfig`'s table of formulas once more, sample by sample in numpy, independent of the reference."""
 
 from __future__ import annotations
 

@@ -56,12 +56,14 @@ def test_provider_agrees_with_gold(case, provider, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_provider_agrees_with_gold(name, mode):
+def test_compiled_provider_agrees_with_gold(name):
     case = small(cases.CASES["mfcc-db-32x10s"])
+    x, upstream = case.inputs(seed=1), case.upstream(seed=1)
     torch._dynamo.reset()
-    assert error_of(ALL[name], case, mode) < TOLERANCE[mode]
+    gradient, features = ALL[name].build(case, "cpu").call("backward", x, upstream)()
+    assert suite.errors(features, case.gold(x))["max_relative"] < TOLERANCE["forward"]
+    assert suite.errors(gradient, case.gold(x, upstream))["max_relative"] < TOLERANCE["backward"]
 
 
 @pytest.mark.parametrize("case", cases.CASES.values(), ids=lambda case: case.name)
@@ -266,12 +268,14 @@ def test_compare_counts_only_the_providers_asked_for(tmp_path):
     assert command.main(["--compare", *files, "--providers", "mmfast"]) == 0
 
 
-def test_compare_needs_more_than_noise():
-    """One disturbed round out of eight moves the mean by a third, and is no regression."""
+def test_compare_draws_whole_rounds():
+    """Half of the rounds slower by a quarter: the rounds disagree, so the interval is wide, many calls or not."""
     before, after = made_up(), copy.deepcopy(made_up())
-    after[0]["rounds"][3] = [t * 4 for t in after[0]["rounds"][3]]
+    after[0]["rounds"] = [[t * (1.25 if i % 2 else 1.0) for t in times] for i, times in enumerate(after[0]["rounds"])]
+    after[0]["median"] = float(np.median(np.concatenate(after[0]["rounds"])))
     change = compare.changes(before, after, "mmfast")[0]
-    assert change.low <= 1.05 and not change.regressed(0.05)
+    assert change.ratio > 1.05 and change.low < 1.03 and change.high > 1.2
+    assert not change.regressed(0.05)
 
 
 def test_compare_rejects_files_without_a_common_row(tmp_path, capsys):
@@ -285,7 +289,7 @@ def test_compare_rejects_files_without_a_common_row(tmp_path, capsys):
 
 
 def test_report_puts_the_fastest_first_and_ratios_against_mmfast():
-    table = report.tables(made_up())
+    table = report.tables(made_up()[::-1])
     ours, theirs = (line for line in table.splitlines() if "| mmfast " in line or "| torchaudio " in line)
     assert ours.startswith("| made-up") and "| 1 " in ours
     assert theirs.split("|")[6].strip() == f"{0.1 / made_up()[0]['median']:.3g}"

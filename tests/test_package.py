@@ -89,15 +89,37 @@ def test_instruction_sets():
 
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
-@pytest.mark.parametrize("limit", ["", "avx2"])
-def test_instruction_set_is_the_best_up_to_the_limit(limit):
+@pytest.mark.parametrize("limit", ["baseline", "avx2", "avx512", ""])
+def test_best_instruction_set_up_to_the_limit(limit):
+    """It is chosen, and it computes what the reference does."""
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text() + "flags:")[1].split())
     best = 0
     if {"avx2", "fma", "f16c"} <= flags:
         best = 2 if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else 1
     names = ["baseline", "avx2", "avx512"]
-    expected = names[min(best, names.index(limit) if limit else 2)]
-    assert python("import torch, mmfast._C as c; print(c.build_info()['isa_used'])", MMFAST_CPU_ISA=limit) == expected
+    code = """
+import torch
+from mmfast import _backend
+from mmfast.mel import MelConfig, extract
+x, config = torch.randn(3, 5000, dtype=torch.float64), MelConfig(n_mels=40, log="ln", log_offset=1e-6, n_mfcc=13)
+expected = extract(x, config, backend="reference")
+for dtype in (torch.float32, torch.float64):
+    torch.testing.assert_close(extract(x.to(dtype), config, backend="cpu").double(), expected, rtol=1e-4, atol=1e-4)
+print(_backend._C.build_info()["isa_used"])
+"""
+    assert python(code, MMFAST_CPU_ISA=limit) == names[min(best, names.index(limit) if limit else 2)]
+
+
+@pytest.mark.native
+@pytest.mark.skipif(os.uname().machine != "x86_64" or not shutil.which("objdump"), reason="reads x86-64 code")
+def test_kernels_use_the_wide_registers():
+    """Vector code that the compiler left scalar would still compute the right numbers."""
+    objdump = ["objdump", "-d", "--no-show-raw-insn", _backend._C.__file__]
+    code = subprocess.run(objdump, capture_output=True, text=True, check=True, timeout=300).stdout
+    multiply_adds = {
+        width: len(re.findall(rf"vfn?m(?:add|sub)\w+ps .*%{width}mm\d+$", code, re.MULTILINE)) for width in "yz"
+    }
+    assert min(multiply_adds.values()) > 100, multiply_adds
 
 
 @pytest.mark.native
@@ -247,6 +269,23 @@ def test_info_without_extension(pure):
     assert "nothing that can be used: mmfast is installed without native kernels" in text
     assert re.search(r"mel +cpu +error: backend 'cpu' needs the native extension", text)
     assert "MMFAST_BACKEND=cpu" in text
+
+
+# ---- The README
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_examples(number):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    if "compat.transformers" in blocks[number]:
+        pytest.importorskip("transformers")
+    names = {}
+    exec(blocks[number], names)
+    shapes = re.findall(r"^(\w+) = .*# (\(.*\))$", blocks[number], re.MULTILINE)
+    assert shapes
+    for name, shape in shapes:
+        assert str(tuple(names[name].shape)) == shape
 
 
 # ---- Every slice has all its rooms

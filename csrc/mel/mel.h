@@ -60,6 +60,7 @@ MelParams<T> kernel_params(const Spec& s, uint32_t seed) {
     p.log_floor = T(s.log_floor);
     p.log_offset = T(s.log_offset);
     p.log_scale = T(s.log_scale);
+    p.log_scale_low = T(s.log_scale - double(p.log_scale));
     p.log_shift = T(s.log_shift);
     p.top_db = T(s.top_db);
     p.output_offset = T(s.output_offset);

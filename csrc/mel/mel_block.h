@@ -500,7 +500,7 @@ struct Tile {
             });
         } else {
             sum_frames(window(), memory + at.energy, [&](int f, int n) {
-                const T y = conditioned(f, n) * p.window[n];
+                const T y = conditioned(f, n) * p.energy_window[n];
                 return y * y;
             });
         }

@@ -217,7 +217,7 @@ MMFAST_INLINE T Tile<T, Shape, Block>::sample_gradient(int f, int n) const {
         const int r = i / S;
         T d = (r % 2 ? z.im : z.re)[(r / 2 * stride + i % S) * F + f];
         if (p.energy != Energy::none && !p.raw_energy)
-            d += conditioned(f, i) * (p.window[i] * p.window[i]) * memory[at.energy_grad + f];
+            d += conditioned(f, i) * (p.energy_window[i] * p.energy_window[i]) * memory[at.energy_grad + f];
         return d;
     };
     T d = windowed(n);

@@ -115,7 +115,8 @@ struct MelParams {
     T power = 2, power_offset = 0;
     Filters<T> filters;  // rows = 0: the bare spectrum
     bool log = false, has_top_db = false;
-    T log_floor = 0, log_offset = 0, log_scale = 1, log_shift = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift
+    T log_floor = 0, log_offset = 0, log_shift = 0;
+    T log_scale = 1, log_scale_low = 0;  // v = log_scale ln(max(m, floor) + offset) + log_shift, the scale in two parts
     T top_db = 0;
     T output_offset = 0, output_scale = 1;
     int64_t cepstra = 0;       // 0: no DCT

@@ -150,11 +150,11 @@ struct Job {
         const int64_t n = p.framing.window;
         p.window = given;
         if (!spec.normalized) return;
-        T sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += given[i] * given[i];
-        const T scale = T(1) / std::sqrt(spec.normalized == 1 ? sum : T(spec.n_fft));
+        double sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += double(given[i]) * double(given[i]);
+        const double scale = 1 / std::sqrt(spec.normalized == 1 ? sum : double(spec.n_fft));
         window.resize(n);
-        for (int64_t i = 0; i < n; ++i) window[i] = given[i] * scale;
+        for (int64_t i = 0; i < n; ++i) window[i] = T(given[i] * scale);
         p.window = window.data();
     }
 
@@ -414,7 +414,7 @@ private:
         bool some = false;
         for (int64_t m = 0; m < p_.bands(); ++m) some |= p_.constant_band(m);
         if (some) constant.resize(job_.groups * p_.cepstra);
-        const T v0 = p_.log_scale * T(std::log(double(p_.log_floor) + double(p_.log_offset))) + p_.log_shift;
+        const T v0 = T(job_.spec.log_scale * std::log(double(p_.log_floor) + double(p_.log_offset)) + job_.spec.log_shift);
         for (int64_t g = 0; some && g < job_.groups; ++g) {
             const T v = (std::max(v0, threshold_[g]) + p_.output_offset) * p_.output_scale;
             for (int64_t m = 0; m < p_.bands(); ++m)

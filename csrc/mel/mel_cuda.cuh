@@ -180,7 +180,7 @@ struct Launch {
         const DeviceTables<T>& on_device = device_tables<T>(plan, device);
         job = block_job<T>(spec, wave, group, seed);
         job.plan = on_device.plan;
-        job.p.window = tables.window;
+        job.p.window = job.p.energy_window = tables.window;
         job.p.dct = tables.dct;
         job.p.cepstra = tables.cepstra;
         job.feature_count = mel::feature_count(spec, tables.n_filters, tables.cepstra);

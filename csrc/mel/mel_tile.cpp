@@ -255,7 +255,9 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     const auto logarithm = [&](auto normal) {
         for (int64_t i = 0; i < bands; ++i) {
             const V y = (m[i] < floor ? floor : m[i]) + p.log_offset;
-            v[i] = log<decltype(normal)::value>(y) * p.log_scale + p.log_shift;
+            const V ln = log<decltype(normal)::value>(y);
+            const V rest = ln * p.log_scale_low, scaled = ln * p.log_scale + p.log_shift;
+            v[i] = rest - rest == T(0) ? scaled + rest : scaled;  // an infinite ln has no rest
         }
     };
     if (!p.log) {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from mmfast import _backend
 from mmfast.mel import op, reference, tables
 from mmfast.mel.config import MelConfig
 from mmfast.mel.post import deltas, normalize, sliding_normalize
+from mmfast.mel.reference import compute_dtype
 from mmfast.mel.streaming import Streaming
 
 __all__ = ["MelConfig", "Streaming", "deltas", "extract", "normalize", "sliding_normalize"]
@@ -27,27 +26,29 @@ def extract(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Features of a batch of waveforms, as `MelConfig` describes them.
 
-    Shapes: waveform ``(..., T)``; features ``(..., C, frames)`` or, with ``layout="time_feature"``, ``(..., frames, C)``,
-    where ``frames = config.frame_count(T)`` and ``C = config.n_features``. Nothing of the size of the spectrogram is
-    allocated by the native backends.
+    Shapes: waveform ``(..., T)``; features ``(..., C, frames)`` or, with ``layout="time_feature"``,
+    ``(..., frames, C)``, where ``frames = config.frame_count(T)`` and ``C = config.n_features``. Nothing of the size of
+    the spectrogram is allocated by the native backends.
 
     Args:
         waveform: samples, float32 or float64; float16, bfloat16 and int16 are computed in float32. Any strides.
         config: what to compute.
-        lengths: integer tensor of the leading shape: the valid samples of each row, in ``[0, T]``. A row then gives exactly
-            the features that its first ``lengths`` samples give alone; the frames beyond hold ``config.fill``. Rows
-            shorter than ``config.min_length`` have no frames.
+        lengths: integer tensor of the leading shape: the valid samples of each row, in ``[0, T]``. A row then gives
+            exactly the features that its first ``lengths`` samples give alone; the frames beyond hold ``config.fill``.
+            Rows shorter than ``config.min_length`` have no frames.
         window: ``(win_length,)`` values to use in place of ``config.window``.
-        filters: ``(n_fft // 2 + 1, n_mels)`` values to use in place of the configured filter bank. May require a gradient.
+        filters: ``(n_fft // 2 + 1, n_mels)`` values to use in place of the configured filter bank. May require a
+            gradient.
         dct: ``(n_mels, n_mfcc)`` values to use in place of the DCT (lifter and order included).
         backend: ``"reference"`` or ``"cpu"``; by default the fastest that can run.
 
     Returns:
-        The features, in the dtype of ``waveform`` (float32 for int16); with ``lengths`` a pair of them and the number of
-        frames of each row, an int64 tensor of the leading shape.
+        The features, in the dtype of ``waveform`` (float32 for int16); with ``lengths`` a pair of them and the number
+        of frames of each row, an int64 tensor of the leading shape.
 
-    Differentiable, twice, with respect to ``waveform`` and ``filters``. Values are those of the reference where they are
-    NaN or infinite. With ``config.dither > 0`` the noise follows torch's global CPU generator.
+    Differentiable, twice, with respect to ``waveform`` and ``filters``; with a ``window`` or ``dct`` that requires a
+    gradient the reference computes. Values are those of the reference where they are NaN or infinite. With
+    ``config.dither > 0`` the noise follows torch's global CPU generator.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -59,7 +60,7 @@ def extract(
     """
     if not isinstance(waveform, torch.Tensor):
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
-    if waveform.dtype not in _COMPUTE:
+    if waveform.dtype not in _DTYPES:
         raise TypeError(f"waveform must be float32, float64, float16, bfloat16 or int16, got {waveform.dtype}")
     if waveform.dim() == 0:
         raise ValueError("waveform must have at least one dimension, (..., T), got a scalar")
@@ -67,57 +68,66 @@ def extract(
     if lengths is None:
         if shape[-1] < config.min_length:
             raise ValueError(
-                f"waveform must have at least {config.min_length} samples for pad_mode={config.pad_mode!r} with this framing, "
-                f"got {shape[-1]}"
+                f"waveform must have at least {config.min_length} samples for framing={config.framing!r} with "
+                f"pad_mode={config.pad_mode!r}, got {shape[-1]}"
             )
     else:
         lengths = _check_lengths(lengths, waveform)
-    dtype = _COMPUTE[waveform.dtype]
-    window = _table("window", window, config, waveform, dtype, (config.win_length,))
-    filters = _table("filters", filters, config, waveform, dtype, (config.n_freqs, config.n_mels)) if config.filters else None
-    dct = _table("dct", dct, config, waveform, dtype, (config.n_mels, config.n_mfcc)) if config.n_mfcc else None
-    group = 1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
+    window = _given("window", window, waveform, (config.win_length,))
+    filters = _given("filters", filters, waveform, (config.n_freqs, config.n_mels) if config.filters else None)
+    dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
+    group = (
+        1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
+    )
     seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
     rows = waveform if len(shape) == 2 else waveform.reshape(shape[:-1].numel(), shape[-1])
-    run = reference.mel_reference if _backend.choose("mel", waveform.device, backend)[0] == "reference" else op.mel
+    chosen = _backend.choose("mel", waveform.device, backend)[0]
+    if chosen != "reference" and torch.is_grad_enabled() and (_has_gradient(window) or _has_gradient(dct)):
+        # The kernels have no gradient for these.
+        if backend is not None:
+            raise ValueError(f"window and dct have gradients only on backend 'reference', got backend={backend!r}")
+        chosen = "reference"
+    if not torch.compiler.is_compiling():  # a graph has no use for them as inputs
+        dtype = compute_dtype(waveform.dtype)
+        window, filters, dct = tables.resolve(config, dtype, waveform.device, window, filters, dct)
+    run = reference.mel_reference if chosen == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:
         features = features.view(shape[:-1] + features.shape[1:])
     return features if lengths is None else (features, counts.view(shape[:-1]))
 
 
-_COMPUTE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.int16: torch.float32,
-}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16)
 
 
-@lru_cache(maxsize=256)
-def _cached_table(name: str, config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return getattr(tables, name)(config).to(device, dtype).contiguous()
+def _has_gradient(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad is True
 
 
-def _table(name, given, config, waveform, dtype, shape) -> torch.Tensor:
-    """The caller's tensor, checked, or the configured one from the cache."""
-    if given is None:
-        return _cached_table(name, config, dtype, waveform.device)
-    if not isinstance(given, torch.Tensor) or not given.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(given, 'dtype', type(given).__name__)}")
-    if given.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
-    if given.device != waveform.device:
-        raise ValueError(f"{name} must be on the waveform's device {waveform.device}, got {given.device}")
-    return given.to(dtype).contiguous()
+def _given(name: str, table: torch.Tensor | None, waveform: torch.Tensor, shape: tuple | None) -> torch.Tensor | None:
+    """The caller's table in the dtype of the computation; None stands for the configured one."""
+    if table is None:
+        return None
+    if shape is None:
+        raise ValueError(f"{name} does not fit a config without {name}")
+    if not isinstance(table, torch.Tensor) or not table.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    if table.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
+    if table.device != waveform.device:
+        raise ValueError(f"{name} must be on the waveform's device {waveform.device}, got {table.device}")
+    return table.to(compute_dtype(waveform.dtype)).contiguous()
 
 
 def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tensor:
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"lengths must be an int64 or int32 tensor, got {getattr(lengths, 'dtype', type(lengths).__name__)}")
+        raise TypeError(
+            f"lengths must be an int64 or int32 tensor, got {getattr(lengths, 'dtype', type(lengths).__name__)}"
+        )
     if lengths.shape != waveform.shape[:-1]:
-        raise ValueError(f"lengths must have the leading shape {tuple(waveform.shape[:-1])}, got {tuple(lengths.shape)}")
+        raise ValueError(
+            f"lengths must have the leading shape {tuple(waveform.shape[:-1])}, got {tuple(lengths.shape)}"
+        )
     if lengths.device != waveform.device:
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
     lengths = lengths.reshape(-1).to(torch.int64)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 _CHOICES: dict[str, tuple] = {
@@ -42,50 +42,55 @@ class MelConfig:
     scale                 ``s = input_scale * x`` (before it, with ``preemphasis_scope="signal"``: ``x[t] - c x[t-1]``)
     dither                ``s += dither * N(0, 1)``, independent for each frame
     DC removal            ``s -= mean(s)``
-    energy                ``ln max(sum s², 2⁻²³)``, here if ``raw_energy``, else after the window; at least ``ln energy_floor``
+    energy                ``ln max(sum s², 2⁻²³)``, here if ``raw_energy``, else after the window; ≥ ``ln energy_floor``
     pre-emphasis          ``s[n] -= preemphasis * s[max(n-1, 0)]``
     window, spectrum      ``X = rfft(s * w, n_fft)``; ``P = (|X|² + power_offset) ** (power / 2)``
     filters               ``m = P @ F``, ``F`` of shape ``(n_fft // 2 + 1, n_filters)``
-    log                   ``v = log(max(m, log_floor) + log_offset)``; "db": ``db_multiplier * (log10(…) - log10 max(log_floor, db_reference))``
+    log                   ``v = log(max(m, log_floor) + log_offset)``
+                          "db": ``v = db_multiplier * (log10(…) - log10 max(log_floor, db_reference))``
     top_db                ``v = max(v, max(v over the scope) - top_db)``
     affine                ``v = (v + output_offset) * output_scale``
     cepstra               ``c = lifter * DCT-II(v)[:n_mfcc]``
     ====================  =============================================================================================
 
-    The defaults are torchaudio's ``MelSpectrogram``. Conventions of other libraries are spelled with the same fields, see
-    ``mmfast.compat``.
+    The defaults are torchaudio's ``MelSpectrogram``. Conventions of other libraries are spelled with the same fields,
+    see ``mmfast.compat``.
 
     Args:
         sample_rate: samples a second, in Hz; only the filter bank depends on it.
         n_fft: length of the transform, any integer ≥ 1.
         win_length: length of the window in samples, ≤ ``n_fft``; default ``n_fft``.
         hop_length: samples from one frame to the next; default ``win_length // 2`` (at least 1).
-        framing: ``"center"`` pads ``center_pad`` samples on both sides (torch.stft), ``"valid"`` takes only whole frames
-            inside the signal (a signal shorter than a frame has none), ``"kaldi"`` is Kaldi's ``snip_edges=False``:
-            ``(T + hop // 2) // hop`` frames, frame ``f`` centred on sample ``f * hop + hop // 2``.
+        framing: ``"center"`` pads ``center_pad`` samples on both sides (torch.stft), ``"valid"`` takes only whole
+            frames inside the signal (a signal shorter than a frame has none), ``"kaldi"`` is Kaldi's
+            ``snip_edges=False``: ``(T + hop // 2) // hop`` frames, number ``f`` about sample ``f * hop + hop // 2``.
         center_pad: samples added on both sides for ``"center"``; default half the frame, ``n_fft // 2`` or, with
             ``window_position="start"``, ``win_length // 2``.
         pad: zeros added on both sides before everything else.
-        pad_mode: what ``"center"`` and ``"kaldi"`` framing read outside the signal: ``"reflect"`` (edge not repeated; the
-            signal must be longer than ``center_pad``), ``"constant"`` (zeros), ``"replicate"``, ``"circular"``, ``"mirror"``
-            (reflection with the edge repeated, Kaldi).
+        pad_mode: what ``"center"`` and ``"kaldi"`` framing read outside the signal: ``"reflect"`` (edge not repeated;
+            the signal must be longer than ``center_pad``), ``"constant"`` (zeros), ``"replicate"``, ``"circular"``,
+            ``"mirror"`` (reflection with the edge repeated, Kaldi).
         drop_last: leave out the last frame (Whisper).
-        window: name (``"hann"``, ``"hamming"``, ``"blackman"``, ``"povey"``, ``"rectangular"``) or the ``win_length`` values.
+        window: name (``"hann"``, ``"hamming"``, ``"blackman"``, ``"povey"``, ``"rectangular"``) or the values, a tuple
+            of ``win_length``.
         window_periodic: the named window is periodic (torch, librosa) rather than symmetric (Kaldi, NeMo).
-        window_position: a window shorter than ``n_fft`` stands in the ``"center"`` of a frame of ``n_fft`` samples (torch) or
-            at the ``"start"``, the frame being ``win_length`` samples followed by zeros (Kaldi, transformers).
+        window_position: a window shorter than ``n_fft`` stands in the ``"center"`` of a frame of ``n_fft`` samples
+            (torch) or at the ``"start"``, the frame being ``win_length`` samples and then zeros (Kaldi, transformers).
         blackman_coeff: Kaldi's parameter of the Blackman window.
         normalized: divide the spectrum by ``sqrt(sum w²)`` (``"window"``) or ``sqrt(n_fft)`` (``"frame_length"``).
         input_scale, dither, remove_dc, preemphasis, preemphasis_scope: see the table.
-        energy: add the log energy as a feature, ``"prepend"``, ``"append"``, or put it in place of the first or last feature.
+        energy: add the log energy as a feature (``"prepend"``, ``"append"``), or put it in place of the first or last
+            one.
         raw_energy, energy_floor: see the table; a floor of 0 is no floor.
         power: exponent of the magnitude, > 0; 2 is the power spectrum.
         power_offset: added to ``|X|²``.
         filters: ``"mel"`` triangles, ``"linear"`` triangles, or ``None`` for the bare spectrum.
         n_mels: number of filters (mel or linear).
         f_min, f_max: first and last frequency in Hz; ``f_max=None`` is half the sample rate.
-        mel_scale: ``"htk"`` and ``"slaney"`` triangles are linear in hertz; ``"kaldi"`` ones (1127 ln(1 + f/700)) in mel.
-        mel_norm: ``None``, ``"slaney"`` (each filter times 2 / its width in Hz), or a number p: each filter divided by its l_p norm.
+        mel_scale: ``"htk"`` and ``"slaney"`` triangles are linear in hertz; ``"kaldi"`` ones in
+            mel, 1127 ln(1 + f/700).
+        mel_norm: ``None``, ``"slaney"`` (each filter times 2 / its width in Hz), or a number p: each filter divided by
+            its l_p norm.
         vtln_warp, vtln_low, vtln_high: Kaldi's vocal tract length warp of the ``"kaldi"`` filters.
         log, log_floor, log_offset, db_multiplier, db_reference: see the table.
         top_db: range kept below the maximum, in the unit of ``log``; ``None`` keeps everything.
@@ -188,11 +193,16 @@ class MelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self._check_window()
         self._check_features(put)
+        # Both are wanted several times a call, and while torch.compile traces.
+        put("_key", "{" + ", ".join([f'"{name}": {_json(getattr(self, name))}' for name in _FIELDS]) + "}")
+        put("_hash", hash(self._key))
 
     def _check_window(self) -> None:
         if isinstance(self.window, str):
             if self.window not in _WINDOWS:
-                raise ValueError(f"window must be one of {', '.join(map(repr, _WINDOWS))} or a tuple, got {self.window!r}")
+                raise ValueError(
+                    f"window must be one of {', '.join(map(repr, _WINDOWS))} or a tuple, got {self.window!r}"
+                )
         else:
             object.__setattr__(self, "window", tuple(_real("window", v) for v in self.window))
             if len(self.window) != self.win_length:
@@ -262,7 +272,11 @@ class MelConfig:
     def count_offset(self) -> int:
         """``a`` in frames = max(0, floor((T + a) / hop_length)) for a waveform of T ≥ `min_length` samples."""
         padded = 2 * (self.pad + self.center_pad)
-        a = self.hop_length // 2 + 2 * self.pad if self.framing == "kaldi" else padded - self.frame_length + self.hop_length
+        a = (
+            self.hop_length // 2 + 2 * self.pad
+            if self.framing == "kaldi"
+            else padded - self.frame_length + self.hop_length
+        )
         return a - self.hop_length * self.drop_last
 
     @property
@@ -279,10 +293,10 @@ class MelConfig:
         """Number of frames of a waveform of ``length`` samples (0 below `min_length`)."""
         return 0 if length < self.min_length else max(0, (length + self.count_offset) // self.hop_length)
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Canonical text of this configuration: what the operators carry; `from_key` is its inverse."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return self._key
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -296,19 +310,32 @@ class MelConfig:
     def __hash__(self) -> int:
         return self._hash
 
-    @cached_property
-    def _hash(self) -> int:  # looked up several times a call
-        return hash(self.key)
-
     def replace(self, **changes: Any) -> MelConfig:
         """Copy with fields changed; sizes that followed from a changed field by default must be given anew."""
         return dataclasses.replace(self, **changes)
 
 
-_FLOATS = tuple(
-    "sample_rate blackman_coeff input_scale dither preemphasis energy_floor power power_offset f_min vtln_warp vtln_low vtln_high "
-    "log_floor log_offset db_multiplier db_reference output_offset output_scale lifter fill".split()
+_FLOATS = (
+    *("sample_rate", "blackman_coeff", "input_scale", "dither", "preemphasis", "energy_floor", "power", "power_offset"),
+    *("f_min", "vtln_warp", "vtln_low", "vtln_high", "log_floor", "log_offset", "db_multiplier", "db_reference"),
+    *("output_offset", "output_scale", "lifter", "fill"),
 )
+
+
+_FIELDS = tuple(sorted(field.name for field in dataclasses.fields(MelConfig)))
+
+
+def _json(value: Any) -> str:
+    """As json.dumps, which torch.compile cannot look into, for what a field may hold."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_json(v) for v in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if value is None:
+        return "null"
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _integer(name: str, value: Any, least: int) -> int:

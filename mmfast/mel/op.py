@@ -1,6 +1,7 @@
 """Operators ``mmfast::mel_forward`` and ``mmfast::mel_backward``: schema, fake, implementations, autograd.
 
-Both take the text of a `MelConfig` (`MelConfig.key`): what is static about a front end is one constant in a traced graph.
+Both take the text of a `MelConfig` (`MelConfig.key`): what is static about a front end is one constant in a traced
+graph. Tables left out are those of the configuration, so that they need not be traced either.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import torch
 
 from mmfast import _backend
 from mmfast.mel.config import _CHOICES, MelConfig
-from mmfast.mel.reference import mel_reference
+from mmfast.mel.reference import compute_dtype, mel_reference
+from mmfast.mel.tables import resolve
 
 torch.library.define(
     "mmfast::mel_forward",
-    "(Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
+    "(Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
     " -> (Tensor features, Tensor frame_counts, Tensor maxima)",
 )
 torch.library.define(
     "mmfast::mel_backward",
-    "(Tensor grad, Tensor waveform, Tensor window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima, int group,"
-    " int seed, str config, bool need_waveform, bool need_filters) -> (Tensor grad_waveform, Tensor grad_filters)",
+    "(Tensor grad, Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima,"
+    " int group, int seed, str config, bool need_waveform, bool need_filters)"
+    " -> (Tensor grad_waveform, Tensor grad_filters)",
 )
 
 
@@ -74,24 +77,22 @@ def _plan(key: str):
 
 
 def _forward_native(waveform, window, filters, dct, lengths, group, seed, config):
-    return _backend._C.mel_forward(_plan(config), waveform, window, filters, dct, lengths, group, seed)
+    tables = _tables(waveform, window, filters, dct, config)
+    return _backend._C.mel_forward(_plan(config), waveform, *tables, lengths, group, seed)
 
 
-def _backward_native(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
+def _backward_native(
+    grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
+):
+    tables = _tables(waveform, window, filters, dct, config)
     return _backend._C.mel_backward(
-        _plan(config),
-        grad,
-        waveform,
-        window,
-        filters,
-        dct,
-        lengths,
-        maxima,
-        group,
-        seed,
-        need_waveform,
-        need_filters,
+        _plan(config), grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
     )
+
+
+def _tables(waveform, window, filters, dct, config):
+    dtype = compute_dtype(waveform.dtype)
+    return resolve(MelConfig.from_key(config), dtype, waveform.device, window, filters, dct)
 
 
 for _device in _backend.OPS["mel"]:
@@ -109,7 +110,7 @@ def _(waveform, window, filters, dct, lengths, group, seed, config):
     return (
         waveform.new_empty(shape, dtype=out_dtype),
         waveform.new_empty((rows,), dtype=torch.int64),
-        waveform.new_empty((groups,), dtype=window.dtype),
+        waveform.new_empty((groups,), dtype=compute_dtype(waveform.dtype)),
     )
 
 
@@ -117,7 +118,7 @@ def _(waveform, window, filters, dct, lengths, group, seed, config):
 def _(grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters):
     return (
         waveform.new_empty((waveform.shape[0] if need_waveform else 0, waveform.shape[1])),
-        window.new_empty(filters.shape if need_filters else (0,)),
+        waveform.new_empty(filters.shape if need_filters else (0,), dtype=compute_dtype(waveform.dtype)),
     )
 
 
@@ -136,7 +137,7 @@ def _differentiate(ctx, grad, _counts, _maxima):
     grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
         grad, *ctx.saved_tensors, ctx.group, ctx.seed, ctx.config, need_waveform, need_filters
     )
-    # waveform, window, filters, dct, lengths, group, seed, config; a window or DCT with a gradient goes to the reference
+    # waveform, window, filters, dct, lengths, group, seed, config. Window and DCT have gradients in the reference only.
     return grad_waveform if need_waveform else None, None, grad_filters if need_filters else None, *(None,) * 5
 
 
@@ -153,15 +154,17 @@ def _differentiate_twice(ctx, grad_waveform, grad_filters):
     """Second derivatives, by the reference: rare, and then its memory is the price."""
 
     def tracked(tensor):
-        return tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+        # An alias, so that differentiation stops here and not where the caller's graph began.
+        if tensor is None:
+            return None
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
     grad, waveform, window, filters, dct, lengths = ctx.saved_tensors
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
         grad, waveform, filters = tracked(grad), tracked(waveform), tracked(filters)
-        rows = waveform
         config = MelConfig.from_key(ctx.config)
-        features, _ = mel_reference(rows, window, filters, dct, lengths, ctx.group, ctx.seed, config)
+        features, _ = mel_reference(waveform, window, filters, dct, lengths, ctx.group, ctx.seed, config)
         wanted = [(waveform, grad_waveform)] if ctx.need_waveform and grad_waveform is not None else []
         if ctx.need_filters and grad_filters is not None:
             wanted.append((filters, grad_filters))

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from mmfast.mel import tables
 from mmfast.mel.config import MelConfig
 
 _ENERGY_FLOOR = 2.0**-23  # Kaldi: the float32 epsilon
@@ -30,8 +31,8 @@ def mel_reference(
 
     Args:
         rows: ``(B, T)``, float32 or float64; float16, bfloat16 and int16 are computed in float32.
-        window, filters, dct: ``(win_length,)``, ``(n_freqs, n_mels)`` or ``None``, ``(n_mels, n_mfcc)`` or ``None``, in
-            the dtype of the computation.
+        window, filters, dct: ``(win_length,)``, ``(n_freqs, n_mels)``, ``(n_mels, n_mfcc)``, in `compute_dtype`;
+            ``None`` for those of ``config``.
         lengths: ``(B,)`` int64, clamped to ``[0, T]``, or ``None``.
         group: number of consecutive rows that share the maximum of ``top_db``; 0 is all of them.
         seed: of the dither noise, see `dither_noise`.
@@ -42,12 +43,17 @@ def mel_reference(
     """
     # Under autocast the matrix products would drop to half precision, which a logarithm does not forgive.
     with torch.autocast(rows.device.type, enabled=False):
+        window, filters, dct = tables.resolve(config, compute_dtype(rows.dtype), rows.device, window, filters, dct)
         return _features(rows, window, filters, dct, lengths, group, seed, config)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What features of a waveform of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _features(rows, window, filters, dct, lengths, group, seed, config) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
-    x = rows.to(dtype)
+    x = rows.to(compute_dtype(rows.dtype))
     count = config.frame_count(rows.shape[1])
     if lengths is None:
         valid = None
@@ -83,11 +89,16 @@ def _frame_counts(lengths: torch.Tensor, config: MelConfig) -> torch.Tensor:
 def _frames(x: torch.Tensor, lengths: torch.Tensor | None, count: int, config: MelConfig) -> torch.Tensor:
     """``(B, count, win_length)``: the samples under the window, from the signal and what stands outside it."""
     if count == 0 or x.shape[0] == 0:
-        return x.sum(dim=1)[:, None, None].expand(-1, count, config.win_length)  # no values, but a gradient: zeros
+        return _nothing(x)[:, None, None].expand(-1, count, config.win_length)
     start = config.first_sample
     end = start + (count - 1) * config.hop_length + config.win_length
     spread = _spread if lengths is None else _spread_ragged
     return spread(x, lengths, start, end, config).unfold(1, config.win_length, config.hop_length)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """A zero for each row that does not depend on ``x`` and yet gives it a gradient, of zeros."""
+    return x[:, :0].sum(dim=1)
 
 
 def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -> torch.Tensor:
@@ -95,7 +106,10 @@ def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -
     if start >= 0 and end <= x.shape[1]:
         return x[:, start:end]
     if config.pad_mode == "constant" or config.framing == "valid":
-        return torch.nn.functional.pad(x, (-start, end - x.shape[1]))
+        first, last = max(0, start), min(end, x.shape[1])
+        if first >= last:
+            return _nothing(x)[:, None].expand(-1, end - start)
+        return torch.nn.functional.pad(x[:, first:last], (first - start, end - last))
     if config.pad:
         x = torch.nn.functional.pad(x, (config.pad, config.pad))
         start, end = start + config.pad, end + config.pad
@@ -113,7 +127,7 @@ def _spread(x: torch.Tensor, _: None, start: int, end: int, config: MelConfig) -
 def _spread_ragged(x: torch.Tensor, lengths: torch.Tensor, start: int, end: int, config: MelConfig) -> torch.Tensor:
     """As `_spread`, every row ending at its own length: one gather, nothing read past a row's end."""
     if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], end - start)
+        return _nothing(x)[:, None].expand(-1, end - start)
     position = torch.arange(start, end, device=x.device) + config.pad
     ends = lengths[:, None] + 2 * config.pad
     mode = "constant" if config.framing == "valid" else config.pad_mode
@@ -129,7 +143,7 @@ def outside_index(position: torch.Tensor, length: int | torch.Tensor, mode: str)
     ``"circular"`` go on for as long as it takes, as Kaldi does for signals shorter than a frame; ``"constant"`` leaves
     the position outside.
     """
-    if isinstance(length, int):
+    if not isinstance(length, torch.Tensor):
         length = position.new_full((), length)
     if mode == "constant":
         return position.expand(torch.broadcast_shapes(position.shape, length.shape))

@@ -8,10 +8,25 @@ loaded from a torchaudio checkpoint are the same numbers.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
 from mmfast.mel.config import MelConfig
+
+
+def resolve(config, dtype, device, window, filters, dct) -> tuple:
+    """Window, filters and DCT in ``dtype``: those given, and those of ``config``, cached, in place of ``None``."""
+    if window is not None and filters is not None and dct is not None:
+        return window, filters, dct
+    own = _configured(config, dtype, device)
+    return tuple(ours if given is None else given for given, ours in zip((window, filters, dct), own, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _configured(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tuple:
+    tables = window(config), filters(config), dct(config)
+    return tuple(None if table is None else table.to(device, dtype).contiguous() for table in tables)
 
 
 def window(config: MelConfig) -> torch.Tensor:
@@ -230,10 +245,11 @@ def _triangles(bins: torch.Tensor, points: torch.Tensor, norm: str | float | Non
 
 
 def _normalized(weights: torch.Tensor, norm: str | float | None, width: torch.Tensor) -> torch.Tensor:
+    weights = weights.nan_to_num(0.0, 0.0, 0.0)  # corners so close that they coincide: an empty filter
     if norm is None:
         return weights
     if norm == "slaney":
-        return weights * (2.0 / width)
+        return (weights * (2.0 / width)).nan_to_num(0.0, 0.0, 0.0)
     length = torch.linalg.vector_norm(weights, ord=norm, dim=0)
     return weights / torch.where(length > 0, length, torch.ones_like(length))
 
