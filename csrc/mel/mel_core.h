@@ -107,7 +107,8 @@ template <class T>
 struct MelParams {
     RealPlan<T> fft;
     Framing framing;
-    const T* window = nullptr;  // [framing.window], normalisation included
+    const T* window = nullptr;         // [framing.window], normalisation included
+    const T* energy_window = nullptr;  // the same without: the energy is of the frame, not of the spectrum
     T input_scale = 1, preemphasis = 0, dither = 0, log_energy_floor = 0;
     uint32_t seed = 0;
     bool remove_dc = false, raw_energy = true, has_energy_floor = false;

@@ -148,7 +148,7 @@ struct Job {
 
     void set_window(const T* given) {
         const int64_t n = p.framing.window;
-        p.window = given;
+        p.window = p.energy_window = given;
         if (!spec.normalized) return;
         double sum = 0;
         for (int64_t i = 0; i < n; ++i) sum += double(given[i]) * double(given[i]);
@@ -427,7 +427,8 @@ private:
         deal_out(total_, 0.3 * job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
             const int64_t row = i / job_.tiles, group = row / job_.group;
             FrameTile<T> t{};
-            if (below(i)) {
+            // Half-precision features are computed anew: adding to them would round twice.
+            if (below(i) || (some && !output_.direct())) {
                 t.clip = true;
                 t.threshold = threshold_[group];
                 t.kept = kept_[i];
@@ -528,7 +529,7 @@ public:
         run_frames_ = run_tiles_ * lanes;
         runs_ = (job.tiles + run_tiles_ - 1) / run_tiles_;
         items_ = job.wave.rows * runs_;
-        span_ = (run_frames_ - 1) * hop + p_.framing.window;
+        span_ = (std::min(run_frames_, job.frames) - 1) * hop + p_.framing.window;
         padded_ = (p_.bins() + 15) / 16 * 16;
         kernel_bytes_ = job.kernel.backward_scratch(p_);
     }

@@ -165,7 +165,7 @@ void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* 
     }
     if (want_energy && !p.raw_energy) {
         for (int64_t n = 0; n < length; ++n) {
-            const V y = x[n] * p.window[n];
+            const V y = x[n] * p.energy_window[n];
             sum += y * y;
         }
     }
@@ -504,7 +504,7 @@ void condition_adjoint(const MelParams<T>& p, const Workspace<T>& s, Vec<T> ener
         if (p.has_energy_floor) off |= log(energy_sum) < p.log_energy_floor;
         factor = off ? V{} : energy_grad * T(2) / energy_sum;
         if (!p.raw_energy)
-            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.window[n] * p.window[n]) * factor;
+            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
     }
     if (p.preemphasis != 0) {
         const V first = d[0] * p.preemphasis;  // sample 0 is its own predecessor
