@@ -6,10 +6,16 @@
 // For constant tables at namespace scope. Device code may not name a host variable; host code of a CUDA source may not
 // read these in turn.
 #define MMFAST_CONSTANT __device__ constexpr
-#define MMFAST_UNROLL _Pragma("unroll")
 #else
 #define MMFAST_HD
 #define MMFAST_CONSTANT constexpr
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MMFAST_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define MMFAST_UNROLL
+#else
 #define MMFAST_UNROLL _Pragma("GCC unroll 32")
 #endif
 

@@ -195,7 +195,10 @@ MMFAST_INLINE T raise_power_slope(const MelParams<T>& p, T square) {
 
 template <class T>
 MMFAST_INLINE T compress_value(const MelParams<T>& p, T m) {
-    return p.log ? log_of((m < p.log_floor ? p.log_floor : m) + p.log_offset) * p.log_scale + p.log_shift : m;
+    if (!p.log) return m;
+    const T ln = log_of((m < p.log_floor ? p.log_floor : m) + p.log_offset);
+    const T rest = ln * p.log_scale_low, scaled = ln * p.log_scale + p.log_shift;
+    return rest - rest == T(0) ? scaled + rest : scaled;  // an infinite ln has no rest
 }
 
 // Gradient of v to gradient of m.

@@ -127,7 +127,7 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
         job.share_only = true;
         launch.template run<true>(memory.scratch, nullptr, stream);
     }
-    if (grad_wave && job.rows * job.length) {
+    if (grad_wave && job.rows > 0 && job.length > 0) {
         const int64_t blocks = (job.rows * job.length + kThreads - 1) / kThreads;
         gather_kernel<T><<<unsigned(std::min<int64_t>(blocks, 1 << 30)), kThreads, 0, stream>>>(job, launch.frames, span, grad_wave);
         check_cuda(cudaGetLastError(), "mel: launch");
