@@ -297,7 +297,8 @@ struct TunedShape {
     static MMFAST_INLINE constexpr int radix() { return 16; }
     static MMFAST_INLINE constexpr int columns() { return A * P; }
     static MMFAST_INLINE constexpr int rows() { return 9; }
-    static MMFAST_INLINE constexpr int stride() { return (A * P) | 1; }  // of a row
+    // Of a row; odd where a warp reads several rows at once.
+    static MMFAST_INLINE constexpr int stride() { return F == 32 ? A * P : (A * P) | 1; }
     static MMFAST_INLINE constexpr int frames() { return F; }
     static MMFAST_INLINE constexpr int buffers() { return 1; }
     static MMFAST_INLINE constexpr int slot(int k) { return k % A * P + k / A; }
@@ -579,7 +580,7 @@ MMFAST_UNROLL
     // The rows of a TunedShape, to squared magnitudes.
     template <bool kKeep>
     MMFAST_INLINE void tuned_rows() const {
-        constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = (A * P) | 1;
+        constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = Shape::stride();
         if constexpr (A > 1) {
             const T* const tw = job.plan.row_twiddle;
             block.each(9 * P * F, [&](int i) {

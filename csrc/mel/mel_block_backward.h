@@ -95,7 +95,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::filter_gradients(int64_t slot) const {
 // imaginary parts are swapped, so that the transform is the inverse one.
 template <class T, class Shape, class Block>
 MMFAST_INLINE void Tile<T, Shape, Block>::tuned_rows_adjoint() const {
-    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = (A * P) | 1, n = 16 * A * P;
+    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = Shape::stride(), n = Shape::n();
     const T *const h = power(), *const tw = job.plan.row_twiddle;
     block.each(9 * A * F, [&](int i) {
         const int f = i % F, k1 = i / F % 9, a = i / (9 * F), base = (k1 * stride + a * P) * F + f;
