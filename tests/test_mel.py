@@ -9,10 +9,12 @@ import definition
 import pytest
 import torch
 from cases import CASES, DTYPES, TUNED
+from conftest import need_cuda, need_native
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
+from on_device import extract
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfast.mel import MelConfig, extract, reference, tables
+from mmfast.mel import MelConfig, reference, tables
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 INF = math.inf
@@ -39,6 +41,16 @@ SMOOTH = {
         log_offset=0.01, energy="append", raw_energy=False, input_scale=2.0, n_mfcc=3,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend, the native ones where they can run."""
+    if request.param == "cpu":
+        need_native()
+    if request.param == "cuda":
+        need_cuda()
+    return request.param
 
 
 def gold(waveform: torch.Tensor, config: MelConfig, **given):

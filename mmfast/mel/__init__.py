@@ -40,7 +40,7 @@ def extract(
         filters: ``(n_fft // 2 + 1, n_mels)`` values to use in place of the configured filter bank. May require a
             gradient.
         dct: ``(n_mels, n_mfcc)`` values to use in place of the DCT (lifter and order included).
-        backend: ``"reference"`` or ``"cpu"``; by default the fastest that can run.
+        backend: ``"reference"``, or ``"cpu"`` or ``"cuda"`` for tensors there; by default the fastest that can run.
 
     Returns:
         The features, in the dtype of ``waveform`` (float32 for int16); with ``lengths`` a pair of them and the number

@@ -1,0 +1,57 @@
+"""The tuned CUDA kernels keep everything in registers: the assembler reports no spill. Needs nvcc, no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ("Tuned400", "Tuned512", "Tuned1024", "Tuned2048", "Tuned4096")
+MOST_REGISTERS = 65536 // (2 * 288) // 8 * 8  # two blocks on a multiprocessor
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["forward", "backward"])
+def report(request, tmp_path_factory) -> dict[str, tuple[int, ...]]:
+    """Kernel → bytes of stack, spill stores, spill loads; registers."""
+    nvcc = subprocess.run(
+        [sys.executable, "setup.py", "--print-nvcc"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    if not nvcc:
+        pytest.skip("no nvcc")
+    source = tmp_path_factory.mktemp("report") / "tuned.cu"
+    backward = str(request.param).lower()
+    lines = ['#include "mel/mel_cuda.cuh"', "namespace mmfast::mel {"]
+    lines += [
+        f"template __global__ void tile_kernel<{backward}, float, {shape}>(const __grid_constant__ BlockJob<float>, "
+        f"const __grid_constant__ Layout, const {shape}, int64_t, float*, float*);"
+        for shape in SHAPES
+    ]
+    source.write_text("\n".join([*lines, "}", ""]))
+    flags = [
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    done = subprocess.run(
+        [nvcc, *flags, "-cubin", "-o", source.with_suffix(".cubin"), source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pattern = (
+        r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers"
+    )
+    return {m[1]: tuple(map(int, m.groups()[1:])) for m in re.finditer(pattern, done.stderr, re.DOTALL)}
+
+
+@pytest.mark.slow
+def test_no_spills(report):
+    assert len(report) == len(SHAPES)
+    for kernel, (stack, stores, loads, registers) in report.items():
+        assert (stack, stores, loads) == (0, 0, 0), kernel
+        assert registers <= MOST_REGISTERS, kernel
