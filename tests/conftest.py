@@ -18,7 +18,7 @@ except ImportError:  # only the tests that use it need it
 else:
     settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
     settings.register_profile("search", deadline=None, print_blob=True)
-    settings.load_profile("repeatable" if os.environ.get("CI") else "search")
+    settings.load_profile(os.environ.get("MMFAST_FUZZ", "repeatable"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

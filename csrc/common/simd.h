@@ -129,15 +129,16 @@ MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
     using S = Simd<float>;
     using V = S::V;
     using I = S::I;
+    using U = S::U;
     const V infinity = S::splat(__builtin_inff());
     V e, m;
     if constexpr (kNormal) {
-        const I u = S::bits<V, I>(x) - 0x3f3504f3;  // sqrt(1/2)
+        const I u = I(S::bits<V, U>(x) - 0x3f3504f3u);  // sqrt(1/2); unsigned, since the sign of a NaN makes it wrap
         e = __builtin_convertvector(u >> 23, V);
         m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
     } else {
         const auto subnormal = x < 1.17549435e-38f;
-        const I u = S::bits<V, I>(subnormal ? x * 8388608.0f : x) - 0x3f3504f3;
+        const I u = I(S::bits<V, U>(subnormal ? x * 8388608.0f : x) - 0x3f3504f3u);
         e = __builtin_convertvector((u >> 23) + (subnormal ? I{} - 23 : I{}), V);
         m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
     }

@@ -8,15 +8,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <mutex>
-#include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include "common/isa.h"
-#include "common/parallel.h"
+#include "common/work.h"
 
 namespace mmfast {
 namespace mel {
@@ -84,75 +83,6 @@ MelKernels<float> kernels<float>() {
 template <>
 MelKernels<double> kernels<double>() {
     return MMFAST_FOR_ISA(best_isa(), mel, kernels_double)();
-}
-
-// Blocks of memory kept from call to call, since a fresh page costs as much as computing several frames. One block serves
-// one thread at a time; blocks over kLargest are given back.
-class Scratch {
-public:
-    static constexpr size_t kLargest = size_t(4) << 20;
-    Scratch() = default;
-    explicit Scratch(size_t bytes) {
-        const auto lock = try_lock();
-        if (lock) {
-            auto& idle = blocks();
-            for (size_t i = 0; i < idle.size(); ++i) {
-                if (idle[i].size < bytes) continue;
-                block_ = idle[i];
-                idle.erase(idle.begin() + i);
-                return;
-            }
-            if (!idle.empty() && bytes <= kLargest) {  // rather a larger one than one more
-                std::free(idle.back().data);
-                idle.pop_back();
-            }
-        }
-        block_.size = (bytes + 4095) / 4096 * 4096;
-        block_.data = std::aligned_alloc(64, block_.size);
-        if (!block_.data) throw std::bad_alloc();
-    }
-    Scratch(Scratch&& other) noexcept : block_(other.block_) { other.block_ = {}; }
-    Scratch& operator=(Scratch&&) = delete;
-    ~Scratch() {
-        if (!block_.data) return;
-        const auto lock = try_lock();
-        if (lock && block_.size <= kLargest) blocks().push_back(block_);
-        else std::free(block_.data);
-    }
-    char* data() const { return static_cast<char*>(block_.data); }
-
-private:
-    struct Block {
-        void* data = nullptr;
-        size_t size = 0;
-    };
-    // Never waits: in the child of a fork() that came at a bad moment the lock is held for ever. Never destroyed: threads may
-    // still return blocks while the process ends.
-    static std::unique_lock<std::mutex> try_lock() {
-        static auto* m = new std::mutex;
-        return std::unique_lock<std::mutex>(*m, std::try_to_lock);
-    }
-    static std::vector<Block>& blocks() {
-        static auto* b = new std::vector<Block>;
-        return *b;
-    }
-    Block block_;
-};
-
-// f(i, scratch) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking. Runs of
-// neighbours are dealt out as threads become free; each thread has `bytes` of scratch.
-template <class F>
-void deal_out(int64_t n, double cost, size_t bytes, const F& f) {
-    constexpr double kWorthAThread = 30e3;
-    const int64_t worth = int64_t(double(n) * cost / kWorthAThread);
-    const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth}));
-    const int64_t run = std::clamp<int64_t>(n / (threads * 8), 1, 16);
-    std::atomic<int64_t> next{0};
-    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        const Scratch scratch(bytes);
-        for (int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < n;)
-            for (int64_t j = i; j < std::min(n, i + run); ++j) f(j, scratch.data());
-    });
 }
 
 // One call: the parameters the kernels read and what they point to.
@@ -368,6 +298,11 @@ public:
           known_(p_.cepstra ? job.groups : 0), threshold_(job.groups), guess_(p_.cepstra ? total_ : 0, std::nan("")) {
         for (auto& k : known_) k.store(-kInfinity, std::memory_order_relaxed);
         kept_size_ = (p_.bands() + 1) * job.kernel.lanes;
+        in_block_ = int64_t(kKept / (kept_size_ * sizeof(T)));
+        capacity_ = in_block_ * max_threads();  // asked here: among the threads the answer is 1
+        const int64_t runs = total_ / kRun;
+        stride_ = std::max<int64_t>(1, int64_t(0.618 * double(runs)));
+        while (std::gcd(stride_, runs) > 1) ++stride_;
     }
 
     void run() {
@@ -386,10 +321,19 @@ public:
 private:
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
     static constexpr size_t kKept = size_t(7) << 19;
+    static constexpr int64_t kRun = 8;
 
     bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
 
-    void first(int64_t i, char* scratch) {
+    // The order in which the first round takes tiles: runs of neighbours, far apart from one another, so that the maximum is
+    // met early also where sounds grow louder through the batch.
+    int64_t scattered(int64_t i) const {
+        const int64_t runs = total_ / kRun;
+        return i < runs * kRun ? i / kRun * stride_ % runs * kRun + i % kRun : i;
+    }
+
+    void first(int64_t place, char* scratch) {
+        const int64_t i = p_.cepstra ? scattered(place) : place;
         FrameTile<T> t{};
         if (!output_.begin(i, counts_, scratch, t)) return;
         const int64_t group = t.row / job_.group;
@@ -415,17 +359,15 @@ private:
 
     // Room for v of a tile, null when all is used; give_back is for the one just taken.
     T* take() {
-        const int64_t n = next_.fetch_add(1, std::memory_order_relaxed),
-                      in_block = int64_t(kKept / (kept_size_ * sizeof(T)));
-        if (in_block == 0 || n >= in_block * max_threads()) return nullptr;
+        if (next_.fetch_add(1, std::memory_order_relaxed) >= capacity_) return nullptr;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!free_.empty()) {
             T* const p = free_.back();
             free_.pop_back();
             return p;
         }
-        if (used_ == int64_t(blocks_.size()) * in_block) blocks_.emplace_back(kKept);
-        return reinterpret_cast<T*>(blocks_.back().data()) + used_++ % in_block * kept_size_;
+        if (used_ == int64_t(blocks_.size()) * in_block_) blocks_.emplace_back(kKept);
+        return reinterpret_cast<T*>(blocks_.back().data()) + used_++ % in_block_ * kept_size_;
     }
     void give_back(T* p) {
         next_.fetch_sub(1, std::memory_order_relaxed);
@@ -496,7 +438,7 @@ private:
     const Output<T>& output_;
     const int64_t* counts_;
     T* maxima_;
-    int64_t total_, kept_size_, used_ = 0;
+    int64_t total_, kept_size_, in_block_, capacity_, stride_ = 1, used_ = 0;
     std::vector<T> lowest_, highest_;
     std::vector<T*> kept_, free_;
     std::vector<std::atomic<T>> known_;

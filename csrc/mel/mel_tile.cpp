@@ -88,8 +88,10 @@ struct Prefetch {
     static MMFAST_INLINE Prefetch of(const MelParams<T>& p, const FrameTile<T>& t, int64_t features) {
         Prefetch f;
         // New to the next tile; it follows this one where the run goes on, and a useless request does no harm.
-        f.samples = reinterpret_cast<const char*>(t.lane[t.frames - 1] + p.framing.window);
-        f.samples_end = f.samples + t.frames * p.framing.hop * int64_t(sizeof(T));
+        if (p.framing.hop <= p.framing.window) {
+            f.samples = reinterpret_cast<const char*>(t.lane[t.frames - 1] + p.framing.window);
+            f.samples_end = f.samples + t.frames * p.framing.hop * int64_t(sizeof(T));
+        }
         f.out = reinterpret_cast<const char*>(t.out);
         const bool by_frame = t.frame_stride != 1;
         f.out_rows = by_frame ? t.frames : features;

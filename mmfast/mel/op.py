@@ -34,7 +34,8 @@ _forward = torch.ops.mmfast.mel_forward.default
 
 def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
     """`mel_reference` by the native kernels: the same arguments, the same results."""
-    if torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad)):
+    tracked = torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad))
+    if tracked or torch.compiler.is_compiling():
         out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a short clip

@@ -361,7 +361,7 @@ void check_chosen_gradients() {
     check(c);
     // One tile a run, and far apart; then a hop that no buffer could hold.
     check(plain_case({1, 5000 * 20, 16, 5000, 0, 0}, centred(16, 5000, PadMode::reflect), random, wanted));
-    check(plain_case({2, 40, 16, int64_t(1) << 30, 0, 0}, centred(16, int64_t(1) << 30, PadMode::reflect), random,
+    check(plain_case({2, 40, 16, int64_t(1) << 40, 0, 0}, centred(16, int64_t(1) << 40, PadMode::reflect), random,
                      wanted));
     check(plain_case({1, 500, 148, 50, 12, 5}, centred(148, 50, PadMode::mirror), random, wanted));
     check(plain_case({1, 700, 400, 160, 20, 0}, centred(400, 160, PadMode::reflect), random, wanted));
@@ -442,16 +442,20 @@ Bits compute(const Case& c, const Call<float>& call) {
 // Threads share a plan, whose tables are made by whoever comes first, and the memory that calls leave behind.
 void check_threads() {
     Random random(11);
-    Case c = plain_case({2, 900, 40, 16, 12, 5}, centred(40, 16, PadMode::reflect), random);
+    Case c = plain_case({2, 900, 37 * 8, 60, 12, 5}, centred(37 * 8, 60, PadMode::reflect), random);
     c.problem.spec.has_top_db = true;
     c.problem.spec.top_db = 9;
     const Bits should = compute(c, Call<float>(c));
     std::atomic<int> wrong{0};
     for (int round = 0; round < 5; ++round) {
         const Call<float> fresh(c);
+        std::atomic<int> ready{0};
         std::vector<std::thread> threads;
         for (int i = 0; i < 4; ++i) {
             threads.emplace_back([&] {
+                for (++ready; ready < 4;) {
+                    std::this_thread::yield();
+                }
                 for (int k = 0; k < 20; ++k) {
                     wrong += !(compute(c, fresh) == should);
                 }
@@ -464,21 +468,25 @@ void check_threads() {
     CHECK(wrong == 0, "%d of 400 concurrent calls gave other bits", wrong.load());
 }
 
-// The child of a fork() computes the same, whatever other threads held when it was made.
+// The child of a fork() computes the same, whatever other threads held when it was made: small calls, one after the other,
+// spend much of their time with the lock on that memory.
 void check_fork() {
     Random random(12);
-    const Case c = plain_case({1, 900, 40, 16, 12, 5}, centred(40, 16, PadMode::reflect), random);
+    const Case c = plain_case({1, 4, 4, 4, 1, 1}, centred(4, 4, PadMode::constant), random);
     const Call<float> call(c);
     const Bits should = compute(c, call);
     std::atomic<bool> stop{false};
+    std::vector<std::thread> busy;
 #if !defined(__SANITIZE_ADDRESS__)  // its allocator does not survive such a fork in every version
-    std::thread busy([&] {
-        while (!stop) {
-            compute(c, call);
-        }
-    });
+    for (int i = 0; i < 3; ++i) {
+        busy.emplace_back([&] {
+            while (!stop) {
+                compute(c, call);
+            }
+        });
+    }
 #endif
-    for (int i = 0; i < 20; ++i) {
+    for (int i = 0; i < 60; ++i) {
         const pid_t child = fork();
         CHECK(child >= 0, "%s", "fork");
         if (child == 0) {
@@ -490,9 +498,9 @@ void check_fork() {
               "a forked process ended with status %d", status);
     }
     stop = true;
-#if !defined(__SANITIZE_ADDRESS__)
-    busy.join();
-#endif
+    for (std::thread& t : busy) {
+        t.join();
+    }
     CHECK(!mmfast::forked(), "%s", "the parent takes itself for a child");
 }
 

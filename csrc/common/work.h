@@ -1,0 +1,88 @@
+// Work dealt out to threads, and memory for it.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "common/parallel.h"
+
+namespace mmfast {
+
+// Blocks of memory kept from call to call, since a fresh page costs as much as computing several frames. One block serves
+// one thread at a time; blocks over kLargest are given back.
+class Scratch {
+public:
+    static constexpr size_t kLargest = size_t(4) << 20;
+    Scratch() = default;
+    explicit Scratch(size_t bytes) {
+        const auto lock = try_lock();
+        if (lock) {
+            auto& idle = blocks();
+            // The smallest that is large enough: a large one given to a small request would be missed by the next large one.
+            size_t best = idle.size();
+            for (size_t i = 0; i < idle.size(); ++i)
+                if (idle[i].size >= bytes && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+            if (best < idle.size()) {
+                block_ = idle[best];
+                idle.erase(idle.begin() + best);
+                return;
+            }
+            if (!idle.empty() && bytes <= kLargest) {  // rather a larger one than one more
+                std::free(idle.back().data);
+                idle.pop_back();
+            }
+        }
+        block_.size = (bytes + 4095) / 4096 * 4096;
+        block_.data = std::aligned_alloc(64, block_.size);
+        if (!block_.data) throw std::bad_alloc();
+    }
+    Scratch(Scratch&& other) noexcept : block_(other.block_) { other.block_ = {}; }
+    Scratch& operator=(Scratch&&) = delete;
+    ~Scratch() {
+        if (!block_.data) return;
+        const auto lock = try_lock();
+        if (lock && block_.size <= kLargest) blocks().push_back(block_);
+        else std::free(block_.data);
+    }
+    char* data() const { return static_cast<char*>(block_.data); }
+
+private:
+    struct Block {
+        void* data = nullptr;
+        size_t size = 0;
+    };
+    // Never waits: in the child of a fork() that came at a bad moment the lock is held for ever. Never destroyed: threads may
+    // still return blocks while the process ends.
+    static std::unique_lock<std::mutex> try_lock() {
+        static auto* m = new std::mutex;
+        return std::unique_lock<std::mutex>(*m, std::try_to_lock);
+    }
+    static std::vector<Block>& blocks() {
+        static auto* b = new std::vector<Block>;
+        return *b;
+    }
+    Block block_;
+};
+
+// f(i, scratch) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking. Runs of
+// neighbours are dealt out as threads become free; each thread has `bytes` of scratch.
+template <class F>
+void deal_out(int64_t n, double cost, size_t bytes, const F& f) {
+    constexpr double kWorthAThread = 30e3;
+    const int64_t worth = int64_t(double(n) * cost / kWorthAThread);
+    const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth}));
+    const int64_t run = std::clamp<int64_t>(n / (threads * 8), 1, 16);
+    std::atomic<int64_t> next{0};
+    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        const Scratch scratch(bytes);
+        for (int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < n;)
+            for (int64_t j = i; j < std::min(n, i + run); ++j) f(j, scratch.data());
+    });
+}
+
+}  // namespace mmfast
