@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -40,8 +41,8 @@ mel::Waveform waveform_of(const Tensor& x, const optional<Tensor>& lengths) {
     TORCH_CHECK_VALUE(x.dim() == 2, "waveform must be (B, T), got ", x.sizes());
 #if defined(MMFAST_WITH_CUDA)
     TORCH_CHECK_VALUE(x.device().is_cpu() || x.device().is_cuda(), "waveform has no kernel for ", x.device());
-    TORCH_CHECK_VALUE(x.device().is_cpu() || x.size(1) < (int64_t(1) << 30),
-                      "waveform on a GPU must have fewer than 2**30 samples");
+    TORCH_CHECK_VALUE(x.device().is_cpu() || (x.size(1) < (int64_t(1) << 30) && x.size(0) < (int64_t(1) << 31)),
+                      "waveform on a GPU must have fewer than 2**30 samples in fewer than 2**31 rows");
 #else
     TORCH_CHECK_VALUE(x.device().is_cpu(), "waveform must be on the CPU, got ", x.device());
 #endif
@@ -76,6 +77,9 @@ mel::Tables<T> tables_of(const mel::Plan& plan, const Tensor& window, const opti
     const int64_t bins = plan.spec.n_fft / 2 + 1;
     const int64_t n_filters = filters && filters->dim() == 2 ? filters->size(1) : 0;
     const int64_t cepstra = dct && dct->dim() == 2 ? dct->size(1) : 0;
+    // The kernels there count a tile's values in 32 bits.
+    TORCH_CHECK_VALUE(device.is_cpu() || (plan.spec.n_fft <= (1 << 24) && bins * n_filters < (int64_t(1) << 30)),
+                      "on a GPU n_fft must be at most 2**24 and filters have fewer than 2**30 elements");
     return {table<T>("window", window, {plan.spec.framing.window}, device),
             table<T>("filters", filters, {bins, n_filters}, device), n_filters,
             table<T>("dct", dct, {n_filters ? n_filters : bins, cepstra}, device), cepstra};
@@ -91,8 +95,8 @@ int64_t group_count(int64_t rows, int64_t group) {
 // stands still, they are the same values.
 struct PreparedTables {
     Tensor window, filters, bytes;
-    uint32_t window_version, filters_version;
-    int64_t stream;
+    const void *window_data, *filters_data;  // another storage may have been put under a tensor
+    int64_t window_version, filters_version, stream;
 };
 
 struct PreparedCache {
@@ -131,11 +135,13 @@ Tensor prepared(const mel::Plan& plan, const mel::Tables<T>& tables, const Tenso
     const std::lock_guard<std::mutex> lock(cache.mutex);
     for (const PreparedTables& e : cache.entries) {
         if (e.stream == id && e.window.is_same(window) && e.filters.is_same(f) &&
+            e.window_data == window.const_data_ptr() && e.filters_data == f.const_data_ptr() &&
             e.window_version == window._version() && e.filters_version == f._version())
             return e.bytes;
     }
     if (cache.entries.size() == kKept) cache.entries.erase(cache.entries.begin());
-    cache.entries.push_back({window, f, make(), uint32_t(window._version()), uint32_t(f._version()), id});
+    cache.entries.push_back({window, f, make(), window.const_data_ptr(), f.const_data_ptr(), int64_t(window._version()),
+                             int64_t(f._version()), id});
     return cache.entries.back().bytes;
 }
 
@@ -187,6 +193,12 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     const mel::Waveform wave = waveform_of(waveform, lengths);
     const bool is_double = wave.type == ScalarType::float64;
     const auto compute = is_double ? at::kDouble : at::kFloat;
+    const int64_t frames = plan.spec.framing.count(wave.length),
+                  features = mel::feature_count(plan.spec, filters ? filters->size(1) : 0, dct ? dct->size(1) : 0);
+    const std::array<int64_t, 3> shape{wave.rows, plan.spec.time_major ? frames : features,
+                                       plan.spec.time_major ? features : frames};
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape) && grad.device() == waveform.device(), "grad must be ",
+                      at::IntArrayRef(shape), " on ", waveform.device(), ", got ", grad.sizes(), " on ", grad.device());
     const Tensor g = grad.to(compute).contiguous();
     const auto options = waveform.options().dtype(compute);
     Tensor grad_wave = at::empty({need_waveform ? wave.rows : 0, wave.length}, options);
@@ -194,6 +206,7 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     const auto run = [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
         TORCH_CHECK_VALUE(maxima.scalar_type() == compute && maxima.is_contiguous() &&
+                              maxima.device() == waveform.device() &&
                               maxima.numel() == (plan.spec.has_top_db ? group_count(wave.rows, group) : 0),
                           "maxima must be what the forward pass returned");
         const auto tables = tables_of<T>(plan, window, filters, dct, waveform.device());
@@ -273,7 +286,8 @@ void bind_mel(py::module_& m) {
     py::class_<mel::Plan, std::shared_ptr<mel::Plan>>(m, "MelPlan")
         .def(py::init(&make_plan))
         .def("prepare", [](mel::Plan& plan, const Tensor& filters) {
-            const float* const dense = table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)}, at::kCPU);
+            const float* const dense =
+                table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)}, at::kCPU);
             plan.prepare(dense, filters.size(-1));
         });
     m.def("mel_forward", &mel_forward, py::call_guard<py::gil_scoped_release>());

@@ -1,7 +1,7 @@
 // The adjoint of mel_block.h: recomputes a tile from its samples and takes a gradient of the features back to them.
 #pragma once
 
-#include "mel/mel_block.h"
+#include "mel/mel_block_transform.h"
 
 namespace mmfast {
 namespace mel {
@@ -66,15 +66,18 @@ MMFAST_INLINE void Tile<T, Shape, Block>::band_gradients() const {
         parts[kParts * F + i] = hits;
     });
     if (!whole) return;
+    block.each(2 * F, [&](int i) {
+        T* const own = parts + i / F * kParts * F + i % F;
+        for (int j = 1; j < kParts; ++j) own[0] += own[j * F];
+    });
     block.each(1, [&](int) {
-        T raised = 0;
-        int32_t hits = 0;
-        for (int i = 0; i < kParts * F; ++i) {
-            raised += parts[i];
-            hits += int32_t(parts[kParts * F + i]);
+        T raised = 0, hits = 0;  // at most the bands times the frames of a tile: exact
+        for (int f = 0; f < F; ++f) {
+            raised += parts[f];
+            hits += parts[kParts * F + f];
         }
         job.raised[row * job.tiles + tile] = raised;
-        job.hits[row * job.tiles + tile] = hits;
+        job.hits[row * job.tiles + tile] = int32_t(hits);
     });
 }
 
@@ -306,10 +309,11 @@ MMFAST_INLINE T gather_sample(const BlockJob<T>& job, int tile_frames, int span,
     if (t >= length || count == 0) return T(0);
     const int64_t begin = f.first, end = f.first + (count - 1) * f.hop + f.window;
     const T* const spans = job.spans + row * job.tiles * span;
+    const uint32_t window = uint32_t(f.window), hop = uint32_t(f.hop < 0xffffffff ? f.hop : 0xffffffff);
     const auto at = [&](int64_t sample) {
         T total = 0;
         f.for_each_reader(sample, length, begin, end, [&](int64_t position) {
-            const uint32_t q = uint32_t(position - begin), hop = uint32_t(f.hop), window = uint32_t(f.window);
+            const uint32_t q = uint32_t(position - begin);
             uint32_t last = q / hop;
             if (last >= uint32_t(count)) last = uint32_t(count) - 1;
             if (hop > window) {  // the frames are staged one after the other

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "mel/mel.h"
-#include "mel/mel_block.h"
+#include "mel/mel_block_job.h"
 
 namespace mmfast {
 namespace mel {

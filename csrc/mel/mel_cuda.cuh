@@ -16,7 +16,9 @@ namespace mmfast {
 namespace mel {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or the next one to ask would take it for its own
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 constexpr int kThreads = 288;  // 9 warps: a warp for each of the 9 rows of a 16-point first step
@@ -44,6 +46,10 @@ struct CudaBlock {
         __syncthreads();
     }
 };
+
+// Bytes of shared memory that group_maximum declares: they count towards what a block may have.
+template <class T>
+constexpr int kStaticShared = kThreads * int(sizeof(T));
 
 // Maximum over the group of a tile, from what the first round wrote; every thread receives it. NaN stays NaN.
 template <class T>
@@ -98,7 +104,9 @@ struct DeviceTables {
         const size_t bytes = std::max<size_t>(1, tables.values().size()) * sizeof(T);
         check_cuda(cudaMalloc(&values, bytes),
                    "mel: upload of the transform tables (not during the capture of a graph)");
-        const cudaError_t status = cudaMemcpy(values, tables.values().data(), bytes, cudaMemcpyHostToDevice);
+        cudaError_t status = cudaMemcpy(values, tables.values().data(), bytes, cudaMemcpyHostToDevice);
+        // From pageable memory the copy may return before the last bytes are there, and other streams do not wait for it.
+        if (status == cudaSuccess) status = cudaStreamSynchronize(cudaStreamLegacy);
         if (status != cudaSuccess) cudaFree(values);
         check_cuda(status, "mel: upload of the transform tables");
         plan = tables.at(values);
@@ -191,29 +199,32 @@ struct Launch {
         if (tables.n_filters)
             job.filters = {tables.n_filters, p.row_first, p.row_count,   p.bin_first,
                            p.bin_count,      p.weights,   tables.filters};
+        const int most_shared = on_device.most_shared - (backward ? 0 : kStaticShared<T>);
         if constexpr (sizeof(T) == 4) {
             if (job.p.dither == 0) {  // the noise would cost the tuned kernels their registers
                 with_tuned(spec.n_fft, [&](auto shape) {
                     const int64_t need = Layout(shape, job, backward).size * int64_t(sizeof(T));
-                    tuned = need <= on_device.most_shared;
+                    tuned = need <= most_shared;
                     if (tuned) frames = shape.frames(), bytes = need;
                 });
             }
         }
-        if (!tuned) choose_general(backward, on_device);
+        if (!tuned) choose_general(backward, most_shared);
         job.tiles = (job.frames + frames - 1) / frames;
         total = job.rows * job.tiles;
-        blocks = std::min<int64_t>(total, in_shared ? int64_t(1) << 30 : 2 * on_device.processors);
+        constexpr int64_t kMostScratch = int64_t(1) << 29;
+        blocks = std::min(total, in_shared ? int64_t(1) << 30
+                                           : std::clamp<int64_t>(kMostScratch / bytes, 1, 2 * on_device.processors));
     }
 
     // As many frames as leave room for several blocks on a multiprocessor, then as fit at all, then device memory.
-    void choose_general(bool backward, const DeviceTables<T>& on_device) {
+    void choose_general(bool backward, int most_shared) {
         const auto need = [&](int f) {
             return Layout(GeneralShape(job.plan.fft, f), job, backward).size * int64_t(sizeof(T));
         };
         for (frames = 32; frames >= 1; frames /= 2)
-            if ((bytes = need(frames)) <= std::min(64 << 10, on_device.most_shared)) return;
-        if ((bytes = need(frames = 1)) <= on_device.most_shared) return;
+            if ((bytes = need(frames)) <= std::min(64 << 10, most_shared)) return;
+        if ((bytes = need(frames = 1)) <= most_shared) return;
         in_shared = false;
         bytes = need(frames = 4);
     }
@@ -235,7 +246,7 @@ private:
     void start(const Shape& shape, T* scratch, T* maxima, cudaStream_t stream) const {
         const auto kernel = tile_kernel<kBackward, T, Shape>;
         const int shared = in_shared ? int(bytes) : 0;
-        if (shared > 48 << 10)
+        if (shared + kStaticShared<T> > 48 << 10)
             check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                        "mel: shared memory");
         const Layout layout(shape, job, kBackward);

@@ -14,9 +14,10 @@ constexpr int64_t kSlots = 128;  // not the number of multiprocessors: sums shal
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ BlockJob<T> job, int tile_frames, int span, T* grad_wave) {
-    const int64_t n = job.rows * job.length;
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < n; i += int64_t(gridDim.x) * kThreads)
-        grad_wave[i] = gather_sample(job, tile_frames, span, i / job.length, i % job.length);
+    const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (t >= job.length) return;
+    for (int64_t row = blockIdx.y; row < job.rows; row += gridDim.y)
+        grad_wave[row * job.length + t] = gather_sample(job, tile_frames, span, row, t);
 }
 
 // The gradient that top_db takes from the values of a group, in equal parts for those that equal its maximum. A block a group.
@@ -84,7 +85,7 @@ template <class T>
 Launch<T> backward_launch(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared,
                           int64_t group, uint32_t seed, bool need_filters, int device) {
     Launch<T> launch(plan, wave, tables, prepared, group, seed, true, device);
-    if (need_filters) launch.blocks = std::min(launch.total, kSlots);
+    if (need_filters) launch.blocks = std::min(launch.blocks, kSlots);
     return launch;
 }
 
@@ -131,9 +132,9 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
         launch.template run<true>(memory.scratch, nullptr, stream);
     }
     if (grad_wave && job.rows > 0 && job.length > 0) {
-        const int64_t blocks = (job.rows * job.length + kThreads - 1) / kThreads;
-        gather_kernel<T><<<unsigned(std::min<int64_t>(blocks, 1 << 30)), kThreads, 0, stream>>>(job, launch.frames,
-                                                                                                span, grad_wave);
+        const dim3 blocks(unsigned((job.length + kThreads - 1) / kThreads),
+                          unsigned(std::min<int64_t>(job.rows, 65535)));
+        gather_kernel<T><<<blocks, kThreads, 0, stream>>>(job, launch.frames, span, grad_wave);
         check_cuda(cudaGetLastError(), "mel: launch");
     }
     if (grad_filters && memory.filter_size) {
