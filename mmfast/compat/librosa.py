@@ -266,6 +266,7 @@ def _from_samples(y, sr, n_fft, hop_length, win_length, window, center, pad_mode
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """librosa's filter bank ``(n_freqs, n_mels)``: the last bin of an odd transform lies below half the sample rate."""
     c = config
@@ -277,6 +278,7 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     """DCT matrix ``(n_mels, n_mfcc)`` with the lifter in it."""
     if dct_type == 2:
@@ -298,6 +300,7 @@ def _window(spec, length: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _scipy_window(spec, length: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(_scipy("signal").get_window(spec, length, fftbins=True)).to(device)
 

@@ -134,7 +134,7 @@ def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tenso
         )
     if lengths.device != waveform.device:
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
-    lengths = lengths.reshape(-1).to(torch.int64)
+    lengths = lengths.reshape(-1).to(torch.int64).contiguous()
     # On an accelerator the values stay where they are (a check would wait for it); the kernels clamp them.
     if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
         low, high = int(lengths.min()), int(lengths.max())

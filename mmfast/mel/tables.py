@@ -27,6 +27,7 @@ def resolve(config, dtype, device, window, filters, dct) -> tuple:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # or those made in that mode would serve calls that want a gradient, and cannot
 def _configured(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tuple:
     tables = window(config), filters(config), dct(config)
     return tuple(None if table is None else table.to(device, dtype).contiguous() for table in tables)
