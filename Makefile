@@ -56,12 +56,12 @@ $(VENV)/peers.stamp: constraints.txt | $(VENV)/mmfast.stamp
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: setup
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The stand-alone C++ tests: kernels and their scalar core, without torch.
 native-test: $(VENV)/torch.stamp
@@ -74,9 +74,9 @@ sanitize: $(VENV)/torch.stamp
 	cmake --build $(BUILD)/sanitize $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
 
-# Compiles the CUDA sources without torch and without a GPU; needs nvcc.
+# Compiles the CUDA sources without torch and without a GPU; needs nvcc, 12.8 or later for this list of GPUs.
 cuda-compile: $(VENV)/torch.stamp
-	cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON --no-warn-unused-cli $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0 9.0a 10.0+PTX}" cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON --no-warn-unused-cli $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
 	cmake --build $(BUILD)/cuda $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 
 # The same for one architecture, with registers, spills and shared memory of each kernel.

@@ -64,11 +64,27 @@ __device__ T group_maximum(const Extrema<T>* extrema, int64_t first, int64_t las
     return e.highest;
 }
 
+using Tuned400 = TunedShape<1, 25, 32>;
+using Tuned512 = TunedShape<1, 32, 32>;
+using Tuned1024 = TunedShape<8, 8, 16>;
+using Tuned2048 = TunedShape<8, 16, 8>;
+using Tuned4096 = TunedShape<16, 16, 4>;
+
+// Blocks that shall share a multiprocessor, which limits their registers. One where shared memory has room for no more.
+template <bool kBackward, class Shape>
+constexpr int kTogether = 2;
+template <bool kBackward>
+constexpr int kTogether<kBackward, GeneralShape> = 1;
+template <>
+inline constexpr int kTogether<true, Tuned512> = 1;
+template <>
+inline constexpr int kTogether<true, Tuned1024> = 1;
+
 // The tiles blockIdx.x, blockIdx.x + gridDim.x, … of `total`. `scratch`, if not null, is used in place of shared memory.
 // Second round of the forward pass: `maxima`, if not null, receives the maxima of the groups, which every block then searches
 // job.extrema for.
 template <bool kBackward, class T, class Shape>
-__global__ void __launch_bounds__(kThreads, Shape::tuned ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
     tile_kernel(const __grid_constant__ BlockJob<T> job, const __grid_constant__ Layout layout, const Shape shape,
                 int64_t total, T* scratch, T* maxima) {
     extern __shared__ double shared[];
@@ -115,12 +131,6 @@ struct DeviceTables {
     DeviceTables& operator=(const DeviceTables&) = delete;
     ~DeviceTables() { cudaFree(values); }
 };
-
-using Tuned400 = TunedShape<1, 25, 32>;
-using Tuned512 = TunedShape<1, 32, 32>;
-using Tuned1024 = TunedShape<8, 8, 16>;
-using Tuned2048 = TunedShape<8, 16, 8>;
-using Tuned4096 = TunedShape<16, 16, 4>;
 
 // f(shape) with the tuned shape of n; false if there is none.
 template <class F>

@@ -274,7 +274,7 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
     bank = tables.mel_filters(
         c.n_freqs, c.f_min, c.f_max, c.n_mels, c.sample_rate, c.mel_norm, c.mel_scale, torch.float64, nyquist=last
     )
-    return bank.to(device, dtype)
+    return bank.to(dtype).contiguous().to(device)
 
 
 @lru_cache(maxsize=64)
@@ -287,7 +287,7 @@ def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
         matrix = torch.from_numpy(_scipy("fft").dct(np.eye(n_mels), type=dct_type, norm=norm))[:, :n_mfcc]
     if lifter:
         matrix = matrix * tables.lifter(n_mfcc, lifter, "librosa", torch.float64)
-    return matrix.to(device, dtype)
+    return matrix.to(dtype).contiguous().to(device)
 
 
 def _window(spec, length: int, device: torch.device) -> torch.Tensor:

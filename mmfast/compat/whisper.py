@@ -103,7 +103,7 @@ def mel_filters(device: str | torch.device, n_mels: int) -> torch.Tensor:
 
     openai-whisper reads the same numbers from a file that librosa wrote.
     """
-    return tables.filters(config(n_mels)).T.to(device, torch.float32).contiguous()
+    return tables.filters(config(n_mels)).T.to(torch.float32).contiguous().to(device)
 
 
 def log_mel_spectrogram(
