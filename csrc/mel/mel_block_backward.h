@@ -158,7 +158,8 @@ MMFAST_INLINE void Tile<T, Shape, Block>::columns_adjoint() const {
         MMFAST_UNROLL
         for (int r = 0; r < R; ++r) {
             const int n = s + S * r;
-            if (n < length_) (r % 2 ? z.im : z.re)[(r / 2 * stride + s) * F + f] = v[r] * w[n];
+            T* const to = r % 2 ? z.im : z.re;  // GCC 12 with -fsanitize=undefined loses the index of (a ? b : c)[i]
+            if (n < length_) to[(r / 2 * stride + s) * F + f] = v[r] * w[n];
         }
     });
 }
@@ -219,7 +220,8 @@ MMFAST_INLINE T Tile<T, Shape, Block>::sample_gradient(int f, int n) const {
     const int S = shape.columns(), F = shape.frames(), stride = shape.stride(), length_ = window();
     const auto windowed = [&](int i) {
         const int r = i / S;
-        T d = (r % 2 ? z.im : z.re)[(r / 2 * stride + i % S) * F + f];
+        const T* const from = r % 2 ? z.im : z.re;
+        T d = from[(r / 2 * stride + i % S) * F + f];
         if (p.energy != Energy::none && !p.raw_energy)
             d += conditioned(f, i) * (p.energy_window[i] * p.energy_window[i]) * memory[at.energy_grad + f];
         return d;
@@ -269,7 +271,8 @@ MMFAST_INLINE void Tile<T, Shape, Block>::overlap_add() const {
                 total += (sample_gradient(f, n) - sum[f] / T(length_)) * p.input_scale;
             } else {
                 const int r = n / S;
-                total += (r % 2 ? z.im : z.re)[(r / 2 * stride + n % S) * F + f];
+                const T* const from = r % 2 ? z.im : z.re;
+                total += from[(r / 2 * stride + n % S) * F + f];
             }
         }
         if (energy) put(q, total);  // the samples are still needed
