@@ -16,7 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 export MAX_JOBS
 
-.PHONY: test bench speech setup lint format native-test sanitize cuda-compile clean
+.PHONY: test bench speech setup lint format native-test sanitize cuda-compile cuda-report gpu clean
 
 test: setup native-test
 	MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest $(PYTEST_ARGS)
@@ -56,12 +56,12 @@ $(VENV)/peers.stamp: constraints.txt | $(VENV)/mmfast.stamp
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: setup
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The stand-alone C++ tests: kernels and their scalar core, without torch.
 native-test: $(VENV)/torch.stamp
@@ -74,10 +74,27 @@ sanitize: $(VENV)/torch.stamp
 	cmake --build $(BUILD)/sanitize $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
 
-# Compiles the CUDA sources without torch and without a GPU; needs nvcc.
+# Compiles the CUDA sources without torch and without a GPU; needs nvcc, 12.8 or later for this list of GPUs.
 cuda-compile: $(VENV)/torch.stamp
-	cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON --no-warn-unused-cli $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0 9.0a 10.0+PTX}" cmake -S . -B $(BUILD)/cuda -G Ninja -DMMFAST_CUDA_ONLY=ON --no-warn-unused-cli $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
 	cmake --build $(BUILD)/cuda $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+
+# The same for one architecture, with registers, spills and shared memory of each kernel.
+cuda-report: $(VENV)/torch.stamp
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0a} cmake -S . -B $(BUILD)/cuda-report -G Ninja -DMMFAST_CUDA_ONLY=ON -DMMFAST_CUDA_REPORT=ON $(addprefix -DCMAKE_CUDA_COMPILER=,$(shell $(PY) setup.py --print-nvcc))
+	cmake --build $(BUILD)/cuda-report --clean-first $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) | $(PY) cmake/cuda_report.py
+
+# On a machine with a GPU, in the Python environment that is active: nothing is installed or downloaded but the extension,
+# which is built in place.
+ACTIVE ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
+SANITIZE ?= $(if $(shell command -v compute-sanitizer),memcheck racecheck)
+gpu:
+	MMFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} $(ACTIVE) setup.py build_ext --inplace
+	MMFAST_REQUIRE_CUDA=1 MMFAST_REQUIRE_NATIVE=1 $(ACTIVE) -m pytest -m cuda $(PYTEST_ARGS)
+	for tool in $(SANITIZE); do compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all $(ACTIVE) -m pytest -q -m cuda tests/test_mel_cuda.py -k same_bits || exit 1; done
+	name=$$($(ACTIVE) -c 'import datetime, torch; print(torch.cuda.get_device_name().replace(" ", "-"), datetime.date.today(), sep="-")') && \
+	{ $(ACTIVE) -m benchmarks --device cuda --out benchmarks/out/$$name; status=$$?; \
+	  cp benchmarks/out/$$name/rows.jsonl benchmarks/results/$$name.jsonl && exit $$status; }
 
 clean:
 	rm -rf $(BUILD) $(VENV) *.egg-info mmfast/_C.*.so

@@ -76,6 +76,11 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     m.attr("torch_version") = TORCH_VERSION;
+#if defined(MMFAST_WITH_CUDA)
+    m.attr("with_cuda") = true;
+#else
+    m.attr("with_cuda") = false;
+#endif
     m.def("build_info", &build_info, "What the extension was built with, and what it uses on this machine.");
     mmfast::bind_mel(m);
     mmfast::bind_mmd(m);

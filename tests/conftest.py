@@ -8,13 +8,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 from mmfast import _backend
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
-settings.register_profile("search", deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("MMFAST_FUZZ", "repeatable"))
+try:
+    from hypothesis import settings
+except ImportError:  # only the tests that use it need it
+    pass
+else:
+    settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+    settings.register_profile("search", deadline=None, print_blob=True)
+    settings.load_profile(os.environ.get("MMFAST_FUZZ", "repeatable"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -66,6 +70,12 @@ def mmd_native() -> str:
     """The backend ``cpu``, for what only the native kernels of the mmd slice promise."""
     need_native_mmd()
     return "cpu"
+
+
+def need_cuda() -> None:
+    """Skip without CUDA kernels, or fail under ``MMFAST_REQUIRE_CUDA=1``."""
+    if "cuda" not in _backend.OPS["mel"]:
+        _missing("MMFAST_REQUIRE_CUDA", "the extension is built without CUDA")
 
 
 @pytest.fixture

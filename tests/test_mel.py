@@ -9,10 +9,12 @@ import definition
 import pytest
 import torch
 from cases import CASES, DTYPES, TUNED
+from conftest import need_cuda, need_native
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
+from on_device import extract
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfast.mel import MelConfig, extract, reference, tables
+from mmfast.mel import MelConfig, reference, tables
 
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 INF = math.inf
@@ -39,6 +41,16 @@ SMOOTH = {
         log_offset=0.01, energy="append", raw_energy=False, input_scale=2.0, n_mfcc=3,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend, the native ones where they can run."""
+    if request.param == "cpu":
+        need_native()
+    if request.param == "cuda":
+        need_cuda()
+    return request.param
 
 
 def gold(waveform: torch.Tensor, config: MelConfig, **given):
@@ -417,6 +429,9 @@ def test_ragged_shapes(backend):
     assert counts.dtype == torch.int64 and counts.tolist() == [[11] * 3] * 2
     out, counts = extract(torch.randn(2, 3), EDGES, lengths=torch.tensor([3, 0]), backend=backend)
     assert out.shape == (2, 4, 0) and counts.tolist() == [0, 0]
+    for lengths in (torch.tensor([50, 1, 30, 1])[::2], torch.tensor(50).expand(2)):
+        counts = extract(torch.randn(2, 50), EDGES, lengths=lengths, backend=backend)[1]
+        assert counts.tolist() == [11, 7 if lengths[1] == 30 else 11]
     out, counts = extract(torch.randn(0, 50), EDGES, lengths=torch.zeros(0, dtype=torch.int64), backend=backend)
     assert out.shape == (0, 4, 11) and counts.shape == (0,)
 
@@ -436,6 +451,27 @@ def test_determinism(name, backend):
                 assert torch.equal(again, before), f"{n} threads"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_inference_mode_first(backend):
+    """Tables made in inference mode serve a later call that wants a gradient."""
+    rate = {"reference": 7001, "cpu": 7002, "cuda": 7003}[backend]  # a configuration that no cache holds yet
+    config = MelConfig(n_fft=24, hop_length=9, n_mels=5, sample_rate=rate)
+    with torch.inference_mode():
+        expected = extract(torch.ones(2, 60), config, backend=backend)
+    waveform = torch.ones(2, 60, requires_grad=True)
+    out = extract(waveform, config, backend=backend)
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.grad(out.sum(), waveform)[0].abs().sum() > 0
+
+
+def test_backward_rejects(native):
+    """The operator itself checks what the kernels are about to read."""
+    waveform, config = torch.randn(2, 60), MelConfig(n_fft=16, hop_length=8, n_mels=4)
+    features, _, maxima = torch.ops.mmfast.mel_forward(waveform, None, None, None, None, 0, 0, config.key)
+    for grad in (features[:, :, 1:], features.transpose(1, 2), features[:1]):
+        with pytest.raises(ValueError, match="grad must be"):
+            torch.ops.mmfast.mel_backward(grad, waveform, None, None, None, None, maxima, 0, 0, config.key, True, False)
 
 
 def test_rows_are_independent(native):

@@ -3,8 +3,20 @@
 
 #if defined(__CUDACC__)
 #define MMFAST_HD __host__ __device__
+// For constant tables at namespace scope. Device code may not name a host variable; host code of a CUDA source may not
+// read these in turn.
+#define MMFAST_CONSTANT __device__ constexpr
 #else
 #define MMFAST_HD
+#define MMFAST_CONSTANT constexpr
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MMFAST_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define MMFAST_UNROLL
+#else
+#define MMFAST_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 // always_inline also keeps these functions out of the symbol table, see cmake/check_isa.cmake.

@@ -107,7 +107,7 @@ struct Turns {
     }
 };
 template <int N, class T>
-constexpr Turns<N, T> kTurns{};
+MMFAST_CONSTANT Turns<N, T> kTurns{};
 
 // (re, im) * (c - i s)
 template <class V, class T>

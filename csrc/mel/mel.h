@@ -2,6 +2,8 @@
 // F frames, C features of a frame, K = n_fft / 2 + 1 bins, M filters.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -39,11 +41,44 @@ struct Spec {
     bool time_major = false;
 };
 
+// What of a Spec the kernels of every device read; transform, window, filters and DCT are added.
+template <class T>
+MelParams<T> kernel_params(const Spec& s, uint32_t seed) {
+    MelParams<T> p;
+    p.framing = s.framing;
+    p.input_scale = T(s.input_scale);
+    p.preemphasis = s.preemphasis_of_signal ? T(0) : T(s.preemphasis);
+    p.dither = T(s.dither);
+    p.seed = seed;
+    p.has_energy_floor = s.energy_floor > 0;
+    p.log_energy_floor = p.has_energy_floor ? T(std::log(s.energy_floor)) : T(0);
+    p.remove_dc = s.remove_dc;
+    p.raw_energy = s.raw_energy;
+    p.energy = s.energy;
+    p.power = T(s.power);
+    p.power_offset = T(s.power_offset);
+    p.log = s.log;
+    p.has_top_db = s.has_top_db;
+    p.log_floor = T(s.log_floor);
+    p.log_offset = T(s.log_offset);
+    p.log_scale = T(s.log_scale);
+    // Rounded down, so that the rest has the same sign and infinity times the one plus infinity times the other is infinity.
+    if (double(p.log_scale) >= s.log_scale) p.log_scale = std::nextafter(p.log_scale, T(0));
+    p.log_scale_low = T(s.log_scale - double(p.log_scale));
+    if (p.log_scale_low == 0) p.log_scale_low = std::numeric_limits<T>::min();
+    p.log_shift = T(s.log_shift);
+    p.top_db = T(s.top_db);
+    p.output_offset = T(s.output_offset);
+    p.output_scale = T(s.output_scale);
+    p.time_major = s.time_major;
+    return p;
+}
+
 // A dense filter bank [K][M] without its zeros.
 template <class T>
-class SparseFilters {
+class CompactFilters {
 public:
-    SparseFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
+    CompactFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
     Filters<T> view() const {
         return {int64_t(first_.size()), first_.data(),      offset_.data(),    weights_.data(),
                 bin_offset_.data(),     bin_filter_.data(), bin_weight_.data()};
@@ -67,18 +102,30 @@ public:
     void prepare(const float* dense, int64_t rows) {
         dense_ = dense;
         rows_ = rows;
-        sparse_ = std::make_unique<SparseFilters<float>>(dense, spec.n_fft / 2 + 1, rows, true);
+        sparse_ = std::make_unique<CompactFilters<float>>(dense, spec.n_fft / 2 + 1, rows, true);
     }
     template <class T>
-    const SparseFilters<T>* prepared(const T* dense, int64_t rows) const {
+    const CompactFilters<T>* prepared(const T* dense, int64_t rows) const {
         if constexpr (sizeof(T) == sizeof(float)) return dense == dense_ && rows == rows_ ? sparse_.get() : nullptr;
         return nullptr;
+    }
+
+    // What code for other devices keeps with a plan: one object for each index, made by the first to ask.
+    template <class Make>
+    std::shared_ptr<void> keep(int index, const Make& make) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (const auto& [i, object] : kept_)
+            if (i == index) return object;
+        kept_.emplace_back(index, make());
+        return kept_.back().second;
     }
 
 private:
     const float* dense_ = nullptr;
     int64_t rows_ = 0;
-    std::unique_ptr<SparseFilters<float>> sparse_;
+    std::unique_ptr<CompactFilters<float>> sparse_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::pair<int, std::shared_ptr<void>>> kept_;
     mutable std::once_flag once_[2];
     mutable std::unique_ptr<FftTables<float>> float_;
     mutable std::unique_ptr<FftTables<double>> double_;

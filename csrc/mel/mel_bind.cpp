@@ -4,10 +4,19 @@
 #include <ATen/ATen.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
 #include "mel/mel.h"
+
+#if defined(MMFAST_WITH_CUDA)
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "mel/mel_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -30,11 +39,17 @@ ScalarType scalar_type(const Tensor& t) {
 
 mel::Waveform waveform_of(const Tensor& x, const optional<Tensor>& lengths) {
     TORCH_CHECK_VALUE(x.dim() == 2, "waveform must be (B, T), got ", x.sizes());
+#if defined(MMFAST_WITH_CUDA)
+    TORCH_CHECK_VALUE(x.device().is_cpu() || x.device().is_cuda(), "waveform has no kernel for ", x.device());
+    TORCH_CHECK_VALUE(x.device().is_cpu() || (x.size(1) < (int64_t(1) << 30) && x.size(0) < (int64_t(1) << 31)),
+                      "waveform on a GPU must have fewer than 2**30 samples in fewer than 2**31 rows");
+#else
     TORCH_CHECK_VALUE(x.device().is_cpu(), "waveform must be on the CPU, got ", x.device());
+#endif
     if (lengths) {
         TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == x.size(0) && lengths->scalar_type() == at::kLong &&
-                              lengths->is_contiguous() && lengths->device().is_cpu(),
-                          "lengths must be a contiguous int64 CPU tensor of ", x.size(0), " elements");
+                              lengths->is_contiguous() && lengths->device() == x.device(),
+                          "lengths must be a contiguous int64 tensor of ", x.size(0), " elements on ", x.device());
     }
     return {x.const_data_ptr(),
             scalar_type(x),
@@ -45,30 +60,92 @@ mel::Waveform waveform_of(const Tensor& x, const optional<Tensor>& lengths) {
             lengths ? lengths->const_data_ptr<int64_t>() : nullptr};
 }
 
-// `t` must be a contiguous CPU tensor of type T; null for none.
+// `t` must be a contiguous tensor of type T on the device; null for none.
 template <class T>
-const T* table(const char* name, const optional<Tensor>& t, at::IntArrayRef shape) {
+const T* table(const char* name, const optional<Tensor>& t, at::IntArrayRef shape, at::Device device) {
     if (!t) return nullptr;
-    TORCH_CHECK_VALUE(t->sizes() == shape && t->is_contiguous() && t->device().is_cpu() &&
+    TORCH_CHECK_VALUE(t->sizes() == shape && t->is_contiguous() && t->device() == device &&
                           t->scalar_type() == c10::CppTypeToScalarType<T>::value,
-                      name, " must be a contiguous CPU tensor of shape ", shape, " and type ",
+                      name, " must be a contiguous tensor on ", device, " of shape ", shape, " and type ",
                       c10::CppTypeToScalarType<T>::value);
     return t->const_data_ptr<T>();
 }
 
 template <class T>
 mel::Tables<T> tables_of(const mel::Plan& plan, const Tensor& window, const optional<Tensor>& filters,
-                         const optional<Tensor>& dct) {
+                         const optional<Tensor>& dct, at::Device device) {
     const int64_t bins = plan.spec.n_fft / 2 + 1;
     const int64_t n_filters = filters && filters->dim() == 2 ? filters->size(1) : 0;
     const int64_t cepstra = dct && dct->dim() == 2 ? dct->size(1) : 0;
-    return {table<T>("window", window, {plan.spec.framing.window}), table<T>("filters", filters, {bins, n_filters}),
-            n_filters, table<T>("dct", dct, {n_filters ? n_filters : bins, cepstra}), cepstra};
+    // The kernels there count a tile's values in 32 bits.
+    TORCH_CHECK_VALUE(device.is_cpu() || (plan.spec.n_fft <= (1 << 24) && bins * n_filters < (int64_t(1) << 30)),
+                      "on a GPU n_fft must be at most 2**24 and filters have fewer than 2**30 elements");
+    return {table<T>("window", window, {plan.spec.framing.window}, device),
+            table<T>("filters", filters, {bins, n_filters}, device), n_filters,
+            table<T>("dct", dct, {n_filters ? n_filters : bins, cepstra}, device), cepstra};
 }
 
 int64_t group_count(int64_t rows, int64_t group) {
     return group > 0 ? (rows + group - 1) / group : rows > 0;
 }
+
+#if defined(MMFAST_WITH_CUDA)
+
+// What prepare_cuda made of a window and filters, with the tensors themselves: as long as they are held and their version
+// stands still, they are the same values.
+struct PreparedTables {
+    Tensor window, filters, bytes;
+    const void *window_data, *filters_data;  // another storage may have been put under a tensor
+    int64_t window_version, filters_version, stream;
+};
+
+struct PreparedCache {
+    std::mutex mutex;
+    std::vector<PreparedTables> entries;  // the latest last
+};
+
+Tensor scratch(int64_t bytes, const Tensor& like) {
+    return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+bool capturing() {
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// Made anew for every call where they may change unseen (inference tensors), are about to (a gradient is wanted), or have to
+// outlive a cache (the capture of a graph). Kept by stream, so that no stream reads what another is still writing.
+template <class T>
+Tensor prepared(const mel::Plan& plan, const mel::Tables<T>& tables, const Tensor& window,
+                const optional<Tensor>& filters, cudaStream_t stream) {
+    const int64_t bytes = mel::prepared_bytes<T>(plan.spec, tables.n_filters);
+    const Tensor f = filters ? *filters : window;
+    const bool cached = bytes && !window.is_inference() && !f.is_inference() && !f.requires_grad() && !capturing();
+    const auto make = [&] {
+        Tensor made = scratch(bytes, window);
+        if (bytes) mel::prepare_cuda<T>(plan.spec, tables, made.data_ptr(), stream);
+        return made;
+    };
+    if (!cached) return make();
+    constexpr size_t kKept = 8;
+    constexpr int kPlace = -1;
+    const auto object =
+        plan.keep(kPlace, [] { return std::static_pointer_cast<void>(std::make_shared<PreparedCache>()); });
+    auto& cache = *static_cast<PreparedCache*>(object.get());
+    const int64_t id = reinterpret_cast<int64_t>(stream);
+    const std::lock_guard<std::mutex> lock(cache.mutex);
+    for (const PreparedTables& e : cache.entries) {
+        if (e.stream == id && e.window.is_same(window) && e.filters.is_same(f) &&
+            e.window_data == window.const_data_ptr() && e.filters_data == f.const_data_ptr() &&
+            e.window_version == window._version() && e.filters_version == f._version())
+            return e.bytes;
+    }
+    if (cache.entries.size() == kKept) cache.entries.erase(cache.entries.begin());
+    cache.entries.push_back({window, f, make(), window.const_data_ptr(), f.const_data_ptr(), int64_t(window._version()),
+                             int64_t(f._version()), id});
+    return cache.entries.back().bytes;
+}
+
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tensor& waveform, const Tensor& window,
                                                const optional<Tensor>& filters, const optional<Tensor>& dct,
@@ -86,8 +163,22 @@ std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tens
     Tensor maxima = at::empty({spec.has_top_db ? group_count(wave.rows, group) : 0}, options.dtype(compute));
     const auto run = [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        mel::forward_cpu<T>(plan, wave, tables_of<T>(plan, window, filters, dct), group, uint32_t(seed), out.data_ptr(),
-                            scalar_type(out), counts.data_ptr<int64_t>(), maxima.data_ptr<T>());
+        const auto tables = tables_of<T>(plan, window, filters, dct, waveform.device());
+#if defined(MMFAST_WITH_CUDA)
+        if (waveform.is_cuda()) {
+            const c10::cuda::CUDAGuard guard(waveform.device());
+            const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+            const int device = waveform.get_device();
+            const Tensor ready = prepared<T>(plan, tables, window, filters, stream);
+            const Tensor work = scratch(mel::forward_workspace<T>(plan, wave, tables, group, device), waveform);
+            mel::forward_cuda<T>(plan, wave, tables, ready.data_ptr(), group, uint32_t(seed), out.data_ptr(),
+                                 scalar_type(out), counts.data_ptr<int64_t>(), maxima.data_ptr<T>(), work.data_ptr(),
+                                 device, stream);
+            return;
+        }
+#endif
+        mel::forward_cpu<T>(plan, wave, tables, group, uint32_t(seed), out.data_ptr(), scalar_type(out),
+                            counts.data_ptr<int64_t>(), maxima.data_ptr<T>());
     };
     if (compute == at::kDouble) run(static_cast<double*>(nullptr));
     else run(static_cast<float*>(nullptr));
@@ -102,6 +193,12 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     const mel::Waveform wave = waveform_of(waveform, lengths);
     const bool is_double = wave.type == ScalarType::float64;
     const auto compute = is_double ? at::kDouble : at::kFloat;
+    const int64_t frames = plan.spec.framing.count(wave.length),
+                  features = mel::feature_count(plan.spec, filters ? filters->size(1) : 0, dct ? dct->size(1) : 0);
+    const std::array<int64_t, 3> shape{wave.rows, plan.spec.time_major ? frames : features,
+                                       plan.spec.time_major ? features : frames};
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape) && grad.device() == waveform.device(), "grad must be ",
+                      at::IntArrayRef(shape), " on ", waveform.device(), ", got ", grad.sizes(), " on ", grad.device());
     const Tensor g = grad.to(compute).contiguous();
     const auto options = waveform.options().dtype(compute);
     Tensor grad_wave = at::empty({need_waveform ? wave.rows : 0, wave.length}, options);
@@ -109,12 +206,29 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     const auto run = [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
         TORCH_CHECK_VALUE(maxima.scalar_type() == compute && maxima.is_contiguous() &&
+                              maxima.device() == waveform.device() &&
                               maxima.numel() == (plan.spec.has_top_db ? group_count(wave.rows, group) : 0),
                           "maxima must be what the forward pass returned");
-        mel::backward_cpu<T>(plan, wave, tables_of<T>(plan, window, filters, dct), group, uint32_t(seed),
-                             maxima.const_data_ptr<T>(), g.const_data_ptr<T>(),
-                             need_waveform ? grad_wave.data_ptr<T>() : nullptr,
-                             grad_filters.numel() ? grad_filters.data_ptr<T>() : nullptr);
+        const auto tables = tables_of<T>(plan, window, filters, dct, waveform.device());
+        T* const to_wave = need_waveform ? grad_wave.data_ptr<T>() : nullptr;
+        T* const to_filters = grad_filters.numel() ? grad_filters.data_ptr<T>() : nullptr;
+#if defined(MMFAST_WITH_CUDA)
+        if (waveform.is_cuda()) {
+            const c10::cuda::CUDAGuard guard(waveform.device());
+            const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+            const int device = waveform.get_device();
+            const Tensor ready = prepared<T>(plan, tables, window, filters, stream);
+            const Tensor work = scratch(mel::backward_workspace<T>(plan, wave, tables, group, to_wave != nullptr,
+                                                                   to_filters != nullptr, device),
+                                        waveform);
+            mel::backward_cuda<T>(plan, wave, tables, ready.data_ptr(), group, uint32_t(seed),
+                                  maxima.const_data_ptr<T>(), g.const_data_ptr<T>(), to_wave, to_filters,
+                                  work.data_ptr(), device, stream);
+            return;
+        }
+#endif
+        mel::backward_cpu<T>(plan, wave, tables, group, uint32_t(seed), maxima.const_data_ptr<T>(),
+                             g.const_data_ptr<T>(), to_wave, to_filters);
     };
     if (is_double) run(static_cast<double*>(nullptr));
     else run(static_cast<float*>(nullptr));
@@ -172,7 +286,8 @@ void bind_mel(py::module_& m) {
     py::class_<mel::Plan, std::shared_ptr<mel::Plan>>(m, "MelPlan")
         .def(py::init(&make_plan))
         .def("prepare", [](mel::Plan& plan, const Tensor& filters) {
-            const float* const dense = table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)});
+            const float* const dense =
+                table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)}, at::kCPU);
             plan.prepare(dense, filters.size(-1));
         });
     m.def("mel_forward", &mel_forward, py::call_guard<py::gil_scoped_release>());

@@ -48,6 +48,35 @@ struct Framing {
         q -= pad;
         return q >= 0 && q < length ? q : -1;
     }
+
+    // f(q) for every position q in [begin, end) that reads sample t: source(q, length) == t. In a fixed order.
+    template <class F>
+    MMFAST_INLINE void for_each_reader(int64_t t, int64_t length, int64_t begin, int64_t end, const F& f) const {
+        if (t >= begin && t < end) f(t);
+        const int64_t left = begin < 0 ? -begin : 0, right = end > length ? end - length : 0;
+        const int64_t reach = left > right ? left : right;
+        if (mode == PadMode::constant || reach == 0 || (t > reach && t < length - 1 - reach)) return;
+        const int64_t padded = length + 2 * pad, u = t + pad, low = begin + pad, high = end + pad;
+        const auto outside = [&](int64_t v, int64_t period) {  // every period-th position outside the padded signal
+            if (v < low) v += (low - v + period - 1) / period * period;
+            else v -= (v - low) / period * period;
+            for (; v < high; v += period)
+                if (v < 0 || v >= padded) f(v - pad);
+        };
+        if (mode == PadMode::circular) {
+            outside(u, padded);
+            return;
+        }
+        const int64_t edge = mode == PadMode::mirror, period = 2 * (padded - 1 + edge);
+        if (mode == PadMode::replicate || period == 0) {
+            for (int64_t v = low; u == 0 && v < high && v < 0; ++v) f(v - pad);
+            for (int64_t v = low > padded ? low : padded; u == padded - 1 && v < high; ++v) f(v - pad);
+            return;
+        }
+        outside(u, period);
+        const int64_t other = period - edge - u;
+        if (other >= padded && other < period) outside(other, period);
+    }
 };
 
 // 32-bit mixer (two multiply-xorshift rounds); U is uint32_t or a vector of it.

@@ -33,7 +33,7 @@ const RealPlan<double>& Plan::fft<double>() const {
 
 // The run of bins between the first and the last non-zero weight of each row and, `by_bin`, the non-zero weights of each bin.
 template <class T>
-SparseFilters<T>::SparseFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin) {
+CompactFilters<T>::CompactFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin) {
     std::vector<int32_t> low(rows, int32_t(bins)), high(rows, -1);
     for (int64_t k = 0; k < bins; ++k) {
         const T* w = dense + k * rows;
@@ -64,8 +64,8 @@ SparseFilters<T>::SparseFilters(const T* dense, int64_t bins, int64_t rows, bool
         bin_offset_.push_back(int64_t(bin_filter_.size()));
     }
 }
-template class SparseFilters<float>;
-template class SparseFilters<double>;
+template class CompactFilters<float>;
+template class CompactFilters<double>;
 
 int64_t feature_count(const Spec& spec, int64_t n_filters, int64_t cepstra) {
     const int64_t bands = cepstra ? cepstra : n_filters ? n_filters : spec.n_fft / 2 + 1;
@@ -94,36 +94,12 @@ struct Job {
     MelParams<T> p;
     int64_t frames, tiles, features, group, groups;
     std::vector<T> window;
-    std::unique_ptr<SparseFilters<T>> own_filters;
+    std::unique_ptr<CompactFilters<T>> own_filters;
 
     Job(const Plan& plan, const Waveform& w, const Tables<T>& tables, int64_t group_, uint32_t seed, bool by_bin)
         : spec(plan.spec), wave(w) {
+        p = kernel_params<T>(spec, seed);
         p.fft = plan.fft<T>();
-        p.framing = spec.framing;
-        p.input_scale = T(spec.input_scale);
-        p.preemphasis = spec.preemphasis_of_signal ? T(0) : T(spec.preemphasis);
-        p.dither = T(spec.dither);
-        p.seed = seed;
-        p.has_energy_floor = spec.energy_floor > 0;
-        p.log_energy_floor = p.has_energy_floor ? T(std::log(spec.energy_floor)) : T(0);
-        p.remove_dc = spec.remove_dc;
-        p.raw_energy = spec.raw_energy;
-        p.energy = spec.energy;
-        p.power = T(spec.power);
-        p.power_offset = T(spec.power_offset);
-        p.log = spec.log;
-        p.has_top_db = spec.has_top_db;
-        p.log_floor = T(spec.log_floor);
-        p.log_offset = T(spec.log_offset);
-        p.log_scale = T(spec.log_scale);
-        if (double(p.log_scale) >= spec.log_scale) p.log_scale = std::nextafter(p.log_scale, T(0));
-        p.log_scale_low = T(spec.log_scale - double(p.log_scale));
-        if (p.log_scale_low == 0) p.log_scale_low = std::numeric_limits<T>::min();
-        p.log_shift = T(spec.log_shift);
-        p.top_db = T(spec.top_db);
-        p.output_offset = T(spec.output_offset);
-        p.output_scale = T(spec.output_scale);
-        p.time_major = spec.time_major;
         p.cepstra = tables.cepstra;
         p.dct = tables.dct;
         p.dct_mirrored = tables.cepstra > 0 && mirrored(tables.dct, tables.n_filters, tables.cepstra);
@@ -166,9 +142,9 @@ struct Job {
     }
 
     void set_filters(const Plan& plan, const T* dense, int64_t rows, bool by_bin) {
-        const SparseFilters<T>* sparse = plan.prepared(dense, rows);
+        const CompactFilters<T>* sparse = plan.prepared(dense, rows);
         if (!sparse) {
-            own_filters = std::make_unique<SparseFilters<T>>(dense, p.bins(), rows, by_bin);
+            own_filters = std::make_unique<CompactFilters<T>>(dense, p.bins(), rows, by_bin);
             sparse = own_filters.get();
         }
         p.filters = sparse->view();

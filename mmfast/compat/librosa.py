@@ -266,6 +266,7 @@ def _from_samples(y, sr, n_fft, hop_length, win_length, window, center, pad_mode
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """librosa's filter bank ``(n_freqs, n_mels)``: the last bin of an odd transform lies below half the sample rate."""
     c = config
@@ -273,10 +274,11 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
     bank = tables.mel_filters(
         c.n_freqs, c.f_min, c.f_max, c.n_mels, c.sample_rate, c.mel_norm, c.mel_scale, torch.float64, nyquist=last
     )
-    return bank.to(device, dtype)
+    return bank.to(dtype).contiguous().to(device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     """DCT matrix ``(n_mels, n_mfcc)`` with the lifter in it."""
     if dct_type == 2:
@@ -285,7 +287,7 @@ def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
         matrix = torch.from_numpy(_scipy("fft").dct(np.eye(n_mels), type=dct_type, norm=norm))[:, :n_mfcc]
     if lifter:
         matrix = matrix * tables.lifter(n_mfcc, lifter, "librosa", torch.float64)
-    return matrix.to(device, dtype)
+    return matrix.to(dtype).contiguous().to(device)
 
 
 def _window(spec, length: int, device: torch.device) -> torch.Tensor:
@@ -298,6 +300,7 @@ def _window(spec, length: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _scipy_window(spec, length: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(_scipy("signal").get_window(spec, length, fftbins=True)).to(device)
 

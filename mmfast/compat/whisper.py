@@ -97,12 +97,13 @@ def pad_or_trim(array, length: int = N_SAMPLES, *, axis: int = -1):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def mel_filters(device: str | torch.device, n_mels: int) -> torch.Tensor:
     """Filter bank ``(n_mels, 201)``, float32: Slaney triangles with area normalisation, 0 to 8000 Hz.
 
     openai-whisper reads the same numbers from a file that librosa wrote.
     """
-    return tables.filters(config(n_mels)).T.to(device, torch.float32).contiguous()
+    return tables.filters(config(n_mels)).T.to(torch.float32).contiguous().to(device)
 
 
 def log_mel_spectrogram(

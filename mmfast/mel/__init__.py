@@ -40,7 +40,7 @@ def extract(
         filters: ``(n_fft // 2 + 1, n_mels)`` values to use in place of the configured filter bank. May require a
             gradient.
         dct: ``(n_mels, n_mfcc)`` values to use in place of the DCT (lifter and order included).
-        backend: ``"reference"`` or ``"cpu"``; by default the fastest that can run.
+        backend: ``"reference"``, or ``"cpu"`` or ``"cuda"`` for tensors there; by default the fastest that can run.
 
     Returns:
         The features, in the dtype of ``waveform`` (float32 for int16); with ``lengths`` a pair of them and the number
@@ -134,7 +134,7 @@ def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tenso
         )
     if lengths.device != waveform.device:
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
-    lengths = lengths.reshape(-1).to(torch.int64)
+    lengths = lengths.reshape(-1).to(torch.int64).contiguous()
     # On an accelerator the values stay where they are (a check would wait for it); the kernels clamp them.
     if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
         low, high = int(lengths.min()), int(lengths.max())

@@ -95,13 +95,13 @@ def _native_plan(c: MelConfig):
     )
 
 
-def _forward_cpu(waveform, window, filters, dct, lengths, group, seed, config):
+def _forward_native(waveform, window, filters, dct, lengths, group, seed, config):
     plan, config, _ = _plan(config)
     tables = resolve(config, compute_dtype(waveform.dtype), waveform.device, window, filters, dct)
     return _backend._C.mel_forward(plan, waveform, *tables, lengths, group, seed)
 
 
-def _backward_cpu(
+def _backward_native(
     grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
 ):
     plan, config, _ = _plan(config)
@@ -111,8 +111,9 @@ def _backward_cpu(
     )
 
 
-torch.library.impl("mmfast::mel_forward", "cpu", _forward_cpu)
-torch.library.impl("mmfast::mel_backward", "cpu", _backward_cpu)
+for _device in _backend.OPS["mel"]:
+    torch.library.impl("mmfast::mel_forward", _device, _forward_native)
+    torch.library.impl("mmfast::mel_backward", _device, _backward_native)
 
 
 @torch.library.register_fake("mmfast::mel_forward")

@@ -27,9 +27,11 @@ def resolve(config, dtype, device, window, filters, dct) -> tuple:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # or those made in that mode would serve calls that want a gradient, and cannot
 def _configured(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tuple:
     tables = window(config), filters(config), dct(config)
-    return tuple(None if table is None else table.to(device, dtype).contiguous() for table in tables)
+    # Complete before the copy, which waits for its end: other streams may use them at once.
+    return tuple(None if table is None else table.to(dtype).contiguous().to(device) for table in tables)
 
 
 def window(config: MelConfig) -> torch.Tensor:

@@ -1,0 +1,371 @@
+// The GPU kernels of the mel slice as a block of threads runs them: a tile of frames, in memory that the block shares.
+// No CUDA header is needed, so that a host can run the same code (tests/native/test_mel_block.cpp).
+//
+// Note: [Phases]
+//   A kernel is a sequence of phases. Each is a loop over independent items, block.each(n, f), after which all threads wait for
+//   each other. What one item writes no other item of the phase touches; so the order of items does not matter, which the
+//   host test checks by changing it. One exception: any item may spoil() a frame, and all that do write the same NaN.
+//
+// Note: [Frames in lanes, shared]
+//   As on the CPU the frame is the fastest index of every array, so neighbouring threads hold neighbouring frames: window,
+//   twiddles and filters are the same for a whole warp, which reads them with one broadcast, and no phase has bank conflicts
+//   that padding does not remove.
+//     samples  -- read once, coalesced; frames overlap in place ------->  x    [span], see Layout::skew
+//     x        -- DC, pre-emphasis, window, columns of the transform -->  z    [R/2 + 1][S][F], in two planes
+//     z        -- rows of the transform, in place --------------------->  power [K][F], over x
+//     power    -- sparse filters, log ---------------------------------->  v    [M][F | 1], over z
+//     v        -- range, affine, DCT ---------------------------------->  features, coalesced in either layout
+//
+// Note: [Cost on a GPU], per frame at 400 / 160 / 80, predicted from counts, not measured
+//   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
+//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 400 samples + 400 window + 400 twiddle + 4 x 450 spectrum + 402 power + 800
+//   filter + 240 output words, 4.4 k lane accesses or 139 cycles of a multiprocessor: 1.7 G frames/s with all 132.
+#pragma once
+
+#include "mel/mel_block_shape.h"
+
+namespace mmfast {
+namespace mel {
+
+// A tile: the frames [frame, frame + frames) of a row, and the phases that compute them.
+template <class T, class Shape, class Block>
+struct Tile {
+    const BlockJob<T>& job;
+    const Shape& shape;
+    const Block& block;
+    const Layout& at;
+    T* const memory;
+    int64_t row, tile, frame, length;
+    int frames, here;  // frames of the row in this tile, and places for frames in the features
+    Planes<T> z;
+    T maximum;  // of v over the group, once it is known
+
+    MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, int64_t index)
+        : job(j), shape(s), block(b), at(layout), memory(m), row(index / j.tiles), tile(index % j.tiles),
+          frame(tile * s.frames()), length(j.row_length(row)) {
+        const int64_t left = j.count(row) - frame, places = j.frames - frame;
+        frames = left <= 0 ? 0 : left < s.frames() ? int(left) : s.frames();
+        here = places < s.frames() ? int(places) : s.frames();
+        z = {m + at.z, m + at.z + at.plane};
+        maximum = j.maxima ? j.maxima[row / j.group] : T(0);
+    }
+
+    MMFAST_INLINE T* x() const { return memory + at.x; }
+    MMFAST_INLINE T* power() const { return memory + at.x; }
+    MMFAST_INLINE T* part() const { return memory + at.part; }
+    MMFAST_INLINE int window() const { return int(job.p.framing.window); }
+    // Adds NaN to every band of a frame: in a dense product with the filters one infinite or NaN bin does that.
+    MMFAST_INLINE void spoil(int f) const { memory[at.poison + f] = T(__builtin_nanf("")); }
+    MMFAST_INLINE int64_t group() const { return row / job.group; }
+
+    // ---- Samples ----------------------------------------------------------------------------------------------------
+
+    MMFAST_INLINE T signal(int64_t i) const {
+        const int64_t base = row * job.row_stride;
+        const T value = load_as<T>(job.data, job.type, base + i * job.sample_stride);
+        if (job.signal_preemphasis == 0 || i == 0) return value;
+        return value - job.signal_preemphasis * load_as<T>(job.data, job.type, base + (i - 1) * job.sample_stride);
+    }
+
+    template <class Sample, class Convert>
+    MMFAST_INLINE void stage_inside(int64_t begin, int used, const Convert& convert) const {
+        const Sample* const from = static_cast<const Sample*>(job.data) + row * job.row_stride + begin;
+        T* const to = x();
+        block.copy(used, [&](int q) { return T(convert(from[q])); }, [&](int q, T value) { to[at.skew(q)] = value; });
+    }
+
+    MMFAST_INLINE void stage() const {
+        const Framing& f = job.p.framing;
+        const int64_t begin = f.first + frame * f.hop;
+        const int used = (frames - 1) * at.step + window();
+        if (f.hop <= f.window && begin >= 0 && begin + used <= length && job.sample_stride == 1 &&
+            job.signal_preemphasis == 0 && sizeof(T) == 4) {
+            switch (job.type) {
+                case ScalarType::float16:
+                    stage_inside<uint16_t>(begin, used, [](uint16_t bits) { return half_to_float(bits); });
+                    return;
+                case ScalarType::bfloat16:
+                    stage_inside<uint16_t>(begin, used, [](uint16_t bits) { return bfloat_to_float(bits); });
+                    return;
+                case ScalarType::int16:
+                    stage_inside<int16_t>(begin, used, [](int16_t sample) { return sample; });
+                    return;
+                default: stage_inside<float>(begin, used, [](float sample) { return sample; }); return;
+            }
+        }
+        T* const to = x();
+        block.each(used, [&](int q) {
+            const int64_t position = begin + (f.hop <= f.window ? q : q / at.step * f.hop + q % at.step);
+            const int64_t i = f.source(position, length);
+            to[at.skew(q)] = i < 0 ? T(0) : signal(i);
+        });
+    }
+
+    // Sample n of frame f as staged; frames past the last one read its samples.
+    MMFAST_INLINE T staged(int f, int n) const {
+        const int lane = f < frames ? f : frames - 1;
+        return x()[lane * (at.step + at.pad) + n + (at.pad ? quotient(n, at.reciprocal) * at.pad : 0)];
+    }
+    // The same with scale, dither and without its mean.
+    MMFAST_INLINE T centred(int f, int n) const {
+        T y = staged(f, n) * job.p.input_scale;
+        if constexpr (!Shape::tuned)
+            if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame + f, n);
+        return y - memory[at.mean + f];
+    }
+    MMFAST_INLINE T conditioned(int f, int n) const {
+        const T y = centred(f, n);
+        return job.p.preemphasis == 0 ? y : y - centred(f, n ? n - 1 : 0) * job.p.preemphasis;
+    }
+
+    // to[f] = sum over n < count of value(f, n) for every frame, in parts.
+    template <class Value>
+    MMFAST_INLINE void sum_frames(int count, T* to, const Value& value) const {
+        const int F = shape.frames();
+        T* const parts = part();
+        block.each(kParts * F, [&](int i) {
+            T sum = 0;
+            for (int n = i / F; n < count; n += kParts) sum += value(i % F, n);
+            parts[i] = sum;
+        });
+        block.each(F, [&](int f) {
+            T sum = 0;
+            for (int i = 0; i < kParts; ++i) sum += parts[i * F + f];
+            to[f] = sum;
+        });
+    }
+
+    // Mean and energy of the frames.
+    MMFAST_INLINE void condition() const {
+        const MelParams<T>& p = job.p;
+        const int F = shape.frames();
+        T* const mean = memory + at.mean;
+        block.each(F, [&](int f) { mean[f] = 0; });
+        if (p.remove_dc) {
+            T* const sum = memory + at.energy;
+            sum_frames(window(), sum, [&](int f, int n) { return centred(f, n); });
+            block.each(F, [&](int f) { mean[f] = sum[f] / T(window()); });
+        }
+        if (p.energy == Energy::none) return;
+        if (p.raw_energy) {
+            sum_frames(window(), memory + at.energy, [&](int f, int n) {
+                const T y = centred(f, n);
+                return y * y;
+            });
+        } else {
+            sum_frames(window(), memory + at.energy, [&](int f, int n) {
+                const T y = conditioned(f, n) * p.energy_window[n];
+                return y * y;
+            });
+        }
+    }
+
+    MMFAST_INLINE T log_energy(int f) const {
+        const T least = T(0x1p-23), sum = memory[at.energy + f];  // Kaldi: the float32 epsilon
+        const T e = log_of(sum < least ? least : sum);
+        return job.p.has_energy_floor && e < job.p.log_energy_floor ? job.p.log_energy_floor : e;
+    }
+
+    // ---- Transform --------------------------------------------------------------------------------------------------
+
+    // Samples to z; no frame is spoilt yet.
+    template <int R, class Load>
+    MMFAST_INLINE void columns(const Load& load) const;
+    template <class Load>
+    MMFAST_INLINE void all_columns(const Load& load) const;
+
+    // Bin of output k2 of row k1, -1 where another output gives it too.
+    MMFAST_INLINE int bin_of(int k1, int k2) const {
+        const int bin = k1 + shape.radix() * k2, n = shape.n();
+        if (2 * bin <= n) return bin;
+        return k1 == 0 || 2 * k1 == shape.radix() ? -1 : n - bin;
+    }
+    // Where z holds a bin (or its conjugate).
+    MMFAST_INLINE int place_of(int bin) const {
+        const int R = shape.radix();
+        int k1 = bin % R;
+        if (2 * k1 > R) {
+            bin = shape.n() - bin;
+            k1 = R - k1;
+        }
+        return k1 * shape.stride() + shape.slot(bin / R);
+    }
+
+    template <bool kKeep>
+    MMFAST_INLINE void tuned_rows() const;
+    template <int R>
+    MMFAST_INLINE void stage_of(const Planes<T>& from, const Planes<T>& to, int m, int s, const T* tw) const;
+    MMFAST_INLINE void prime_stage_of(const Planes<T>& from, const Planes<T>& to, int m, int s, int r, const T* roots,
+                                      const T* tw) const;
+    MMFAST_INLINE void stages(const ComplexPlan<T>& c, Planes<T>& x, Planes<T>& w) const;
+    MMFAST_INLINE void general_rows();
+    template <bool kKeep>
+    MMFAST_INLINE void analyse();
+
+    // to[i][f] = m, band i of frame f, or v of it.
+    template <bool kCompress>
+    MMFAST_INLINE void filter(T* to) const {
+        const int F = shape.frames(), bins = int(job.bins()), lane_stride = at.lane_stride;
+        const SparseFilters<T>& filters = job.filters;
+        const T* const from = power();
+        block.each(int(job.bands()) * F, [&](int i) {
+            const int f = i % F, band = i / F;
+            T m;
+            if (filters.rows) {
+                const T* const w = filters.weights + int64_t(band) * bins;
+                const T* const in = from + filters.row_first[band] * F + f;
+                const int count = filters.row_count[band];
+                T a = memory[at.poison + f], b = 0;
+                int j = 0;
+                for (; j + 2 <= count; j += 2) {
+                    a += in[j * F] * w[j];
+                    b += in[(j + 1) * F] * w[j + 1];
+                }
+                if (j < count) a += in[j * F] * w[j];
+                m = a + b;
+            } else {
+                m = from[i];
+            }
+            to[band * lane_stride + f] = kCompress ? compress_value(job.p, m) : m;
+        });
+    }
+
+    // Extrema over the tile of value(i, f), band i of frame f, left in part()[0] and part()[F].
+    template <class Value>
+    MMFAST_INLINE void extrema(const Value& value) const {
+        const int F = shape.frames(), bands = int(job.bands());
+        T* const parts = part();
+        block.each(kParts * F, [&](int i) {
+            Extrema<T> e{infinity_of<T>(), -infinity_of<T>()};
+            for (int band = i / F; band < bands && i % F < frames; band += kParts) {
+                const T v = value(band, i % F);
+                widen(e, v, v);
+            }
+            parts[i] = e.lowest;
+            parts[kParts * F + i] = e.highest;
+        });
+        block.each(F, [&](int f) {
+            Extrema<T> e{parts[f], parts[kParts * F + f]};
+            for (int i = 1; i < kParts; ++i) widen(e, parts[i * F + f], parts[(kParts + i) * F + f]);
+            parts[f] = e.lowest;
+            parts[kParts * F + f] = e.highest;
+        });
+        block.each(1, [&](int) {
+            Extrema<T> e{parts[0], parts[kParts * F]};
+            for (int f = 1; f < F; ++f) widen(e, parts[f], parts[kParts * F + f]);
+            parts[0] = e.lowest;
+            parts[kParts * F] = e.highest;
+        });
+    }
+
+    // ---- Features ---------------------------------------------------------------------------------------------------
+
+    // f(frame, feature, index into the features) for the `here` frames of the tile, neighbours in memory by neighbouring threads.
+    template <class F>
+    MMFAST_INLINE void each_feature(const F& f) const {
+        const int n = int(job.feature_count);
+        const int64_t base = row * job.feature_count * job.frames;
+        if (job.p.time_major) {
+            block.each(n * here, [&](int i) { f(i / n, i % n, base + frame * n + i); });
+        } else {
+            const int L = shape.frames();
+            block.each(n * L, [&](int i) {
+                if (i % L < here) f(i % L, i / L, base + (i / L) * job.frames + frame + i % L);
+            });
+        }
+    }
+    MMFAST_INLINE bool is_energy(int feature) const {
+        const Energy e = job.p.energy;
+        if (e == Energy::none) return false;
+        return e == Energy::prepend || e == Energy::replace_first ? feature == 0 : feature == job.feature_count - 1;
+    }
+
+    MMFAST_INLINE void dct() const {
+        constexpr int kBlock = 8;
+        const int F = shape.frames(), bands = int(job.bands()), count = int(job.p.cepstra),
+                  lane_stride = at.lane_stride;
+        const T *const v = memory + at.v, *const table = job.p.dct;
+        T* const out = memory + at.cepstra;
+        block.each((count + kBlock - 1) / kBlock * F, [&](int i) {
+            const int f = i % F, first = i / F * kBlock;
+            T sum[kBlock] = {};
+            for (int band = 0; band < bands; ++band) {
+                const T value = v[band * lane_stride + f];
+                const T* const row_ = table + int64_t(band) * count + first;
+                MMFAST_UNROLL
+                for (int j = 0; j < kBlock; ++j)
+                    if (first + j < count) sum[j] += value * row_[j];
+            }
+            MMFAST_UNROLL
+            for (int j = 0; j < kBlock; ++j)
+                if (first + j < count) out[(first + j) * lane_stride + f] = sum[j];
+        });
+    }
+
+    // Waveform to features. With job.clip it is the second round: the maxima are known.
+    MMFAST_INLINE void forward() {
+        const MelParams<T>& p = job.p;
+        const int lane_stride = at.lane_stride;
+        if (tile == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
+        const T threshold = job.clip ? maximum - p.top_db : T(0);
+        if (job.clip && (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold)) return;
+        if (frames > 0) {
+            analyse<false>();
+            T* const v = memory + at.v;
+            if (p.has_top_db && !job.clip) {
+                filter<true>(v);
+                extrema([&](int band, int f) { return v[band * lane_stride + f]; });
+            } else {
+                filter<true>(v);
+            }
+            if (job.clip || p.output_offset != 0 || p.output_scale != 1) {
+                const int F = shape.frames();
+                block.each(int(job.bands()) * F, [&](int i) {
+                    T& value = v[i / F * lane_stride + i % F];
+                    value = ((job.clip ? clip_value(value, threshold) : value) + p.output_offset) * p.output_scale;
+                });
+            }
+            if (p.cepstra) dct();
+        }
+        if (job.extrema && !job.clip) {
+            block.each(1, [&](int) {
+                Extrema<T> e{infinity_of<T>(), -infinity_of<T>()};
+                if (frames > 0) e = {part()[0], part()[kParts * shape.frames()]};
+                job.extrema[row * job.tiles + tile] = e;
+            });
+        }
+        const T* const from = memory + (p.cepstra ? at.cepstra : at.v);
+        const int shift = p.energy == Energy::prepend;
+        each_feature([&](int f, int c, int64_t index) {
+            T value = job.fill;
+            if (f < frames) value = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
+            store_as(job.features, job.out_type, index, value);
+        });
+    }
+
+    // Second round without a DCT: the features that lie below the threshold are raised in place.
+    MMFAST_INLINE void clip_features() const {
+        const MelParams<T>& p = job.p;
+        const T threshold = maximum - p.top_db;
+        if (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold) return;
+        const T raised = (threshold + p.output_offset) * p.output_scale;
+        each_feature([&](int f, int c, int64_t index) {
+            if (f >= frames || is_energy(c)) return;
+            if (raised != raised || load_as<T>(job.features, job.out_type, index) < raised)
+                store_as(job.features, job.out_type, index, raised);
+        });
+    }
+
+    MMFAST_INLINE void backward(int64_t slot);
+    MMFAST_INLINE void band_gradients() const;
+    MMFAST_INLINE void filter_gradients(int64_t slot) const;
+    MMFAST_INLINE void tuned_rows_adjoint() const;
+    template <int R>
+    MMFAST_INLINE void columns_adjoint() const;
+    MMFAST_INLINE void spectrum_adjoint();
+    MMFAST_INLINE T sample_gradient(int f, int n) const;
+    MMFAST_INLINE void overlap_add() const;
+};
+
+}  // namespace mel
+}  // namespace mmfast
