@@ -3,10 +3,12 @@
 from mmfast.mmd import reference
 from mmfast.mmd.dependence import cka, hsic, kernel_alignment
 from mmfast.mmd.estimators import lmmd, mmd2, witness
+from mmfast.mmd.kid import KID, kid
 from mmfast.mmd.products import KernelSums, kernel_matmul, kernel_matrix, kernel_sum
 from mmfast.mmd.testing import TwoSampleTest, mmd2_power, mmd2_variance, two_sample_test
 
 __all__ = [
+    "KID",
     "KernelSums",
     "TwoSampleTest",
     "cka",
@@ -15,6 +17,7 @@ __all__ = [
     "kernel_matmul",
     "kernel_matrix",
     "kernel_sum",
+    "kid",
     "lmmd",
     "mmd2",
     "mmd2_power",

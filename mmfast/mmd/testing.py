@@ -196,7 +196,8 @@ def mmd2_variance(
     return value[0] if single else value
 
 
-def _all_sums(xs: Layers, ys: Layers, parts, chosen: str):
+def all_sums(xs: Layers, ys: Layers, parts, chosen: str) -> tuple[Tensor, ...]:
+    """Row sums and sum of squares of K(x, x) and K(y, y) without diagonals; rows, columns and squares of K(x, y)."""
     of_x = sums_of_parts(xs, None, parts, chosen)
     of_y = sums_of_parts(ys, None, parts, chosen)
     return of_x[0], of_x[2], of_y[0], of_y[2], *sums_of_parts(xs, ys, parts, chosen)
@@ -204,7 +205,7 @@ def _all_sums(xs: Layers, ys: Layers, parts, chosen: str):
 
 def _variance_h1(xs, ys, kernel, chosen, backend) -> Tensor:
     parts, n = kernel.parts(xs, ys, resolver(backend)), xs[0].shape[1]
-    rows_x, _, rows_y, _, rows, cols, _ = _all_sums(xs, ys, parts, chosen)
+    rows_x, _, rows_y, _, rows, cols, _ = all_sums(xs, ys, parts, chosen)
     own = sum(diagonal(apply(t, xs), terms) + diagonal(apply(t, ys), terms) for t, terms in parts)
     h = rows_x + rows_y + own - rows - cols
     h = h / n
@@ -212,10 +213,14 @@ def _variance_h1(xs, ys, kernel, chosen, backend) -> Tensor:
 
 
 def _variance_unbiased(xs, ys, kernel, chosen, backend) -> Tensor:
-    n, m = xs[0].shape[1], ys[0].shape[1]
-    rows_x, squares_x, rows_y, squares_y, rows, cols, squares = _all_sums(
-        xs, ys, kernel.parts(xs, ys, resolver(backend)), chosen
-    )
+    return variance_of_sums(*all_sums(xs, ys, kernel.parts(xs, ys, resolver(backend)), chosen))
+
+
+def variance_of_sums(
+    rows_x: Tensor, squares_x: Tensor, rows_y: Tensor, squares_y: Tensor, rows: Tensor, cols: Tensor, squares: Tensor
+) -> Tensor:
+    """The unbiased estimate of the variance, ``(b,)``, from what `all_sums` finds."""
+    n, m = rows.shape[1], cols.shape[1]
     # Entries about their common mean: the variance is the same, the moments are smaller.
     total_x, total_y, total = rows_x.sum(1), rows_y.sum(1), rows.sum(1)
     shift = ((total_x + total_y + total) / (n * (n - 1) + m * (m - 1) + n * m)).detach()
