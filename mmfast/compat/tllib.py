@@ -13,8 +13,7 @@ Where this departs from tllib:
 * the quadratic losses take batches of different sizes n and m, and add 1 / (n − 1) + 1 / (m − 1);
 * in batches of two the linear version counts each cross term as it does in larger ones (tllib counts them half);
 * kernels are `GaussianKernel` of this module or of tllib, or any of `mmfast.kernels`, never other functions of the
-  features: the losses build no matrix that such a function could give. A change of ``alpha``, ``sigma_square`` or
-  ``track_running_stats`` is seen at the next call;
+  features: the losses build no matrix that such a function could give;
 * where all points coincide the matrix is 1 (tllib: NaN).
 """
 
@@ -159,8 +158,9 @@ class _Gaussians(Kernel):
         for member in self._members:
             if member.track_running_stats:
                 member.sigma_square = member.alpha * mean
-        squares = [torch.as_tensor(member.sigma_square, device=x[0].device).double() for member in self._members]
-        gamma = 0.5 / torch.stack(squares)
+            elif member.sigma_square.device != x[0].device:
+                member.sigma_square = member.sigma_square.to(x[0].device)
+        gamma = 0.5 / torch.stack([member.sigma_square.double() for member in self._members])
         nothing = torch.zeros_like(gamma)
         return [(None, Terms(self._families, self._layers, torch.stack((nothing + 1, gamma, nothing, nothing), 1)))]
 
@@ -175,9 +175,7 @@ def _sum(kernels: Sequence[nn.Module]) -> Kernel:
         ):
             gaussians.append(kernel)
         else:
-            raise TypeError(
-                f"kernels must be GaussianKernel or kernels of mmfast.kernels, got {type(kernel).__name__}"
-            )
+            raise TypeError(f"kernels must be GaussianKernel or kernels of mmfast.kernels, got {type(kernel).__name__}")
     if not gaussians and not others:
         raise ValueError("kernels must have at least one kernel, got none")
     together = [_Gaussians(gaussians), *others] if gaussians else others
