@@ -1,6 +1,6 @@
 """Fused kernels for multimodal learning in PyTorch."""
 
-from mmfast import kernels, mel, mmd, nn
+from mmfast import distributed, kernels, mel, mmd, nn
 from mmfast.mmd import (
     cka,
     hsic,
@@ -18,6 +18,7 @@ from mmfast.mmd import (
 
 __all__ = [
     "cka",
+    "distributed",
     "hsic",
     "kernel_alignment",
     "kernel_matmul",

@@ -97,8 +97,9 @@ KERNELS = {
 PRODUCTS = {
     "product": (
         k.Product([k.Gaussian(1.4), k.Laplacian(2.0, p=1)]),
-        lambda x, y: np.exp(-squares(x[0], y[0]) / (2 * 1.4**2))
-        * np.exp(-np.abs(x[1][:, None] - y[1][None]).sum(-1) / 2),
+        lambda x, y: (
+            np.exp(-squares(x[0], y[0]) / (2 * 1.4**2)) * np.exp(-np.abs(x[1][:, None] - y[1][None]).sum(-1) / 2)
+        ),
     ),
     "joint": (
         k.Product([k.MultiGaussian(), k.MultiGaussian(bandwidth=1.68, kernel_num=1)]),
@@ -106,9 +107,11 @@ PRODUCTS = {
     ),
     "product_of_sums": (
         3.0 * k.Product([k.Gaussian(1.4) + k.Cosine(), 0.5 * k.Energy() + k.Linear()]),
-        lambda x, y: 3
-        * (np.exp(-squares(x[0], y[0]) / (2 * 1.4**2)) + _rows(x[0]) @ _rows(y[0]).T)
-        * (-0.5 * distances(x[1], y[1]) + x[1] @ y[1].T),
+        lambda x, y: (
+            3
+            * (np.exp(-squares(x[0], y[0]) / (2 * 1.4**2)) + _rows(x[0]) @ _rows(y[0]).T)
+            * (-0.5 * distances(x[1], y[1]) + x[1] @ y[1].T)
+        ),
     ),
 }
 

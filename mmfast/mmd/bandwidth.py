@@ -45,7 +45,10 @@ class Rule:
             raise ValueError("the rule's points='cross' needs two samples")
         if self.detach:
             x, y = x.detach(), None if y is None else y.detach()
-        found = self._measure(x, y, self.points == "cross", backend)
+        return self.finish(self._measure(x, y, self.points == "cross", backend), x)
+
+    def finish(self, found: Tensor, x: Tensor) -> Tensor:
+        """The squared length from what was measured in features like ``x``."""
         if self.scale != 1:
             found = found * self.scale
         # Points that all coincide have no length; with any other than 0 the kernel is 1 everywhere.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +21,9 @@ from mmfast.mmd.terms import (
     POLYNOMIAL,
     POWER,
     Terms,
+    check_scalar,
+    table,
+    vector,
 )
 
 Layers = Sequence[Tensor]
@@ -116,37 +118,6 @@ class Kernel(nn.Module):
         return {**self.__dict__, "_cache": {}}
 
 
-def _check_scalar(name: str, value: object, positive: bool = True) -> None:
-    if isinstance(value, Tensor):
-        if value.dim() or not value.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} must be a number or a floating-point tensor without dimensions, "
-                f"got shape {tuple(value.shape)}, {value.dtype}"
-            )
-        if value.device.type != "cpu":  # looking at it would wait for the device
-            return
-        number = value.item()
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    else:
-        number = value
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {number}")
-
-
-def _table(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
-    """``(T, 4)`` float64 from numbers and tensors without dimensions."""
-    if not any(isinstance(value, Tensor) for row in rows for value in row):
-        return torch.tensor(rows, dtype=torch.float64, device=device)
-
-    def column(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.to(device, torch.float64)
-        return torch.tensor(value, dtype=torch.float64, device=device)
-
-    return torch.stack([torch.stack([column(value) for value in row]) for row in rows])
-
-
 class _Single(Kernel):
     """One term whose length is a number, a tensor or a rule."""
 
@@ -156,7 +127,7 @@ class _Single(Kernel):
     def _set_length(self, value: float | str | Tensor | Rule) -> None:
         rule = as_rule(value, self.length_name)
         if rule is None:
-            _check_scalar(self.length_name, value)
+            check_scalar(self.length_name, value)
         elif METRIC[self.family] != L2:
             raise ValueError(f"{self.length_name} must be a number: rules measure L2 distances")
         self.rule = rule
@@ -184,7 +155,7 @@ class _Single(Kernel):
     _transform: Transform | None = None
 
     def _terms(self, square: float | Tensor, x: Layers) -> Terms:
-        return Terms((self.family,), (0,), _table([self._row(square, x[0].shape[-1])], x[0].device))
+        return Terms((self.family,), (0,), table([self._row(square, x[0].shape[-1])], x[0].device))
 
     def extra_repr(self) -> str:
         return f"{self.length_name}={getattr(self, self.length_name, None)}"
@@ -248,7 +219,7 @@ class InverseMultiquadric(_Single):
     def __init__(self, scale: float | str | Tensor | Rule = 1.0, exponent: float | Tensor = 0.5) -> None:
         super().__init__()
         self._set_length(scale)
-        _check_scalar("exponent", exponent)
+        check_scalar("exponent", exponent)
         self._own("exponent", exponent)
 
     def _row(self, square, width):
@@ -271,7 +242,7 @@ class RationalQuadratic(_Single):
     def __init__(self, scale: float | str | Tensor | Rule = 1.0, alpha: float | Tensor = 1.0) -> None:
         super().__init__()
         self._set_length(scale)
-        _check_scalar("alpha", alpha)
+        check_scalar("alpha", alpha)
         self._own("alpha", alpha)
 
     def _row(self, square, width):
@@ -338,8 +309,8 @@ class Polynomial(_Single):
         if isinstance(degree, bool) or degree != int(degree) or degree < 1:
             raise ValueError(f"degree must be an integer >= 1, got {degree!r}")
         if gamma is not None:
-            _check_scalar("gamma", gamma)
-        _check_scalar("coef", coef, positive=False)
+            check_scalar("gamma", gamma)
+        check_scalar("coef", coef, positive=False)
         self.degree = int(degree)
         self._own("gamma", gamma)
         self._own("coef", coef)
@@ -417,18 +388,18 @@ class MultiGaussian(Kernel):
         if bandwidths is None:
             if isinstance(kernel_num, bool) or kernel_num != int(kernel_num) or kernel_num < 1:
                 raise ValueError(f"kernel_num must be an integer >= 1, got {kernel_num!r}")
-            _check_scalar("kernel_mul", kernel_mul)
+            check_scalar("kernel_mul", kernel_mul)
             bandwidth = "dan" if bandwidth is None else bandwidth
             self.rule = as_rule(bandwidth, "bandwidth")
             if self.rule is None:
-                _check_scalar("bandwidth", bandwidth)
+                check_scalar("bandwidth", bandwidth)
             self.kernel_num = int(kernel_num)
         else:
-            bandwidths = _vector("bandwidths", bandwidths, positive=True)
+            bandwidths = vector("bandwidths", bandwidths, positive=True)
             self.kernel_num = len(bandwidths)
         self.kernel_mul = float(kernel_mul)
         if weights is not None:
-            weights = _vector("weights", weights)
+            weights = vector("weights", weights)
             if len(weights) != self.kernel_num:
                 raise ValueError(f"weights must be {self.kernel_num}, one for each bandwidth, got {len(weights)}")
         self._own("bandwidths", bandwidths)
@@ -491,30 +462,12 @@ class MultiGaussian(Kernel):
         return f"bandwidth={self.bandwidth}, {ladder}, weights={self.weights}, reduce={self.reduce!r}"
 
 
-def _vector(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> list[float] | Tensor:
-    if isinstance(values, Tensor):
-        if values.dim() != 1 or not len(values) or not values.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} must be numbers or a floating-point tensor of one dimension, "
-                f"got shape {tuple(values.shape)}, {values.dtype}"
-            )
-        if values.device.type == "cpu":
-            for value in values.tolist():
-                _check_scalar(name, value, positive)
-        return values
-    if isinstance(values, (str, int, float)) or not len(values):
-        raise ValueError(f"{name} must be one or more numbers, got {values!r}")
-    for value in values:
-        _check_scalar(name, value.item() if hasattr(value, "item") else value, positive)
-    return [float(value) for value in values]
-
-
 class Scaled(Kernel):
     """weight · kernel, as ``weight * kernel`` builds it; a negative weight is the caller's business."""
 
     def __init__(self, kernel: Kernel, weight: float | Tensor) -> None:
         super().__init__()
-        _check_scalar("weight", weight, positive=False)
+        check_scalar("weight", weight, positive=False)
         self.kernel = kernel
         self.n_layers = kernel.n_layers
         self._own("weight", weight)

@@ -1,9 +1,12 @@
-"""What the primitives take of a kernel."""
+"""What the primitives take of a kernel, and how its parameters get there."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Families: with s = |x - y|², d = |x - y|, d1 = |x - y|_1 and p = <x, y>, and the four columns of `Terms.params`:
@@ -31,3 +34,54 @@ class Terms:
     families: tuple[int, ...]
     layers: tuple[int, ...]
     params: Tensor
+
+
+def check_scalar(name: str, value: object, positive: bool = True) -> None:
+    """Raises unless ``value`` is a finite (and positive) number or such a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        if value.dim() or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be a number or a floating-point tensor without dimensions, "
+                f"got shape {tuple(value.shape)}, {value.dtype}"
+            )
+        if value.device.type != "cpu":  # looking at it would wait for the device
+            return
+        number = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    else:
+        number = value
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {number}")
+
+
+def table(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
+    """``(T, 4)`` float64 from numbers and tensors without dimensions."""
+    if not any(isinstance(value, Tensor) for row in rows for value in row):
+        return torch.tensor(rows, dtype=torch.float64, device=device)
+
+    def column(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+    return torch.stack([torch.stack([column(value) for value in row]) for row in rows])
+
+
+def vector(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> list[float] | Tensor:
+    """Finite (and positive) numbers as a list; a tensor as it is."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or not len(values) or not values.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be numbers or a floating-point tensor of one dimension, "
+                f"got shape {tuple(values.shape)}, {values.dtype}"
+            )
+        if values.device.type == "cpu":
+            for value in values.tolist():
+                check_scalar(name, value, positive)
+        return values
+    if isinstance(values, (str, int, float)) or not len(values):
+        raise ValueError(f"{name} must be one or more numbers, got {values!r}")
+    for value in values:
+        check_scalar(name, value.item() if hasattr(value, "item") else value, positive)
+    return [float(value) for value in values]
