@@ -100,7 +100,7 @@ def mmd2(
         unbiased = estimator == "unbiased"
         value = by_item(
             kernel,
-            lambda a, b, v, w: _weighted(a, b, v and v[0], w and w[0], kernel, chosen, backend, unbiased),
+            lambda a, b, v, w: weighted(a, b, v and v[0], w and w[0], kernel, chosen, backend, unbiased),
             xs,
             ys,
             None if wx is None else [wx],
@@ -156,7 +156,11 @@ def _unbiased(xs, ys, kernel, chosen, backend) -> Tensor:
     return _total([quadratic(a, b, None, None, coefs, t)[0] for a, b, t in _parts(xs, ys, kernel, backend)])
 
 
-def _weighted(xs, ys, wx, wy, kernel, chosen, backend, unbiased: bool) -> Tensor:
+def weighted(xs, ys, wx, wy, kernel, chosen, backend, unbiased: bool) -> Tensor:
+    """aᵀ K_xx a + bᵀ K_yy b − 2 aᵀ K_xy b, with the weights ``(b, n)``, ``(b, m)`` as they are; None is 1/n, 1/m.
+
+    ``unbiased`` leaves i = j out and is for weights that sum to 1; without it they may sum to anything.
+    """
     least = 2 if unbiased else 1
     need_rows("x", xs, least, f"estimator={'unbiased' if unbiased else 'biased'!r}")
     need_rows("y", ys, least, f"estimator={'unbiased' if unbiased else 'biased'!r}")
