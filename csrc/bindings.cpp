@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace mmfast {
 void bind_mel(py::module_& m);
 void bind_mmd(py::module_& m);
-}
+}  // namespace mmfast
 
 namespace {
 

@@ -45,7 +45,7 @@ template <class T>
 struct Gradients {
     T *x = nullptr, *y = nullptr;                       // [batch][count][dimensions of all layers]
     double *weights_x = nullptr, *weights_y = nullptr;  // [batch][count]
-    double* parameters = nullptr;                      // [batch][terms][4]
+    double* parameters = nullptr;                       // [batch][terms][4]
 };
 
 // sums: [batch][3], of a_i a_j k(x_i, x_j) over i != j, of b_i b_j k(y_i, y_j) likewise, of a_i b_j k(x_i, y_j) over all;

@@ -65,8 +65,8 @@ mmd::Kernel kernel_of(const Terms& terms, int64_t features) {
     int64_t columns = 0;
     for (const int64_t d : terms.dimensions) columns += d;
     TORCH_CHECK_VALUE(columns == features, "the layers have ", columns, " dimensions together, the points ", features);
-    TORCH_CHECK_VALUE(n <= mmd::Program<float>::kMostTerms && int64_t(terms.dimensions.size()) <= 8,
-                      "at most ", mmd::Program<float>::kMostTerms, " terms and 8 layers");
+    TORCH_CHECK_VALUE(n <= mmd::Program<float>::kMostTerms && int64_t(terms.dimensions.size()) <= 8, "at most ",
+                      mmd::Program<float>::kMostTerms, " terms and 8 layers");
     mmd::Kernel kernel;
     for (const int64_t d : terms.dimensions) kernel.layers.push_back({mmd::Metric::l2, d, {}});
     for (int64_t i = 0; i < n; ++i) {
@@ -77,7 +77,8 @@ mmd::Kernel kernel_of(const Terms& terms, int64_t features) {
                           "no such family or layer");
         const auto family = static_cast<mmd::Family>(terms.families[i]);
         mmd::Layer& to = kernel.layers[layer];
-        TORCH_CHECK_VALUE(to.terms.empty() || to.metric == mmd::metric_of(family), "terms of one layer differ in metric");
+        TORCH_CHECK_VALUE(to.terms.empty() || to.metric == mmd::metric_of(family),
+                          "terms of one layer differ in metric");
         to.metric = mmd::metric_of(family);
         to.terms.push_back({family, v[0], v[1], v[2], v[3]});
     }
@@ -108,7 +109,8 @@ struct Wanted {
     Tensor x, y, weights_x, weights_y, parameters;
     mmd::Gradients<T> pointers;
 
-    Wanted(const Tensor& fx, const optional<Tensor>& fy, const Terms& terms, bool need_x, bool need_y, bool need_parameters) {
+    Wanted(const Tensor& fx, const optional<Tensor>& fy, const Terms& terms, bool need_x, bool need_y,
+           bool need_parameters) {
         const auto options = fx.options().dtype(sizeof(T) == 8 ? at::kDouble : at::kFloat);
         need_y = need_y && fy;
         x = need_x ? at::zeros(fx.sizes(), options) : at::empty({0}, options);
@@ -166,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic(const Tenso
         w.pointers.weights_y = w.weights(wy, need[3], w.weights_y);
         const Tensor u = wx ? in_type<T>(*wx) : Tensor(), v = wy ? in_type<T>(*wy) : Tensor();
         mmd::quadratic_cpu<T>(batch, kernel, sx, sy, wx ? u.template const_data_ptr<T>() : nullptr,
-                              wy ? v.template const_data_ptr<T>() : nullptr, c.const_data_ptr<double>(),
-                              need[5], sums.data_ptr<double>(), w.pointers);
+                              wy ? v.template const_data_ptr<T>() : nullptr, c.const_data_ptr<double>(), need[5],
+                              sums.data_ptr<double>(), w.pointers);
         gradients = {w.x, w.y, w.weights_x, w.weights_y, in_callers_order(w.parameters, terms)};
     });
     return std::tuple_cat(std::make_tuple(sums), gradients);
@@ -188,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& x, const optional<Tensor>&
 }
 
 // Gradients of x, y and params; empty if not wanted.
-std::tuple<Tensor, Tensor, Tensor> sums_backward(const Tensor& rows, const Tensor& columns, const Tensor& squares, const Tensor& x,
-                             const optional<Tensor>& y, const Terms& terms, const vector<bool>& need) {
+std::tuple<Tensor, Tensor, Tensor> sums_backward(const Tensor& rows, const Tensor& columns, const Tensor& squares,
+                                                 const Tensor& x, const optional<Tensor>& y, const Terms& terms,
+                                                 const vector<bool>& need) {
     const int64_t batch = x.size(0);
     const mmd::Kernel kernel = kernel_of(terms, x.size(2));
     const mmd::Set sx = set_of(x, batch), sy = set_of(x, y, batch);
@@ -221,8 +224,9 @@ Tensor matmul(const Tensor& x, const optional<Tensor>& y, const Tensor& v, const
 }
 
 // Gradients of v (always), x, y and params; empty if not wanted.
-std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_backward(const Tensor& grad, const Tensor& x, const optional<Tensor>& y, const Tensor& v,
-                               const Terms& terms, const vector<bool>& need) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_backward(const Tensor& grad, const Tensor& x,
+                                                           const optional<Tensor>& y, const Tensor& v,
+                                                           const Terms& terms, const vector<bool>& need) {
     const int64_t batch = x.size(0), width = v.size(2);
     const mmd::Kernel kernel = kernel_of(terms, x.size(2));
     const mmd::Set sx = set_of(x, batch), sy = set_of(x, y, batch);
@@ -232,15 +236,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_backward(const Tensor& grad, c
         Wanted<T> wanted(x, y, terms, need[0], need[1], need[2]);
         const Tensor values = in_type<T>(v), g = in_type<T>(grad);
         const Tensor grad_v = at::empty(v.sizes(), values.options());
-        mmd::matmul_backward_cpu<T>(batch, kernel, sx, sy, !y, values.const_data_ptr<T>(), g.const_data_ptr<T>(),
-                                    width, grad_v.template data_ptr<T>(), wanted.pointers);
+        mmd::matmul_backward_cpu<T>(batch, kernel, sx, sy, !y, values.const_data_ptr<T>(), g.const_data_ptr<T>(), width,
+                                    grad_v.template data_ptr<T>(), wanted.pointers);
         result = {grad_v, wanted.x, wanted.y, in_callers_order(wanted.parameters, terms)};
     });
     return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pair(const Tensor& x, const Terms& terms_x, const Tensor& y,
-                                        const Terms& terms_y) {
+std::tuple<Tensor, Tensor, Tensor> pair(const Tensor& x, const Terms& terms_x, const Tensor& y, const Terms& terms_y) {
     const int64_t batch = x.size(0);
     const mmd::Kernel kx = kernel_of(terms_x, x.size(2)), ky = kernel_of(terms_y, y.size(2));
     const mmd::Set sx = set_of(x, batch), sy = set_of(y, batch);
@@ -258,9 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> pair(const Tensor& x, const Terms& terms_x, c
 
 // Gradients of x and of its kernel's params, of y and of its; empty if not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_backward(const Tensor& rows_x, const Tensor& rows_y,
-                                                         const Tensor& products, const Tensor& x,
-                                                         const Terms& terms_x, const Tensor& y,
-                                                         const Terms& terms_y, const vector<bool>& need) {
+                                                         const Tensor& products, const Tensor& x, const Terms& terms_x,
+                                                         const Tensor& y, const Terms& terms_y,
+                                                         const vector<bool>& need) {
     const int64_t batch = x.size(0);
     const mmd::Kernel kx = kernel_of(terms_x, x.size(2)), ky = kernel_of(terms_y, y.size(2));
     const mmd::Set sx = set_of(x, batch), sy = set_of(y, batch);
@@ -268,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_backward(const Tensor& rows_x, c
     std::tuple<Tensor, Tensor, Tensor, Tensor> result;
     for_type(compute_type(x), [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        Wanted<T> wx(x, std::nullopt, terms_x, need[0], false, need[2]), wy(y, std::nullopt, terms_y, need[1], false, need[3]);
+        Wanted<T> wx(x, std::nullopt, terms_x, need[0], false, need[2]),
+            wy(y, std::nullopt, terms_y, need[1], false, need[3]);
         mmd::pair_backward_cpu<T>(batch, kx, sx, ky, sy, rx.const_data_ptr<double>(), ry.const_data_ptr<double>(),
                                   p.const_data_ptr<double>(), wx.pointers, wy.pointers);
         result = {wx.x, in_callers_order(wx.parameters, terms_x), wy.x, in_callers_order(wy.parameters, terms_y)};
@@ -309,9 +313,11 @@ std::tuple<Tensor, Tensor> select(const Tensor& x, const optional<Tensor>& y, co
 }  // namespace
 
 void bind_mmd(py::module_& m) {
-    py::class_<Terms>(m, "MmdTerms").def(py::init([](vector<int64_t> dimensions, vector<int64_t> families, vector<int64_t> layers, Tensor parameters) {
-        return Terms{std::move(dimensions), std::move(families), std::move(layers), std::move(parameters)};
-    }));
+    py::class_<Terms>(m, "MmdTerms")
+        .def(py::init(
+            [](vector<int64_t> dimensions, vector<int64_t> families, vector<int64_t> layers, Tensor parameters) {
+                return Terms{std::move(dimensions), std::move(families), std::move(layers), std::move(parameters)};
+            }));
     const auto guard = py::call_guard<py::gil_scoped_release>();
     m.def("mmd_quadratic", &quadratic, guard);
     m.def("mmd_sums", &sums, guard);

@@ -23,7 +23,8 @@ Program<T> program_of(const Layer& layer) {
         const Term<T> same{t.family, T(t.weight), T(t.gamma), T(t.offset), T(t.exponent)};
         p.term[p.terms++] = same;
         p.roots |= needs_root(t.family);
-        if (t.family == Family::gaussian && p.chains + int(gaussians.size()) < Program<T>::kMostTerms) gaussians.push_back(&t);
+        if (t.family == Family::gaussian && p.chains + int(gaussians.size()) < Program<T>::kMostTerms)
+            gaussians.push_back(&t);
         else p.other[p.others++] = same;
     }
     std::stable_sort(gaussians.begin(), gaussians.end(), [](auto* a, auto* b) { return a->gamma < b->gamma; });
@@ -62,7 +63,8 @@ constexpr bool kAll[3] = {true, true, true};
 template <class T>
 class Rows {
 public:
-    Rows(int64_t rows, int64_t width, int64_t stride) : width_(width), stride_(stride), data_((rows + kTile) * stride) {}
+    Rows(int64_t rows, int64_t width, int64_t stride)
+        : width_(width), stride_(stride), data_((rows + kTile) * stride) {}
     void fill(const T* from, int64_t rows, int64_t column = 0) {
         for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * width_, width_, data_.data() + i * stride_ + column);
     }
@@ -260,8 +262,8 @@ struct PairBackward : Reducer<T> {
 // Half of a' K a for many a at once: r = K a of the block's rows is kept through a task and multiplied by a at its end.
 template <class T>
 struct Permutations : Reducer<T> {
-    const Rows<T>& members;  // [point][group], 0 or 1
-    double* rows;            // or null
+    const Rows<T>& members;       // [point][group], 0 or 1
+    double* rows;                 // or null
     std::vector<double>& inside;  // [block][stride of members]
     size_t scratch_bytes(int64_t block) const { return block * members.stride() * sizeof(T); }
     void begin(const Tile<T>& t, int64_t count) const {
@@ -350,7 +352,8 @@ struct Select : Reducer<T> {
         for (size_t r = 0; r < sought.size(); ++r) {
             const size_t from = first_like(r);
             int64_t i = 0;
-            while (i + 1 < (int64_t(1) << bits) && sought[r].place >= counts[from][i]) sought[r].place -= counts[from][i++];
+            while (i + 1 < (int64_t(1) << bits) && sought[r].place >= counts[from][i])
+                sought[r].place -= counts[from][i++];
             pending_.push_back((sought[r].prefix << bits) | Bits(i));
         }
         for (size_t r = 0; r < sought.size(); ++r) sought[r].prefix = pending_[r];
@@ -402,7 +405,8 @@ void sums_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, b
 
 template <class T>
 void sums_backward_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric,
-                       const double* rows, const double* columns, const double* squares, const Gradients<T>& gradients) {
+                       const double* rows, const double* columns, const double* squares,
+                       const Gradients<T>& gradients) {
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between,
                    {{kernel, &x, symmetric ? nullptr : &y, gradients}});
     SumsBackward<T> reducer{{}, x.count, y.count, rows, columns, squares};
@@ -456,7 +460,8 @@ template <class T>
 void pair_backward_cpu(int64_t batch, const Kernel& kernel_x, const Set& x, const Kernel& kernel_y, const Set& y,
                        const double* rows_x, const double* rows_y, const double* products,
                        const Gradients<T>& gradients_x, const Gradients<T>& gradients_y) {
-    Sweep<T> sweep(batch, Pairs::within_x, {{kernel_x, &x, nullptr, gradients_x}, {kernel_y, &y, nullptr, gradients_y}});
+    Sweep<T> sweep(batch, Pairs::within_x,
+                   {{kernel_x, &x, nullptr, gradients_x}, {kernel_y, &y, nullptr, gradients_y}});
     PairBackward<T> reducer{{}, x.count, {rows_x, rows_y}, products};
     sweep.run(reducer, kAll);
 }
@@ -506,7 +511,21 @@ void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, c
     }
 }
 
-#define MMFAST_INSTANTIATE(T)                                                                                                  template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*, bool,                                         double*, const Gradients<T>&);                                                              template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);                template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*, const double*,                                        const double*, const Gradients<T>&);                                                    template void matmul_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, int64_t, T*);                  template void matmul_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, const T*,                                                  int64_t, T*, const Gradients<T>&);                                                    template void pair_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, double*, double*, double*);       template void pair_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, const double*,                                              const double*, const double*, const Gradients<T>&, const Gradients<T>&);                template void permutations_cpu<T>(const Kernel&, const Set&, const uint8_t*, int64_t, double*, double*);                   template void select_cpu<T>(const Set&, const Set&, int64_t, bool, const std::vector<int64_t>&, T*, int64_t*);
+#define MMFAST_INSTANTIATE(T)                                                                                         \
+    template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*, \
+                                   bool, double*, const Gradients<T>&);                                               \
+    template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);       \
+    template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*,           \
+                                       const double*, const double*, const Gradients<T>&);                            \
+    template void matmul_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, int64_t, T*);         \
+    template void matmul_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const T*, const T*,    \
+                                         int64_t, T*, const Gradients<T>&);                                           \
+    template void pair_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, double*, double*,        \
+                              double*);                                                                               \
+    template void pair_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Kernel&, const Set&, const double*,  \
+                                       const double*, const double*, const Gradients<T>&, const Gradients<T>&);       \
+    template void permutations_cpu<T>(const Kernel&, const Set&, const uint8_t*, int64_t, double*, double*);          \
+    template void select_cpu<T>(const Set&, const Set&, int64_t, bool, const std::vector<int64_t>&, T*, int64_t*);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)
 #undef MMFAST_INSTANTIATE

@@ -69,13 +69,13 @@ struct Block {
 template <class T>
 struct Tile {
     int64_t batch, first, i0, j0, rows, columns;  // `first`: the block's first row
-    int a, b;        // sides
-    int64_t block;   // of the rows
-    bool diagonal;   // pairs i < j only
-    const T* z;      // what the first layer of the first group compares: distances or products
-    T* k[2];         // values, of each group
-    T* g[2];         // for the reducer: the derivatives by the values
-    char* scratch;   // the reducer's own, kept through a task
+    int a, b;                                     // sides
+    int64_t block;                                // of the rows
+    bool diagonal;                                // pairs i < j only
+    const T* z;     // what the first layer of the first group compares: distances or products
+    T* k[2];        // values, of each group
+    T* g[2];        // for the reducer: the derivatives by the values
+    char* scratch;  // the reducer's own, kept through a task
     bool within() const { return a == b; }
 };
 
@@ -303,7 +303,8 @@ private:
             tile.j0 = b.first + j;
             tile.columns = std::min(kTile, b.count - j);
             for_layers([&](size_t q, size_t l, const Part& p) {
-                tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind), b_points(p, s));
+                tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind),
+                                b_points(p, s));
                 if (gradients_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
             double column_sums[2 * kMostLayers][kTile] = {};
@@ -363,7 +364,8 @@ private:
         for (size_t q = 0; q < parts_.size(); ++q) {
             if (parts_[q].size() == 1) continue;
             std::memcpy(tile.k[q], at(s, parts_[q][0].k), tile.rows * kTile * sizeof(T));
-            for (size_t l = 1; l < parts_[q].size(); ++l) tiles<T>().multiply(tile.rows, at(s, parts_[q][l].k), tile.k[q]);
+            for (size_t l = 1; l < parts_[q].size(); ++l)
+                tiles<T>().multiply(tile.rows, at(s, parts_[q][l].k), tile.k[q]);
         }
     }
 
@@ -386,7 +388,8 @@ private:
             std::fill_n(w, tile.rows * kTile, T(1));
             mask(tile, tile.diagonal, w);
             complete(w);
-            t.parameters(programs_[q][l], int(tile.rows), at(s, p.z), w, parameter_sums(tile.block, q) + 4 * first_term(q, l));
+            t.parameters(programs_[q][l], int(tile.rows), at(s, p.z), w,
+                         parameter_sums(tile.block, q) + 4 * first_term(q, l));
         });
     }
 
@@ -400,7 +403,8 @@ private:
         T* const to_a = at(s, p.a_gradient) + i * p.stride;
         T* const to_b = at(s, p.b_gradient);
         const Metric metric = programs_[q][l].metric;
-        if (metric == Metric::l1) return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
+        if (metric == Metric::l1)
+            return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
         if (metric == Metric::l2) t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
         if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
         if (gradient(q, tile.a)) t.product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);

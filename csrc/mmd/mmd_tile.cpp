@@ -70,8 +70,8 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(from.data);
         for (int64_t i = 0; i < count; ++i)
-            to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre, to.stride,
-                                   to.rows + i * to.stride);
+            to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre,
+                                   to.stride, to.rows + i * to.stride);
     });
     if (!to.panels) return;
     // A panel is kStrip vectors wide; what has no point repeats the last one.
@@ -136,8 +136,8 @@ MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, const 
 }
 
 template <class T>
-void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride, T* c,
-             int64_t c_stride) {
+void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride,
+             T* c, int64_t c_stride) {
     constexpr int64_t N = Simd<T>::lanes;
     int64_t at = 0;
     for (; at + kStrip * N <= width; at += kStrip * N) {
@@ -238,7 +238,8 @@ void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, i
              const Points<T>& b, int64_t columns, T* z) {
     if (metric == Metric::l1) return compare_differences<T, false>(dimension, a, first, rows, b, columns, z);
     const bool l2 = metric == Metric::l2;
-    if (l2 && dimension <= kFewDimensions) return compare_differences<T, true>(dimension, a, first, rows, b, columns, z);
+    if (l2 && dimension <= kFewDimensions)
+        return compare_differences<T, true>(dimension, a, first, rows, b, columns, z);
     compare_products(l2, dimension, a, first, rows, b, columns, z);
     if (l2 && roots) compare_again(a, first, rows, b, columns, z);
 }
@@ -379,8 +380,8 @@ void scale(int64_t rows, T c, const T* u, const T* v, T* h) {
 }
 
 template <class T>
-void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride, T* a_gradient,
-           T* b_gradient) {
+void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
+           T* a_gradient, T* b_gradient) {
     constexpr int64_t N = Simd<T>::lanes;
     for (int64_t k = 0; k < width; k += N)
         for (int64_t i = 0; i < rows; ++i) {
@@ -399,8 +400,8 @@ void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a,
 
 template <class T>
 MMFAST_INLINE TileKernels<T> tiles_of() {
-    return {Simd<T>::lanes, pack<T>, compare<T>, evaluate<T>, parameters<T>, reduce<T>,
-            inner<T>,       multiply<T>, scale<T>, product<T>, signs<T>};
+    return {Simd<T>::lanes, pack<T>,     compare<T>, evaluate<T>, parameters<T>, reduce<T>,
+            inner<T>,       multiply<T>, scale<T>,   product<T>,  signs<T>};
 }
 
 }  // namespace

@@ -66,12 +66,12 @@ struct TileKernels {
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
     // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij unless null.
     double (*reduce)(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums);
-    double (*inner)(int64_t rows, const T* a, const T* b);  // sum of a_ij b_ij
-    void (*multiply)(int64_t rows, const T* a, T* b);       // b *= a
+    double (*inner)(int64_t rows, const T* a, const T* b);           // sum of a_ij b_ij
+    void (*multiply)(int64_t rows, const T* a, T* b);                // b *= a
     void (*scale)(int64_t rows, T c, const T* u, const T* v, T* h);  // h_ij *= c u_i v_j
     // c[i][:] += sum_k a_ik b[k][:] (a_ki if transposed), `width` values a row, a whole number of vectors.
-    void (*product)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride,
-                    T* c, int64_t c_stride);
+    void (*product)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b,
+                    int64_t b_stride, T* c, int64_t c_stride);
     // a_gradient[i][:] += sum_j w_ij sign(a_i - b_j), b_gradient[j][:] -= sum_i w_ij sign(a_i - b_j)
     void (*signs)(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
                   T* a_gradient, T* b_gradient);

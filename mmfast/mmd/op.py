@@ -87,23 +87,24 @@ def permutations(z, terms: Terms, members: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool) -> tuple[Tensor, Tensor]:
     """`reference.select`; pairs of one sample are looked at once, i < j, and what is known of the others is put back."""
+    if y is not None and (lower_triangle or skip_diagonal):
+        return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched
     if y is not None:
-        if lower_triangle or skip_diagonal:
-            return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched
-        values, pairs = _backend._C.mmd_select(x[None], y[None], ranks.tolist())
-        return values.double(), pairs
-    zeros = 0 if skip_diagonal else x.shape[0]  # the diagonal comes before all others, or among those at distance 0
-    each = 1 if lower_triangle else 2
-    places = [(rank - zeros) // each for rank in ranks.tolist()]
-    asked = sorted({p for p in places if p >= 0})
-    values, pairs = _backend._C.mmd_select(x[None], None, asked) if asked else (x.new_empty(0), ranks.new_empty(0, 2))
-    found = {p: i for i, p in enumerate(asked)}
-    value = [values[found[p]].item() if p >= 0 else 0.0 for p in places]
-    index = [
-        pairs[found[p]].flip(0).tolist() if p >= 0 else [rank] * 2
-        for p, rank in zip(places, ranks.tolist(), strict=True)
-    ]
-    return torch.tensor(value, dtype=torch.float64), torch.tensor(index, dtype=torch.int64).reshape(-1, 2)
+        pairs = _backend._C.mmd_select(x[None], y[None], ranks.tolist())[1]
+    else:
+        # The diagonal comes before all others, or among those at distance 0.
+        zeros, each = 0 if skip_diagonal else x.shape[0], 1 if lower_triangle else 2
+        places = [(rank - zeros) // each for rank in ranks.tolist()]
+        asked = sorted({p for p in places if p >= 0})
+        found = _backend._C.mmd_select(x[None], None, asked)[1].flip(1) if asked else None
+        pairs = [
+            found[asked.index(p)].tolist() if p >= 0 else [rank] * 2
+            for p, rank in zip(places, ranks.tolist(), strict=True)
+        ]
+        pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    # Chosen by what the kernels see, which is rounded once more than the points.
+    other = x if y is None else y
+    return (x[pairs[:, 0]].double() - other[pairs[:, 1]].double()).square().sum(1), pairs
 
 
 # ---- Implementations
@@ -235,8 +236,10 @@ def _(x, y, params, dims, families, layers):
 
 def _of_batch_fake(x, y, params, need) -> tuple[Tensor, Tensor, Tensor]:
     by_y = _like(y, need[1], x, None if y is None else y.dtype)
-    return _like(x, need[0], x), by_y if y is not None else _like(None, False, x, compute_dtype(x.dtype)), _like(
-        params, need[2], params
+    return (
+        _like(x, need[0], x),
+        by_y if y is not None else _like(None, False, x, compute_dtype(x.dtype)),
+        _like(params, need[2], params),
     )
 
 
@@ -326,7 +329,9 @@ def _kept(results: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None
 
 def _full(grads, like) -> list[Tensor]:
     """Zeros in place of the gradients of results that nothing depends on."""
-    return [torch.zeros(s, dtype=torch.float64, device=d) if g is None else g for g, (s, d) in zip(grads, like, strict=True)]
+    return [
+        torch.zeros(s, dtype=torch.float64, device=d) if g is None else g for g, (s, d) in zip(grads, like, strict=True)
+    ]
 
 
 def _save_quadratic(ctx, inputs, output):
@@ -382,9 +387,7 @@ def _save_sums(ctx, inputs, output):
 def _differentiate_sums(ctx, *grads):
     x, y, params = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in range(3)]
-    by = _ops.mmd_sums_backward.default(
-        *_full(grads, ctx.like), x, y, params, ctx.dims, ctx.families, ctx.layers, need
-    )
+    by = _ops.mmd_sums_backward.default(*_full(grads, ctx.like), x, y, params, ctx.dims, ctx.families, ctx.layers, need)
     return *_kept(by, need), None, None, None
 
 
@@ -417,9 +420,7 @@ def _differentiate_matmul(ctx, grad):
         return (None,) * 7
     x, y, v, params = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    by_v, *by = _ops.mmd_matmul_backward.default(
-        grad, x, y, v, params, ctx.dims, ctx.families, ctx.layers, need
-    )
+    by_v, *by = _ops.mmd_matmul_backward.default(grad, x, y, v, params, ctx.dims, ctx.families, ctx.layers, need)
     by_x, by_y, by_params = _kept(by, need)
     return by_x, by_y, by_v if ctx.needs_input_grad[2] else None, by_params, None, None, None
 
@@ -477,7 +478,9 @@ def _differentiate_pair_twice(ctx, *grads):
 
     wanted = [ctx.need[i] for i in (0, 2, 1, 3)]
     grads = [g for g, n in zip(grads, wanted, strict=True) if n]
-    by_upstream, (by_x, by_params, by_y, by_params_y) = _second(forward, upstream, [x, params, y, params_y], wanted, grads)
+    by_upstream, (by_x, by_params, by_y, by_params_y) = _second(
+        forward, upstream, [x, params, y, params_y], wanted, grads
+    )
     return *by_upstream, by_x, by_params, None, None, None, by_y, by_params_y, None, None, None, None
 
 
