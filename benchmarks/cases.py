@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.mmd_cases import MMD_CASES
 from mmfast.mel import MelConfig, extract, tables
 
 MODES = ("forward", "backward")
@@ -36,6 +37,8 @@ class MelCase:
     default: bool = True
     same_shapes_as: str | None = None
     slice = "mel"
+    modes = MODES
+    reference = True
 
     @property
     def samples(self) -> int:
@@ -46,6 +49,10 @@ class MelCase:
     def frames(self) -> int:
         """Frames of the batch."""
         return self.batch * self.config.frame_count(self.samples)
+
+    def facts(self) -> dict[str, float]:
+        """What a row says of the size."""
+        return {"batch": self.batch, "seconds": self.seconds, "frames": self.frames}
 
     @property
     def shape(self) -> str:
@@ -198,10 +205,10 @@ _MEL_CASES = (
     MelCase("smoke-2x0.2s", 2, 0.2, _LOGMEL, (*_TORCHAUDIO, "librosa", "nnaudio"), default=False),
 )
 
-CASES = {case.name: case for case in _MEL_CASES}
+CASES = {case.name: case for case in (*_MEL_CASES, *MMD_CASES)}
 
 
-def select(slices: list[str] | None = None, glob: str | None = None) -> list[MelCase]:
+def select(slices: list[str] | None = None, glob: str | None = None) -> list:
     """Cases of the ``slices`` (all without any) whose names match ``glob``: comma-separated shell patterns.
 
     Raises:

@@ -25,6 +25,8 @@ _PACKAGES = (
     "transformers",
     "nnaudio",
     "triton",
+    "pykeops",
+    "geomloss",
 )
 
 
@@ -51,6 +53,28 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         result["gpu"] = torch.cuda.get_device_name(device)
         result["cuda"] = torch.version.cuda
     return result
+
+
+def cpu_seconds() -> tuple[float, float, float] | None:
+    """Of all CPUs: seconds passed, seconds busy; and seconds busy with this process. ``None`` if the system won't say."""
+    try:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    ticks = [int(value) for value in first[:8]]  # what guests take is in the first two already
+    idle = ticks[3] + ticks[4]
+    own = os.times()
+    second = os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / second, (sum(ticks) - idle) / second, own.user + own.system
+
+
+def share_of_others(before: tuple[float, float, float] | None) -> float | None:
+    """The share of the machine's CPU time since `cpu_seconds` gave ``before`` that went to other processes."""
+    after = cpu_seconds()
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    passed, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return round(min(1.0, max(0.0, busy - own) / passed), 3)
 
 
 def sentence(machine: dict[str, Any]) -> str:

@@ -26,29 +26,33 @@ class Runner:
     """A provider made ready for one case.
 
     Args:
-        forward: what ``prepare`` returned → features, a tensor of the case's shape.
-        prepare: the waveform in the container that the library wants (array, list), outside the timed call.
+        forward: what ``prepare`` returned → the result, a tensor of the case's shape.
+        prepare: the case's inputs, a tensor or a tuple of tensors, in the container that the library wants (array,
+            list), outside the timed call.
         differentiable: gradients flow through ``forward``.
     """
 
     forward: Callable[[Any], torch.Tensor]
-    prepare: Callable[[torch.Tensor], Any] = _identity
+    prepare: Callable[[Any], Any] = _identity
     differentiable: bool = True
 
-    def call(self, mode: str, waveform: torch.Tensor, upstream: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-        """The function to time: () → (features,), or (gradient, features) for the mode "backward"."""
+    def call(self, mode: str, inputs: Any, upstream: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """The function to time: () → (result,), or (gradients..., result) for the mode "backward"."""
         if mode == "forward":
-            x = self.prepare(waveform)
+            x = self.prepare(inputs)
             return lambda: (self.forward(x),)
         if not self.differentiable:
             raise ValueError("this provider has no backward")
-        x = self.prepare(waveform.detach().clone().requires_grad_())
+        if isinstance(inputs, tuple):
+            x = self.prepare(tuple(t.detach().clone().requires_grad_() for t in inputs))
+        else:
+            x = self.prepare(inputs.detach().clone().requires_grad_())
         return lambda: self.forward_backward(x, upstream)
 
-    def forward_backward(self, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient of ``sum(upstream * features)`` with respect to the waveform, and the features."""
-        features = self.forward(x)
-        return torch.autograd.grad(features, x, upstream)[0], features.detach()
+    def forward_backward(self, x: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The gradients of ``sum(upstream * result)`` with respect to the inputs, and the result."""
+        result = self.forward(x)
+        return *torch.autograd.grad(result, x, upstream), result.detach()
 
 
 class Provider:
@@ -82,21 +86,25 @@ class Provider:
         """Whether it computes the numbers of ``case``, and has a backward if ``mode`` asks for one."""
         return self.name in case.peers and (mode == "forward" or self.differentiable)
 
+    def runs(self, case: Any, device: str) -> bool:
+        """Whether it has what ``case`` takes on ``device``."""
+        return True
+
     def build(self, case: Any, device: str) -> Runner:
         """The provider made ready for ``case``, as its documentation advises for speed."""
         raise NotImplementedError
 
 
 class Reference(Provider):
-    """The plain PyTorch implementation inside mmfast."""
+    """The plain PyTorch implementation inside mmfast, but for cases too large for it."""
 
     name, package, module = "reference", "torch", "torch"
 
     def supports(self, case, mode):
-        return True
+        return case.reference
 
     def build(self, case, device):
-        return Runner(partial(case.compute, backend="reference"))
+        return Runner(partial(case.compute, backend="reference"), getattr(case, "prepare", _identity))
 
 
 class Native(Provider):
@@ -105,8 +113,11 @@ class Native(Provider):
     name, package, module = "mmfast", "mmfast", "mmfast"
 
     def missing(self, device):
-        backend, reason = _backend.choose("mel", torch.device(device))
-        return f"backend reference: {reason}" if backend == "reference" else None
+        found = [_backend.choose(op, torch.device(device)) for op in _backend.OPS]
+        return f"backend reference: {found[0][1]}" if all(backend == "reference" for backend, _ in found) else None
+
+    def runs(self, case, device):
+        return _backend.choose(case.slice, torch.device(device))[0] != "reference"
 
     def version(self):
         return mmfast.__version__
@@ -115,7 +126,7 @@ class Native(Provider):
         return True
 
     def build(self, case, device):
-        return Runner(case.compute)
+        return Runner(case.compute, getattr(case, "prepare", _identity))
 
 
 PEER_MODULES = (
@@ -126,6 +137,10 @@ PEER_MODULES = (
     "whisper_peer",
     "transformers_peer",
     "nnaudio_peer",
+    "mmd_torch",
+    "mmd_blocked",
+    "mmd_keops",
+    "mmd_tests",
 )
 
 

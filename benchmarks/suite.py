@@ -56,8 +56,9 @@ class _Turn:
 
     provider: Provider
     call: Callable[[], tuple[torch.Tensor, ...]]
-    error: dict[str, float]
+    error: dict[str, float] | None
     first_call: float
+    again: float = 0.0
     rounds: list[list[float]] = field(default_factory=list)
     spent: float = 0.0
 
@@ -70,7 +71,7 @@ def run(
     The ``roof`` is measured unless it is given. A provider that fails gives a row with ``failed`` in words and costs
     the others nothing.
     """
-    jobs = [(case, mode) for case in cases for mode in settings.modes]
+    jobs = [(case, mode) for case in cases for mode in settings.modes if mode in case.modes]
     common = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": settings.device,
@@ -82,7 +83,7 @@ def run(
     with tqdm(total=len(jobs), disable=not progress, unit="case", file=sys.stderr) as bar:
         for case, mode in jobs:
             bar.set_description(f"{case.name} {mode}")
-            chosen = [p for p in providers if p.supports(case, mode)]
+            chosen = [p for p in providers if p.supports(case, mode) and p.runs(case, settings.device)]
             yield from _rows(case, mode, chosen, settings, common, bar)
             bar.update()
 
@@ -94,12 +95,12 @@ def _rows(case, mode: str, providers: list[Provider], settings: Settings, common
         "case": case.name,
         "mode": mode,
         "shape": case.shape,
-        "batch": case.batch,
-        "seconds": case.seconds,
-        "frames": case.frames,
+        **case.facts(),
     }
     turns, failures = _make_ready(case, mode, providers, settings)
+    before = machine.cpu_seconds()
     _interleave(turns, settings, case, mode, bar)
+    head["others_cpu"] = machine.share_of_others(before)
     peaks = _memory(case, mode, [t.provider for t in turns], settings, bar)
     for turn in turns:
         yield head | _row(turn, case, mode, common["roofline"], peaks.get(turn.provider.name))
@@ -111,17 +112,18 @@ def _make_ready(case, mode: str, providers: list[Provider], settings: Settings) 
     """Builds every provider, calls it once (libraries load, compilers compile) and compares with float64."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # a fresh set of compiled graphs for each case: no recompilation limit is met
-    waveform, upstream = case.inputs(settings.seed, settings.device), case.upstream(settings.seed, settings.device)
-    gold = case.gold(waveform, upstream if mode == "backward" else None)
+    inputs, upstream = case.inputs(settings.seed, settings.device), case.upstream(settings.seed, settings.device)
+    gold = case.gold(inputs, upstream if mode == "backward" else None)
     turns, failures = [], []
     for provider in providers:
         try:
             start = time.perf_counter()
-            call = provider.build(case, settings.device).call(mode, waveform, upstream)
-            result = call()[0]
+            call = provider.build(case, settings.device).call(mode, inputs, upstream)
+            results = call()
             _wait(settings.device)
             first = time.perf_counter() - start
-            turns.append(_Turn(provider, call, errors(result, gold), first))
+            error = None if gold is None else errors(results[: len(gold)] if isinstance(gold, tuple) else results[0], gold)
+            turns.append(_Turn(provider, call, error, first, again=first))
         except Exception as error:  # a peer may fail in any way; the row says how
             failures.append((provider, f"{type(error).__name__}: {error}".splitlines()[0]))
     return turns, failures
@@ -137,9 +139,11 @@ def _interleave(turns: list[_Turn], settings: Settings, case, mode: str, bar) ->
                 continue
             time.sleep(settings.pause)
             begin = time.perf_counter()
-            turn.call()
-            _wait(settings.device)
+            if turn.again < 5 * settings.burst:  # a longer call brings its own data into the caches
+                turn.call()
+                _wait(settings.device)
             turn.rounds.append(_burst(turn.call, settings))
+            turn.again = turn.rounds[-1][-1]
             turn.spent += time.perf_counter() - begin
 
 
@@ -174,12 +178,21 @@ def _memory(case, mode: str, providers: list[Provider], settings: Settings, bar)
         return dict(zip(wanted, pool.map(measure, wanted), strict=True))
 
 
-def errors(result: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
+def errors(
+    result: torch.Tensor | tuple[torch.Tensor, ...], gold: torch.Tensor | tuple[torch.Tensor, ...]
+) -> dict[str, float]:
     """``max_relative`` = max |result - gold| / max |gold| and ``relative_l2`` = ‖result - gold‖ / ‖gold‖.
+
+    Of tuples, with the entries of all their tensors together.
 
     Raises:
         ValueError: the shapes differ.
     """
+    if isinstance(gold, tuple):
+        for one, other in zip(result, gold, strict=True):
+            if one.shape != other.shape:
+                raise ValueError(f"the result must have the shape {tuple(other.shape)}, got {tuple(one.shape)}")
+        result, gold = (torch.cat([t.flatten() for t in tensors]) for tensors in (result, gold))
     if result.shape != gold.shape:
         raise ValueError(f"the result must have the shape {tuple(gold.shape)}, got {tuple(result.shape)}")
     difference = result.detach().double() - gold
