@@ -56,7 +56,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def cpu_seconds() -> tuple[float, float, float] | None:
-    """Of all CPUs: seconds passed, seconds busy; and seconds busy with this process. ``None`` if the system won't say."""
+    """Seconds passed on all CPUs, busy on all CPUs, and busy with this process; ``None`` where that is not known."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     except OSError:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,9 +57,9 @@ class _TwoSamples:
         """Different pairs of points whose kernel is needed."""
         return self.n * (2 * self.n - 1)
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, object]:
         """What a row says of the size."""
-        return {"n": self.n, "m": self.n, "d": self.d, "pairs": self.pairs}
+        return {"x": [self.n, self.d], "y": [self.n, self.d], "pairs": self.pairs}
 
     def small(self):
         """The same on few points, for tests."""
@@ -141,7 +142,7 @@ def _tiles(count: int) -> Iterator[tuple[slice, slice]]:
     """Tiles of the upper triangle of a matrix of pairs whose halves, of either sample, no tile straddles."""
     half = count // 2
     cuts = [*range(0, half, _EXACT), *range(half, count, _EXACT), count]
-    blocks = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    blocks = [slice(a, b) for a, b in pairwise(cuts)]
     return ((a, b) for i, a in enumerate(blocks) for b in blocks[i:])
 
 
@@ -219,7 +220,7 @@ class CKACase(_TwoSamples):
         return self.n * (self.n - 1) // 2
 
     def facts(self):
-        return {"n": self.n, "d": self.d, "d_y": self.d_y, "pairs": self.pairs}
+        return {"x": [self.n, self.d], "y": [self.n, self.d_y], "pairs": self.pairs}
 
     def inputs(self, seed, device="cpu"):
         """x ``(n, d)`` and y ``(n, d_y)``, a noisy nonlinear image of x."""

@@ -22,7 +22,7 @@ _HEADERS = (
     "p20 to p80, ms",
     "calls",
     "time ratio",
-    "frames/s",
+    "{items}/s",
     "GFLOP/s",
     "of roof",
     "error, max",
@@ -49,7 +49,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for case in _groups(rows, mode):
             base = next((row["median"] for row in case if row["provider"] == against), math.nan)
             lines += [_line(row, base, first=index == 0) for index, row in enumerate(case)]
-        table = tabulate(lines, _HEADERS, tablefmt="pipe", disable_numparse=True)
+        items = " or ".join(dict.fromkeys(_items(row) for row in rows))
+        headers = [header.format(items=items) for header in _HEADERS]
+        table = tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
         parts.append(f"### {_TITLES[mode]}\n\n{table}\n")
     failed = [row for row in rows if "failed" in row]
     if failed:
@@ -138,8 +140,14 @@ def _note(row: dict[str, Any]) -> str:
     )
 
 
+def _items(row: dict[str, Any]) -> str:
+    """What is counted by the second: frames of features, or pairs of points."""
+    return "frames" if "frames" in row else "pairs"
+
+
 def _line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
     memory = row.get("memory") or {}
+    error = row["error"] or {}
     return (
         row["case"] if first else "",
         row["provider"],
@@ -147,11 +155,11 @@ def _line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
         f"{row['p20'] * 1e3:.4g} to {row['p80'] * 1e3:.4g}",
         str(row["n"]),
         "" if math.isnan(base) else f"{row['median'] / base:.3g}",
-        f"{row['frames'] / row['median']:.3g}",
+        f"{row[_items(row)] / row['median']:.3g}",
         f"{row['gflops']:.3g}",
         f"{row['roof_fraction']:.1%}",
-        f"{row['error']['max_relative']:.1e}",
-        f"{row['error']['relative_l2']:.1e}",
+        f"{error['max_relative']:.1e}" if error else "",
+        f"{error['relative_l2']:.1e}" if error else "",
         f"{memory['extra'] / 1e6:.1f}" if "extra" in memory else "",
         f"{memory['kept'] / 1e6:.1f}" if "kept" in memory else "",
     )

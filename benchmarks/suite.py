@@ -122,7 +122,9 @@ def _make_ready(case, mode: str, providers: list[Provider], settings: Settings) 
             results = call()
             _wait(settings.device)
             first = time.perf_counter() - start
-            error = None if gold is None else errors(results[: len(gold)] if isinstance(gold, tuple) else results[0], gold)
+            error = (
+                None if gold is None else errors(results[: len(gold)] if isinstance(gold, tuple) else results[0], gold)
+            )
             turns.append(_Turn(provider, call, error, first, again=first))
         except Exception as error:  # a peer may fail in any way; the row says how
             failures.append((provider, f"{type(error).__name__}: {error}".splitlines()[0]))
