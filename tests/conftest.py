@@ -57,10 +57,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 def mmd_backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the mmd slice for CPU tensors."""
     if request.param == "cpu":
-        need_native()
-        if "cpu" not in _backend.OPS["mmd"]:
-            _missing("MMFAST_REQUIRE_NATIVE", "the mmd slice has no kernels for CPU tensors")
+        need_native_mmd()
     return request.param
+
+
+@pytest.fixture
+def mmd_native() -> str:
+    """The backend ``cpu``, for what only the native kernels of the mmd slice promise."""
+    need_native_mmd()
+    return "cpu"
 
 
 @pytest.fixture
@@ -74,6 +79,13 @@ def need_native() -> None:
     """Skip without the native extension, or fail under ``MMFAST_REQUIRE_NATIVE=1``."""
     if _backend._C is None:
         _missing("MMFAST_REQUIRE_NATIVE", f"the native extension did not load: {_backend.LOAD_ERROR}")
+
+
+def need_native_mmd() -> None:
+    """As `need_native`, where the slice has kernels for the CPU at all."""
+    need_native()
+    if "cpu" not in _backend.OPS["mmd"]:
+        _missing("MMFAST_REQUIRE_NATIVE", "the mmd slice has no kernels for CPU tensors")
 
 
 def _missing(variable: str, reason: str) -> None:

@@ -274,10 +274,10 @@ def test_info_without_extension(pure):
 # ---- The README
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_readme_examples(number):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     if "compat.transformers" in blocks[number]:
         pytest.importorskip("transformers")
     names = {}
