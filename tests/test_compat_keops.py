@@ -115,6 +115,7 @@ FORMULAS = {
     "cauchy": lambda x, y: 1 / (1 + x.sqdist(y) / 2.0),
     "inverse multiquadric": lambda x, y: 1 / (1.7**2 + x.sqdist(y)).sqrt(),
     "inverse multiquadric by rsqrt": lambda x, y: 2 * (1.7**2 + x.sqdist(y)).rsqrt(),
+    "half an inverse multiquadric": lambda x, y: 1 / (2 * (1.7**2 + x.sqdist(y)).sqrt()),
     "rational quadratic": lambda x, y: (1 + x.sqdist(y) / (2 * 0.8 * 1.1**2)) ** -0.8,
     "linear": lambda x, y: (x * y).sum(-1),
     "linear, written x | y": lambda x, y: 0.5 * (x | y),
