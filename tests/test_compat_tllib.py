@@ -63,6 +63,16 @@ def test_drop_in_jmmd(layers, is_linear):
     assert_same(loss(tuple(x), tuple(y)), expected, (*x, *y))
 
 
+def test_defaults():
+    """The joint loss is linear by default, the other one is not."""
+    x, y = samples(6, 6, 3, 2)
+    joint, single = [build(DAN), build(FIXED)], build(DAN)
+    expected = JointMultipleKernelMaximumMeanDiscrepancy(joint, linear=True)(x, y)
+    assert JointMultipleKernelMaximumMeanDiscrepancy(joint)(x, y) == expected
+    expected = MultipleKernelMaximumMeanDiscrepancy(single, linear=False)(x[0], y[0])
+    assert MultipleKernelMaximumMeanDiscrepancy(single)(x[0], y[0]) == expected
+
+
 def test_thetas_see_both_domains_at_once():
     x, y = samples(6, 6, 3, 2)
     thetas = [nn.BatchNorm1d(3).double(), nn.Identity()]

@@ -46,6 +46,9 @@ struct Simd {
     // The first `n` lanes; the others are zero or left alone.
     static MMFAST_INLINE V load(const T* p, int n) {
         if (n >= lanes) return load(p);
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#endif
         alignas(64) T part[lanes] = {};
         for (int i = 0; i < n; ++i) part[i] = p[i];
         return load(part);

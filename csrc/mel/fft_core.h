@@ -313,58 +313,69 @@ struct RealDft {
     }
 };
 
-// Complex values of scratch that transform_row needs beside the row itself.
+// Complex values of scratch that transform_row needs.
 template <class T>
 MMFAST_INLINE int64_t row_scratch(const ComplexPlan<T>& p) {
-    return p.inner ? 2 * p.inner : p.size;
+    return p.inner ? 3 * p.inner : p.stages > 2 ? 2 * p.size : p.size;
 }
 
-template <int R, class T, class V>
-MMFAST_INLINE void gather(const Complex<V>* x, int64_t step, V* re, V* im) {
+// Stages read their input by load(i, re, im), each value once, all those of a butterfly before its first output.
+template <class V>
+struct Elements {
+    const Complex<V>* x;
+    MMFAST_INLINE void operator()(int64_t i, V& re, V& im) const {
+        re = x[i].re;
+        im = x[i].im;
+    }
+};
+
+template <int R, class V, class Load>
+MMFAST_INLINE void gather(const Load& load, int64_t first, int64_t step, V* re, V* im) {
     for (int i = 0; i < R; ++i) {
-        re[i] = x[i * step].re;
-        im[i] = x[i * step].im;
+        load(first + i * step, re[i], im[i]);
     }
 }
 
-template <int R, class T, class V>
-void middle_stage(const Complex<V>* x, Complex<V>* y, int64_t m, int64_t s, const T* tw) {
+template <int R, class T, class V, class Load>
+__attribute__((noinline)) void middle_stage(const Load& load, Complex<V>* y, int64_t m, int64_t s, const T* tw) {
     for (int64_t p = 0; p < m; ++p, tw += 2 * (R - 1)) {
         for (int64_t q = 0; q < s; ++q) {
             V re[R], im[R];
-            gather<R, T>(x + q + s * p, s * m, re, im);
+            gather<R>(load, q + s * p, s * m, re, im);
             Dft<R, T, V>::run(re, im);
             Complex<V>* out = y + q + s * R * p;
             out[0] = {re[0], im[0]};
-            for (int k = 1; k < R; ++k) {
-                twist(re[k], im[k], tw[2 * k - 2], tw[2 * k - 1]);
-                out[s * k] = {re[k], im[k]};
-            }
+            if (p > 0)  // else by one
+                for (int k = 1; k < R; ++k) twist(re[k], im[k], tw[2 * k - 2], tw[2 * k - 1]);
+            for (int k = 1; k < R; ++k) out[s * k] = {re[k], im[k]};
         }
     }
 }
 
-template <int R, class T, class V, class Sink>
-MMFAST_INLINE void last_stage(const Complex<V>* x, int64_t s, const Sink& sink) {
+template <int R, class T, class V, class Load, class Sink>
+MMFAST_INLINE void last_stage(const Load& load, int64_t s, const Sink& sink) {
     for (int64_t q = 0; q < s; ++q) {
         V re[R], im[R];
-        gather<R, T>(x + q, s, re, im);
+        gather<R>(load, q, s, re, im);
         Dft<R, T, V>::run(re, im);
         for (int k = 0; k < R; ++k) sink(q + s * k, re[k], im[k]);
     }
 }
 
 // Any prime radix up to kMaxRadix, by the definition; roots[j] = exp(-2 pi i j / r).
-template <class T, class V, class Sink>
-void prime_stage(const Complex<V>* x, int64_t m, int64_t s, int r, const T* roots, const T* tw, const Sink& sink) {
+template <class T, class V, class Load, class Sink>
+__attribute__((noinline)) void prime_stage(const Load& load, int64_t m, int64_t s, int r, const T* roots, const T* tw,
+                                           const Sink& sink) {
     for (int64_t p = 0; p < m; ++p) {
         for (int64_t q = 0; q < s; ++q) {
-            const Complex<V>* in = x + q + s * p;
-            V re[kMaxRadix], im[kMaxRadix];
+            V inr[kMaxRadix], ini[kMaxRadix], re[kMaxRadix], im[kMaxRadix];
+            for (int i = 0; i < r; ++i) {
+                load(q + s * (p + m * i), inr[i], ini[i]);
+            }
             for (int k = 0; k < r; ++k) {
-                V ar = in[0].re, ai = in[0].im;
+                V ar = inr[0], ai = ini[0];
                 for (int i = 1, j = k; i < r; ++i, j = j + k < r ? j + k : j + k - r) {
-                    const V xr = in[s * m * i].re, xi = in[s * m * i].im;
+                    const V xr = inr[i], xi = ini[i];
                     const T c = roots[2 * j], d = roots[2 * j + 1];
                     ar += xr * c + xi * d;
                     ai += xi * c - xr * d;
@@ -378,83 +389,94 @@ void prime_stage(const Complex<V>* x, int64_t m, int64_t s, int r, const T* root
     }
 }
 
-// DFT of the p.size values at x, which are destroyed; sink(k, re, im) receives output k. w is scratch.
-template <class T, class V, class Sink>
-MMFAST_INLINE void transform_direct(const ComplexPlan<T>& p, Complex<V>* x, Complex<V>* w, const Sink& sink) {
-    int64_t s = 1, len = p.size;
-    for (int i = 0; i + 1 < p.stages; ++i) {
-        const int r = p.radix[i];
-        const int64_t m = len / r;
-        switch (r) {
-            case 2: middle_stage<2, T>(x, w, m, s, p.twiddle[i]); break;
-            case 3: middle_stage<3, T>(x, w, m, s, p.twiddle[i]); break;
-            case 4: middle_stage<4, T>(x, w, m, s, p.twiddle[i]); break;
-            case 5: middle_stage<5, T>(x, w, m, s, p.twiddle[i]); break;
-            case 7: middle_stage<7, T>(x, w, m, s, p.twiddle[i]); break;
-            case 8: middle_stage<8, T>(x, w, m, s, p.twiddle[i]); break;
-            default: prime_stage(x, m, s, r, p.roots[i], p.twiddle[i], [w](int64_t k, V re, V im) { w[k] = {re, im}; });
-        }
-        Complex<V>* t = x;
-        x = w;
-        w = t;
-        s *= r;
-        len = m;
+// Stage i of p, not the last: m groups of s butterflies each.
+template <class T, class V, class Load>
+MMFAST_INLINE void run_stage(const ComplexPlan<T>& p, int i, int64_t m, int64_t s, const Load& load, Complex<V>* y) {
+    const T* const tw = p.twiddle[i];
+    switch (p.radix[i]) {
+        case 2: middle_stage<2, T>(load, y, m, s, tw); break;
+        case 3: middle_stage<3, T>(load, y, m, s, tw); break;
+        case 4: middle_stage<4, T>(load, y, m, s, tw); break;
+        case 5: middle_stage<5, T>(load, y, m, s, tw); break;
+        case 7: middle_stage<7, T>(load, y, m, s, tw); break;
+        case 8: middle_stage<8, T>(load, y, m, s, tw); break;
+        default:
+            prime_stage<T, V>(load, m, s, p.radix[i], p.roots[i], tw, [y](int64_t k, V re, V im) { y[k] = {re, im}; });
     }
+}
+
+template <class T, class V, class Load, class Sink>
+MMFAST_INLINE void run_last_stage(const ComplexPlan<T>& p, int64_t s, const Load& load, const Sink& sink) {
+    const int r = p.radix[p.stages - 1];
+    switch (r) {
+        case 2: last_stage<2, T, V>(load, s, sink); break;
+        case 3: last_stage<3, T, V>(load, s, sink); break;
+        case 4: last_stage<4, T, V>(load, s, sink); break;
+        case 5: last_stage<5, T, V>(load, s, sink); break;
+        case 7: last_stage<7, T, V>(load, s, sink); break;
+        case 8: last_stage<8, T, V>(load, s, sink); break;
+        default: prime_stage<T, V>(load, int64_t(1), s, r, p.roots[p.stages - 1], (const T*)nullptr, sink);
+    }
+}
+
+// DFT of the p.size values of load(i, re, im); sink(k, re, im) receives output k, none before everything is loaded. w is scratch.
+template <class T, class V, class Load, class Sink>
+MMFAST_INLINE void transform_direct(const ComplexPlan<T>& p, const Load& load, Complex<V>* w, const Sink& sink) {
     if (p.stages == 0) {
-        sink(0, x[0].re, x[0].im);
+        V re, im;
+        load(0, re, im);
+        sink(0, re, im);
         return;
     }
-    switch (p.radix[p.stages - 1]) {
-        case 2: last_stage<2, T>(x, s, sink); break;
-        case 3: last_stage<3, T>(x, s, sink); break;
-        case 4: last_stage<4, T>(x, s, sink); break;
-        case 5: last_stage<5, T>(x, s, sink); break;
-        case 7: last_stage<7, T>(x, s, sink); break;
-        case 8: last_stage<8, T>(x, s, sink); break;
-        default: prime_stage(x, int64_t(1), s, p.radix[p.stages - 1], p.roots[p.stages - 1], (const T*)nullptr, sink);
+    if (p.stages == 1) {
+        run_last_stage<T, V>(p, 1, load, sink);
+        return;
     }
+    int64_t s = p.radix[0], len = p.size / s;
+    run_stage(p, 0, len, 1, load, w);
+    Complex<V>*x = w, *y = w + p.size;
+    for (int i = 1; i + 1 < p.stages; ++i) {
+        len /= p.radix[i];
+        run_stage(p, i, len, s, Elements<V>{x}, y);
+        Complex<V>* const t = x;
+        x = y;
+        y = t;
+        s *= p.radix[i];
+    }
+    run_last_stage<T, V>(p, s, Elements<V>{x}, sink);
 }
 
 // The same for every size: sizes with a large prime factor go through the chirp, X_k = c_k sum_j (x_j c_j) conj(c_{k-j}),
 // c_j = exp(-pi i j^2 / size).
-template <class T, class V, class Sink>
-MMFAST_INLINE void transform_row(const ComplexPlan<T>& p, Complex<V>* x, Complex<V>* w, const Sink& sink) {
+template <class T, class V, class Load, class Sink>
+MMFAST_INLINE void transform_row(const ComplexPlan<T>& p, const Load& load, Complex<V>* w, const Sink& sink) {
     if (!p.inner) {
-        transform_direct(p, x, w, sink);
+        transform_direct(p, load, w, sink);
         return;
     }
-    Complex<V>* a = w;
-    Complex<V>* b = w + p.inner;
-    for (int64_t j = 0; j < p.size; ++j) {
-        V re = x[j].re, im = x[j].im;
+    Complex<V>* const a = w + 2 * p.inner;
+    const auto chirped = [&](int64_t j, V& re, V& im) {
+        re = im = V{};
+        if (j >= p.size) return;
+        load(j, re, im);
         twist(re, im, p.chirp[2 * j], p.chirp[2 * j + 1]);
-        a[j] = {re, im};
-    }
-    for (int64_t j = p.size; j < p.inner; ++j) a[j] = {V{}, V{}};
-    const auto store_in = [](Complex<V>* to) { return [to](int64_t k, V re, V im) { to[k] = {re, im}; }; };
-    // The stages swap a and b; the result is stored where the last stage may read it in place.
-    Complex<V>* first = p.convolution->stages % 2 ? a : b;
-    transform_direct(*p.convolution, a, b, store_in(first));
-    Complex<V>* other = first == a ? b : a;
-    for (int64_t k = 0; k < p.inner; ++k) {
+    };
+    transform_direct(*p.convolution, chirped, w, [&](int64_t k, V re, V im) {
         const T c = p.chirp_spectrum[2 * k], d = p.chirp_spectrum[2 * k + 1];
-        // product, with real and imaginary parts swapped: a forward transform of that is the inverse one, swapped
-        const V re = first[k].re * c - first[k].im * d, im = first[k].re * d + first[k].im * c;
-        first[k] = {im, re};
-    }
-    Complex<V>* second = p.convolution->stages % 2 ? first : other;
-    transform_direct(*p.convolution, first, other, store_in(second));
-    for (int64_t k = 0; k < p.size; ++k) {
-        V re = second[k].im, im = second[k].re;
+        // the product, real and imaginary parts swapped: a forward transform of that is the inverse one, swapped
+        a[k] = {re * d + im * c, re * c - im * d};
+    });
+    transform_direct(*p.convolution, Elements<V>{a}, w, [&](int64_t k, V im, V re) {
+        if (k >= p.size) return;
         twist(re, im, p.chirp[2 * k], p.chirp[2 * k + 1]);
         sink(k, re, im);
-    }
+    });
 }
 
-// Step 1 of [Real four-step transform]. load(n) gives windowed sample n (n < length; later ones are zero). Row k1 of z
-// begins at z + k1 * stride.
-template <int R, class T, class V, class Load>
-MMFAST_INLINE void real_columns(const RealPlan<T>& p, int64_t length, const Load& load, Complex<V>* z, int64_t stride) {
+// Step 1 of [Real four-step transform]. load(n) gives windowed sample n (n < length; later ones are zero); store(k1, s, re,
+// im) takes column s of row k1, all of it after the loads of the column.
+template <int R, class T, class V, class Load, class Store>
+MMFAST_INLINE void real_columns(const RealPlan<T>& p, int64_t length, const Load& load, const Store& store) {
     const T* tw = p.twiddle;
     for (int64_t s = 0; s < p.columns; ++s, tw += 2 * (R / 2)) {
         V x[R], re[R / 2 + 1], im[R / 2 + 1];
@@ -463,10 +485,10 @@ MMFAST_INLINE void real_columns(const RealPlan<T>& p, int64_t length, const Load
             x[r] = n < length ? load(n) : V{};
         }
         RealDft<R, T, V>::run(x, re, im);
-        z[s] = {re[0], V{}};
+        store(0, s, re[0], V{});
         for (int k = 1; k <= R / 2; ++k) {
             twist(re[k], im[k], tw[2 * k - 2], tw[2 * k - 1]);
-            z[k * stride + s] = {re[k], im[k]};
+            store(k, s, re[k], im[k]);
         }
     }
 }

@@ -112,10 +112,10 @@ private:
     static std::vector<T> spectrum(const std::vector<double>& re, const std::vector<double>& im) {
         const int64_t n = int64_t(re.size());
         FftTables<double> tables(FftTables<double>::PowerOfTwo{n});
-        std::vector<Complex<double>> x(n), w(n);
+        std::vector<Complex<double>> x(n), w(2 * n);
         for (int64_t i = 0; i < n; ++i) x[i] = {re[i], im[i]};
         std::vector<T> out(2 * n);
-        transform_direct(tables.plan().row, x.data(), w.data(), [&](int64_t k, double a, double b) {
+        transform_direct(tables.plan().row, Elements<double>{x.data()}, w.data(), [&](int64_t k, double a, double b) {
             out[2 * k] = T(a);
             out[2 * k + 1] = T(b);
         });

@@ -147,7 +147,7 @@ struct FrameTile {
     int64_t row, frame;  // of lane 0, for the dither
     bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)
     T threshold;
-    // [Two rounds] of mel_cpu.cpp. In the first, a tile with a v below `guess` either stops there, v saved at `kept`, or, where
+    // [Two rounds] of mel_two_rounds.h. In the first, a tile with a v below `guess` either stops there, v saved at `kept`, or, where
     // that is null, goes on with `guess` as its threshold; `deferred` or `guessed` is written. In the second, with `resume`,
     // v comes from `kept`.
     bool first_round, resume, deferred, guessed;

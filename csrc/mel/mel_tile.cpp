@@ -3,7 +3,7 @@
 //
 // Note: [Frames in lanes]
 //   samples  -- transposed as they are loaded: x[n] holds sample n of every frame -->  x   [window]
-//   x        -- window, real four-step transform (fft_core.h) -------------------->  z   [R/2 + 1][S], then power [bins]
+//   x        -- window, real four-step transform (fft_core.h), columns in place -->  x   [R + 1][S], then power [bins]
 //   power    -- sparse filters ------------------------------------------------->  v   [bands]
 //   v        -- log, range, affine, DCT ---------------------------------------->  features
 //   Weights, twiddles and filters are scalars, broadcast by the load that feeds the multiply; no step moves data between
@@ -43,25 +43,28 @@ struct Arena {
 template <class T>
 struct Workspace {
     using V = Vec<T>;
-    V *x, *raw, *power, *raised, *v, *m, *g, *d, *features;
+    V *x, *y, *raw, *power, *raised, *v, *m, *g, *features;
     T* rows;
     Complex<V>*z, *w;
-    int64_t stride;
+    int64_t stride, row_stride;
 
     MMFAST_INLINE Workspace(const MelParams<T>& p, void* scratch, bool backward) {
         Arena a{static_cast<char*>(scratch)};
         stride = p.fft.columns | 1;  // rows a power of two apart would share the sets of the cache
-        x = a.take<V>(p.framing.window);
-        z = a.take<Complex<V>>((p.fft.radix / 2 + 1) * stride);
+        const bool apart = p.fft.columns % 64 == 0;
+        row_stride = p.fft.columns + apart;
+        x = a.take<V>(apart ? p.framing.window : (p.fft.radix + 1) * row_stride);
+        y = apart ? a.take<V>((p.fft.radix + 1) * row_stride) : x;
         w = a.take<Complex<V>>(row_scratch(p.fft.row));
         power = a.take<V>(p.bins());
         v = a.take<V>(p.bands());
         features = a.take<V>((p.cepstra > p.bands() ? p.cepstra : p.bands()) + 1);
-        raised = m = g = d = raw = nullptr;
+        raised = m = g = raw = nullptr;
         rows = nullptr;
+        z = nullptr;
         if (backward) {
+            z = a.take<Complex<V>>((p.fft.radix / 2 + 1) * stride);
             raw = a.take<V>(p.framing.window);
-            d = a.take<V>(p.framing.window);
             raised = a.take<V>(p.bins());
             m = a.take<V>(p.bands());
             g = a.take<V>(p.bands());
@@ -156,7 +159,7 @@ MMFAST_INLINE Vec<T> log_energy(const MelParams<T>& p, Vec<T> sum) {
     return e;
 }
 
-// Everything between the samples and the window; `raw`, if not null, keeps the samples that the raw energy is of.
+// Everything between the samples and the window; `raw`, if not null, keeps the samples that the energy is of.
 template <class T>
 void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* raw, Vec<T>* energy_sum) {
     using V = Vec<T>;
@@ -199,15 +202,25 @@ void condition(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x, Vec<T>* 
         for (int64_t n = 0; n < length; ++n) {
             const V y = x[n] * p.energy_window[n];
             sum += y * y;
+            if (raw) raw[n] = x[n];
         }
     }
     *energy_sum = sum;
 }
 
 template <class T, int R>
-void columns(const MelParams<T>& p, const Vec<T>* x, Complex<Vec<T>>* z, int64_t stride) {
-    const T* window = p.window;
-    real_columns<R, T, Vec<T>>(p.fft, p.framing.window, [=](int64_t n) { return x[n] * window[n]; }, z, stride);
+void columns(const MelParams<T>& p, const Workspace<T>& w) {
+    using V = Vec<T>;
+    const T* const window = p.window;
+    const int64_t stride = w.row_stride;
+    const V* const x = w.x;
+    V* const y = w.y;
+    real_columns<R, T, V>(
+        p.fft, p.framing.window, [=](int64_t n) { return x[n] * window[n]; },
+        [=](int64_t k, int64_t s, V re, V im) {
+            y[(k ? 2 * k - 1 : 0) * stride + s] = re;
+            if (k) y[2 * k * stride + s] = im;
+        });
 }
 
 template <class T, int R>
@@ -228,23 +241,41 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
         default: call(1);             \
     }
 
-// Squared magnitudes of the frames in x; with kKeep the spectrum stays in z, bin k1 + R k2 at z[k1 * stride + k2].
+// Squared magnitudes of the frames in x, which are destroyed; with kKeep the spectrum is kept in z, bin k1 + R k2 at
+// z[k1 * stride + k2].
+//
+// Note: [Rows in place]
+//   The rows of the transform take the place of the samples: real parts of row k1 at y[(2 k1 - 1) * row_stride], imaginary
+//   ones at y[2 k1 * row_stride], and row 0, of a real column, has no imaginary ones. Apart, samples and rows of 400 points
+//   would together not fit into the first cache beside the power. Where rows are a multiple of 4 KiB long they would all
+//   share its sets: they are put apart, each a line longer.
 template <class T, bool kKeep>
 void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
     using V = Vec<T>;
-#define MMFAST_CALL(R) columns<T, R>(p, s.x, s.z, s.stride)
+#define MMFAST_CALL(R) columns<T, R>(p, s)
     MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
 #undef MMFAST_CALL
     const int64_t n = p.fft.n, radix = p.fft.radix;
     V* const power = s.power;
+    const V zero{};
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
         prefetch.step(radix / 2 + 1 - k1);
-        Complex<V>* const row = s.z + k1 * s.stride;
-        transform_row(p.fft.row, row, s.w, [=](int64_t k2, V re, V im) {
-            const int64_t bin = k1 + radix * k2;
-            power[2 * bin > n ? n - bin : bin] = re * re + im * im;
-            if (kKeep) row[k2] = {re, im};
-        });
+        const V* const re = s.y + (k1 ? 2 * k1 - 1 : 0) * s.row_stride;
+        const V* const im = k1 ? re + s.row_stride : &zero;
+        const int64_t step = k1 ? 1 : 0;
+        Complex<V>* const row = kKeep ? s.z + k1 * s.stride : nullptr;
+        transform_row(
+            p.fft.row,
+            [=](int64_t i, V& a, V& b) {
+                a = re[i];
+                b = im[i * step];
+            },
+            s.w,
+            [=](int64_t k2, V re, V im) {
+                const int64_t bin = k1 + radix * k2;
+                power[2 * bin > n ? n - bin : bin] = re * re + im * im;
+                if (kKeep) row[k2] = {re, im};
+            });
     }
 }
 
@@ -407,6 +438,20 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     return energy;
 }
 
+// Range and affine of v, in one pass over it.
+template <class T>
+void finish_bands(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* v) {
+    const bool affine = p.output_offset != 0 || p.output_scale != 1;
+    if (!t.clip && !affine) return;
+    const bool all = t.threshold != t.threshold;
+    const Vec<T> threshold = Simd<T>::splat(t.clip ? t.threshold : -T(__builtin_inf()));
+    for (int64_t i = 0; i < p.bands(); ++i) {
+        const Vec<T> raised = v[i] < threshold ? threshold : v[i];
+        v[i] = affine ? (raised + p.output_offset) * p.output_scale : raised;
+    }
+    for (int64_t i = 0; t.clip && all && i < p.bands(); ++i) v[i] = threshold;
+}
+
 template <class T>
 void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
     using V = Vec<T>;
@@ -431,13 +476,7 @@ void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
             t.threshold = t.guess;
         }
     }
-    if (t.clip) {
-        const T threshold = t.threshold;
-        for (int64_t i = 0; i < p.bands(); ++i)
-            v[i] = threshold != threshold || v[i] < threshold ? Simd<T>::splat(threshold) : v[i];
-    }
-    if (p.output_offset != 0 || p.output_scale != 1)
-        for (int64_t i = 0; i < p.bands(); ++i) v[i] = (v[i] + p.output_offset) * p.output_scale;
+    finish_bands(p, t, v);
     if (p.has_top_db && p.cepstra && !t.clip)
         for (int64_t i = 0; i < p.bands(); ++i)
             if (p.constant_band(i)) v[i] = V{};
@@ -567,7 +606,7 @@ void condition_adjoint(const MelParams<T>& p, const Workspace<T>& s, Vec<T> ener
         if (p.has_energy_floor) off |= log(energy_sum) < p.log_energy_floor;
         factor = off ? V{} : energy_grad * T(2) / energy_sum;
         if (!p.raw_energy)
-            for (int64_t n = 0; n < length; ++n) d[n] += s.x[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
+            for (int64_t n = 0; n < length; ++n) d[n] += s.raw[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
     }
     if (p.preemphasis != 0) {
         const V first = d[0] * p.preemphasis;  // sample 0 is its own predecessor
@@ -642,15 +681,15 @@ void backward(const MelParams<T>& p, GradientTile<T>& t, void* scratch) {
     const int64_t n = p.fft.n, radix = p.fft.radix;
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
         Complex<V>* const row = s.z + k1 * s.stride;
-        for (int64_t k2 = 0; k2 < p.fft.columns; ++k2) {
+        const auto load = [=](int64_t k2, V& re, V& im) {
             const int64_t bin = k1 + radix * k2;
             const V factor = h[2 * bin > n ? n - bin : bin];
-            row[k2] = {row[k2].im * factor, row[k2].re * factor};  // swapped: the inverse transform
-        }
-        transform_row(p.fft.row, row, s.w, [=](int64_t k2, V re, V im) { row[k2] = {re, im}; });
+            re = row[k2].im * factor;  // swapped: the inverse transform
+            im = row[k2].re * factor;
+        };
+        transform_row(p.fft.row, load, s.w, [=](int64_t k2, V re, V im) { row[k2] = {re, im}; });
     }
-    // With an energy the samples are still needed.
-    V* const d = p.energy == Energy::none ? s.x : s.d;
+    V* const d = s.x;
 #define MMFAST_CALL(R) columns_adjoint<T, R>(p, s.z, s.stride, d)
     MMFAST_FOR_RADIX(radix, MMFAST_CALL)
 #undef MMFAST_CALL

@@ -59,6 +59,14 @@ namespace {
 
 constexpr bool kAll[3] = {true, true, true};
 
+// to[batch][width] = the sums over the slots of each item of the batch.
+void add_slots(const std::vector<double>& from, int64_t batch, int64_t width, double* to) {
+    const int64_t slots = batch ? int64_t(from.size()) / (batch * width) : 0;
+    std::fill_n(to, batch * width, 0.0);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < slots * width; ++i) to[b * width + i % width] += from[b * slots * width + i];
+}
+
 // Rows with room behind the last, so that a whole tile can be read from any place.
 template <class T>
 class Rows {
@@ -91,9 +99,9 @@ struct Reducer {
 template <class T>
 class Quadratic : public Reducer<T> {
 public:
-    Quadratic(int64_t batch, int64_t blocks, int64_t n, int64_t m, const T* wx, const T* wy, const double* coefs,
+    Quadratic(int64_t batch, int64_t slots, int64_t n, int64_t m, const T* wx, const T* wy, const double* coefs,
               const Gradients<T>& gradients)
-        : n_{n, m}, coefs_(coefs), gradients_(gradients), sums_(batch * blocks * 3) {
+        : n_{n, m}, coefs_(coefs), gradients_(gradients), sums_(slots * 3) {
         const T* const from[2] = {wx, wy};
         for (int side = 0; side < 2; ++side) {
             if (!from[side]) continue;
@@ -108,7 +116,7 @@ public:
         const T *u = weights(t.batch, t.a, t.i0), *v = weights(t.batch, t.b, t.j0);
         double *const to_a = gradient(t.batch, t.a, t.i0), *const to_b = gradient(t.batch, t.b, t.j0);
         double rows[kTile] = {}, columns[kTile] = {};
-        sums_[t.block * 3 + kind] +=
+        sums_[t.slot * 3 + kind] +=
             times * tiles<T>().reduce(t.rows, t.k[0], u, v, to_a ? rows : nullptr, to_b ? columns : nullptr);
         for (int64_t i = 0; to_a && i < t.rows; ++i) to_a[i] += times * coefs_[kind] * rows[i];
         for (int64_t j = 0; to_b && j < t.columns; ++j) to_b[j] += times * coefs_[kind] * columns[j];
@@ -119,11 +127,7 @@ public:
                          weights(t.batch, t.b, t.j0), x);
     }
 
-    void put(int64_t batch, int64_t blocks, double* sums) const {
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = 0; i < blocks; ++i)
-                for (int kind = 0; kind < 3; ++kind) sums[b * 3 + kind] += sums_[(b * blocks + i) * 3 + kind];
-    }
+    void put(int64_t batch, double* sums) const { add_slots(sums_, batch, 3, sums); }
 
 private:
     const T* weights(int64_t batch, int side, int64_t i) const {
@@ -153,7 +157,7 @@ struct Sums : Reducer<T> {
         tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.batch * n + t.i0, column);
         double* const to = t.within() ? rows + t.batch * n : columns + t.batch * m;
         for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
-        squares[t.block] += (t.within() ? 2 : 1) * tiles<T>().inner(t.rows, t.k[0], t.k[0]);
+        squares[t.slot] += (t.within() ? 2 : 1) * tiles<T>().inner(t.rows, t.k[0], t.k[0]);
     }
 };
 
@@ -231,9 +235,9 @@ struct Pair : Reducer<T> {
             double* const to = rows[q] + t.batch * n;
             tiles<T>().reduce(t.rows, t.k[q], nullptr, nullptr, to + t.i0, column);
             for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
-            products[t.block * 3 + 1 + q] += 2 * tiles<T>().inner(t.rows, t.k[q], t.k[q]);
+            products[t.slot * 3 + 1 + q] += 2 * tiles<T>().inner(t.rows, t.k[q], t.k[q]);
         }
-        products[t.block * 3] += 2 * tiles<T>().inner(t.rows, t.k[0], t.k[1]);
+        products[t.slot * 3] += 2 * tiles<T>().inner(t.rows, t.k[0], t.k[1]);
     }
 };
 
@@ -281,7 +285,7 @@ struct Permutations : Reducer<T> {
     }
     void end(const Tile<T>& t, int64_t count) {
         const T* const r = reinterpret_cast<const T*>(t.scratch);
-        double* const to = inside.data() + t.block * members.stride();
+        double* const to = inside.data() + t.slot * members.stride();
         for (int64_t i = 0; i < count; ++i)
             for (int64_t g = 0; g < members.stride(); ++g)
                 to[g] += double(2 * members[t.first + i][g] * r[i * members.stride() + g]);
@@ -377,19 +381,13 @@ private:
 template <class T>
 void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
                    const double* coefs, bool all_sums, double* sums, const Gradients<T>& gradients) {
-    std::fill_n(sums, batch * 3, 0.0);
     Sweep<T> sweep(batch, Pairs::within_and_between, {{kernel, &x, &y, gradients}});
-    Quadratic<T> reducer(batch, sweep.blocks(), x.count, y.count, wx, wy, coefs, gradients);
     const bool wanted[3] = {all_sums || coefs[0] != 0, all_sums || coefs[1] != 0, all_sums || coefs[2] != 0};
-    sweep.run(reducer, wanted);
-    reducer.put(batch, sweep.blocks(), sums);
-}
-
-void add_blocks(const std::vector<double>& from, int64_t batch, int64_t width, double* to) {
-    const int64_t blocks = batch ? int64_t(from.size()) / (batch * width) : 0;
-    std::fill_n(to, batch * width, 0.0);
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t i = 0; i < blocks * width; ++i) to[b * width + i % width] += from[b * blocks * width + i];
+    const bool flat = !gradients.x && !gradients.y && !gradients.weights_x && !gradients.weights_y;
+    const auto rounds = sweep.rounds(wanted, flat);
+    Quadratic<T> reducer(batch, sweep.slots(rounds), x.count, y.count, wx, wy, coefs, gradients);
+    sweep.run(reducer, rounds);
+    reducer.put(batch, sums);
 }
 
 template <class T>
@@ -398,9 +396,10 @@ void sums_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, b
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
     std::fill_n(rows, batch * x.count, 0.0);
     if (!symmetric) std::fill_n(columns, batch * y.count, 0.0);
-    Sums<T> reducer{{}, x.count, y.count, rows, columns, std::vector<double>(batch * sweep.blocks())};
-    sweep.run(reducer, kAll);
-    add_blocks(reducer.squares, batch, 1, squares);
+    const auto rounds = sweep.rounds(kAll);
+    Sums<T> reducer{{}, x.count, y.count, rows, columns, std::vector<double>(sweep.slots(rounds))};
+    sweep.run(reducer, rounds);
+    add_slots(reducer.squares, batch, 1, squares);
 }
 
 template <class T>
@@ -410,7 +409,7 @@ void sums_backward_cpu(int64_t batch, const Kernel& kernel, const Set& x, const 
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between,
                    {{kernel, &x, symmetric ? nullptr : &y, gradients}});
     SumsBackward<T> reducer{{}, x.count, y.count, rows, columns, squares};
-    sweep.run(reducer, kAll);
+    sweep.run(reducer, sweep.rounds(kAll));
 }
 
 template <class T>
@@ -421,7 +420,7 @@ void matmul_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y,
     values.fill(v, batch * columns.count);
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
     MatMul<T> reducer{{}, x.count, columns.count, values, result};
-    sweep.run(reducer, kAll);
+    sweep.run(reducer, sweep.rounds(kAll));
     for (int64_t i = 0; i < batch * x.count; ++i) std::copy_n(result[i], width, out + i * width);
 }
 
@@ -441,7 +440,7 @@ void matmul_backward_cpu(int64_t batch, const Kernel& kernel, const Set& x, cons
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between,
                    {{kernel, &x, symmetric ? nullptr : &y, gradients}});
     MatMulBackward<T> reducer{{}, n, m, both, left, right, plain, result};
-    sweep.run(reducer, kAll);
+    sweep.run(reducer, sweep.rounds(kAll));
     for (int64_t i = 0; grad_v && i < batch * m; ++i) std::copy_n(result[i], width, grad_v + i * width);
 }
 
@@ -451,9 +450,10 @@ void pair_cpu(int64_t batch, const Kernel& kernel_x, const Set& x, const Kernel&
     Sweep<T> sweep(batch, Pairs::within_x, {{kernel_x, &x, nullptr, {}}, {kernel_y, &y, nullptr, {}}});
     std::fill_n(rows_x, batch * x.count, 0.0);
     std::fill_n(rows_y, batch * x.count, 0.0);
-    Pair<T> reducer{{}, x.count, {rows_x, rows_y}, std::vector<double>(batch * sweep.blocks() * 3)};
-    sweep.run(reducer, kAll);
-    add_blocks(reducer.products, batch, 3, products);
+    const auto rounds = sweep.rounds(kAll);
+    Pair<T> reducer{{}, x.count, {rows_x, rows_y}, std::vector<double>(sweep.slots(rounds) * 3)};
+    sweep.run(reducer, rounds);
+    add_slots(reducer.products, batch, 3, products);
 }
 
 template <class T>
@@ -463,7 +463,7 @@ void pair_backward_cpu(int64_t batch, const Kernel& kernel_x, const Set& x, cons
     Sweep<T> sweep(batch, Pairs::within_x,
                    {{kernel_x, &x, nullptr, gradients_x}, {kernel_y, &y, nullptr, gradients_y}});
     PairBackward<T> reducer{{}, x.count, {rows_x, rows_y}, products};
-    sweep.run(reducer, kAll);
+    sweep.run(reducer, sweep.rounds(kAll));
 }
 
 template <class T>
@@ -478,12 +478,13 @@ void permutations_cpu(const Kernel& kernel, const Set& z, const uint8_t* members
         for (int64_t g = 0; g < count; ++g)
             for (int64_t i = 0; i < z.count; ++i) a[i][g] = T(members[(first + g) * z.count + i] != 0);
         Sweep<T> sweep(1, Pairs::within_x, {{kernel, &z, nullptr, {}}});
-        std::vector<double> sums(sweep.blocks() * a.stride());
+        const auto rounds = sweep.rounds(kAll);
+        std::vector<double> sums(sweep.slots(rounds) * a.stride());
         Permutations<T> reducer{{}, a, first ? nullptr : rows, sums};
-        sweep.run(reducer, kAll);
+        sweep.run(reducer, rounds);
         for (int64_t g = 0; g < count; ++g) {
             inside[first + g] = 0;
-            for (int64_t b = 0; b < sweep.blocks(); ++b) inside[first + g] += sums[b * a.stride() + g];
+            for (size_t at = g; at < sums.size(); at += a.stride()) inside[first + g] += sums[at];
         }
     }
 }
@@ -494,6 +495,7 @@ void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, c
     // Distances as those kernels need them that are functions of the root; the kernel itself is not looked at.
     const Kernel kernel{{{Metric::l2, dimension, {{Family::energy, 1, 0, 0, 0}}}}};
     Sweep<T> sweep(1, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
+    const auto rounds = sweep.rounds(kAll, true);
     Select<T> reducer;
     std::vector<size_t> order(places.size());
     std::iota(order.begin(), order.end(), size_t(0));
@@ -501,10 +503,10 @@ void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, c
     for (const size_t i : order) reducer.sought.push_back({0, places[i], {-1, -1}});
     reducer.counts.assign(places.size(), std::vector<int64_t>(size_t(1) << Select<T>::kAtOnce));
     while (reducer.known < Select<T>::kAll) {
-        sweep.run(reducer, kAll);
+        sweep.run(reducer, rounds);
         reducer.advance();
     }
-    sweep.run(reducer, kAll);
+    sweep.run(reducer, rounds);
     for (size_t r = 0; r < order.size(); ++r) {
         std::memcpy(values + order[r], &reducer.sought[r].prefix, sizeof(T));
         std::copy_n(reducer.sought[r].pair, 2, pairs + 2 * order[r]);

@@ -6,7 +6,8 @@
 //   once and counted for both. In a round no block takes part in two tasks, so that a task adds to the rows of both its
 //   blocks (row sums, gradients) without locks, and in an order that depends on the sizes alone: the result is the same for
 //   any number of threads. The rounds of n blocks among themselves are those of a round-robin tournament (n - 1 rounds of
-//   n / 2 pairs), after one round of each block with itself; between two sets they are the cyclic shifts.
+//   n / 2 pairs), after one round of each block with itself; between two sets they are the cyclic shifts. A reducer that
+//   only adds up numbers needs no rounds.
 //
 // Note: [Centres]
 //   Kernels of a distance do not change when all points move. Products lose the digits that all points have in common, so
@@ -70,7 +71,7 @@ template <class T>
 struct Tile {
     int64_t batch, first, i0, j0, rows, columns;  // `first`: the block's first row
     int a, b;                                     // sides
-    int64_t block;                                // of the rows
+    int64_t slot;                                 // where sums go: no other task adds to it at the same time
     bool diagonal;                                // pairs i < j only
     const T* z;     // what the first layer of the first group compares: distances or products
     T* k[2];        // values, of each group
@@ -104,44 +105,58 @@ public:
     int64_t blocks() const { return int64_t(blocks_.size()); }
     bool differentiates() const { return gradients_ || parameters_; }
 
-    // `wanted[kind]`: pairs in x, in y, of both.
-    template <class R>
-    void run(R& reducer, const bool (&wanted)[3]) {
-        if (parameters_) parameter_sums_.assign(batch_ * blocks_.size() * 2 * Program<T>::kMostTerms * 4, 0);
-        const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
-        const auto round = [&](const std::vector<std::pair<int, int>>& tasks) {
-            const int64_t n = int64_t(tasks.size());
-            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch) {
-                task(i / n, blocks_[tasks[i % n].first], blocks_[tasks[i % n].second], scratch, reducer);
-            });
-        };
-        std::vector<std::pair<int, int>> tasks;
+    using Tasks = std::vector<std::pair<int, int>>;
+
+    // The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for reducers that add to
+    // nothing but the slot of the task.
+    std::vector<Tasks> rounds(const bool (&wanted)[3], bool flat = false) const {
+        std::vector<Tasks> all(1);
         const int n = int(blocks_.size());
         const auto add = [&](int a, int b) {
             if (a > b) std::swap(a, b);
             if (b >= n) return;
             const int s = blocks_[a].side, t = blocks_[b].side;
-            if (wanted[s != t ? 2 : s]) tasks.emplace_back(a, b);
+            if (wanted[s != t ? 2 : s]) all.back().emplace_back(a, b);
         };
-        const auto flush = [&] {
-            if (!tasks.empty()) round(tasks);
-            tasks.clear();
+        const auto next = [&] {
+            if (!flat && !all.back().empty()) all.emplace_back();
         };
         if (pairs_ == Pairs::between) {
             const int rows = x_blocks_, columns = n - x_blocks_, most = std::max(rows, columns);
-            for (int r = 0; r < most; flush(), ++r)
+            for (int r = 0; r < most; next(), ++r)
                 for (int a = 0; a < rows; ++a)
                     if ((a + r) % most < columns) add(a, rows + (a + r) % most);
         } else {
             for (int a = 0; a < n; ++a) add(a, a);
-            flush();
+            next();
             const int even = (n + 1) / 2 * 2, m = even - 1;
-            for (int r = 0; r < m; flush(), ++r) {
+            for (int r = 0; r < m; next(), ++r) {
                 add(m, r);
                 for (int i = 1; i < even / 2; ++i) add((r + i) % m, (r - i + m) % m);
             }
         }
-        if (parameters_) add_up_parameters();
+        return all;
+    }
+
+    // A task's slot is that of its first block in the batch, or with one round only its own.
+    int64_t slots(const std::vector<Tasks>& rounds) const {
+        return batch_ * (rounds.size() == 1 ? int64_t(rounds[0].size()) : blocks());
+    }
+
+    template <class R>
+    void run(R& reducer, const std::vector<Tasks>& rounds) {
+        if (parameters_) parameter_sums_.assign(slots(rounds) * 2 * Program<T>::kMostTerms * 4, 0);
+        const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
+        for (const Tasks& tasks : rounds) {
+            const int64_t n = int64_t(tasks.size());
+            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch) {
+                const int64_t batch = i / n;
+                const auto [a, b] = tasks[i % n];
+                const int64_t slot = rounds.size() == 1 ? i : batch * blocks() + a;
+                task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
+            });
+        }
+        if (parameters_) add_up_parameters(slots(rounds) / std::max<int64_t>(1, batch_));
     }
 
 private:
@@ -277,7 +292,7 @@ private:
     }
 
     template <class R>
-    void task(int64_t batch, const Block& a, const Block& b, char* s, R& reducer) {
+    void task(int64_t batch, int64_t slot, const Block& a, const Block& b, char* s, R& reducer) {
         const int kind = a.side != b.side ? 2 : a.side;
         const bool diagonal = a.index == b.index;
         for_layers([&](size_t q, size_t l, const Part& p) {
@@ -291,7 +306,7 @@ private:
         tile.first = a.first;
         tile.a = a.side;
         tile.b = b.side;
-        tile.block = batch * blocks() + a.index;
+        tile.slot = slot;
         tile.scratch = s + sizes_;
         tile.z = at(s, parts_[0][0].z);
         for (size_t q = 0; q < groups_.size(); ++q) {
@@ -389,7 +404,7 @@ private:
             mask(tile, tile.diagonal, w);
             complete(w);
             t.parameters(programs_[q][l], int(tile.rows), at(s, p.z), w,
-                         parameter_sums(tile.block, q) + 4 * first_term(q, l));
+                         parameter_sums(tile.slot, q) + 4 * first_term(q, l));
         });
     }
 
@@ -439,16 +454,16 @@ private:
         }
     }
 
-    double* parameter_sums(int64_t block, size_t q) {
-        return parameter_sums_.data() + (block * 2 + int64_t(q)) * Program<T>::kMostTerms * 4;
+    double* parameter_sums(int64_t slot, size_t q) {
+        return parameter_sums_.data() + (slot * 2 + int64_t(q)) * Program<T>::kMostTerms * 4;
     }
-    void add_up_parameters() {
+    void add_up_parameters(int64_t slots) {
         for (size_t q = 0; q < groups_.size(); ++q)
             if (groups_[q].gradients.parameters)
-                for (int64_t block = 0; block < batch_ * blocks(); ++block) {
+                for (int64_t slot = 0; slot < batch_ * slots; ++slot) {
                     const int64_t n = groups_[q].kernel.terms() * 4;
-                    double* const to = groups_[q].gradients.parameters + block / blocks() * n;
-                    for (int64_t i = 0; i < n; ++i) to[i] += parameter_sums(block, q)[i];
+                    double* const to = groups_[q].gradients.parameters + slot / slots * n;
+                    for (int64_t i = 0; i < n; ++i) to[i] += parameter_sums(slot, q)[i];
                 }
     }
 

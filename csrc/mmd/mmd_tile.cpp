@@ -52,7 +52,7 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, cons
     };
     if constexpr (sizeof(From) == sizeof(T)) {
         if (step == 1)
-            for (; k + N <= dimension; k += N) put(Simd<T>::load(reinterpret_cast<const T*>(from) + k));
+            for (; k < dimension; k += N) put(Simd<T>::load(reinterpret_cast<const T*>(from) + k, int(dimension - k)));
     }
     for (; k < dimension; k += N) {
         alignas(64) T part[N] = {};
@@ -61,7 +61,7 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, cons
         put(Simd<T>::load(part));
     }
     for (; k < stride; k += N) Simd<T>::store(to + k, Vec<T>{});
-    return Simd<T>::sum(square);
+    return dimension <= kFewDimensions ? T(0) : Simd<T>::sum(square);  // few dimensions need no lengths
 }
 
 template <class T>

@@ -61,10 +61,22 @@ def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms) -> tuple[Tensor, Tensor
     need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
     if torch.is_grad_enabled():
         need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params, coefs)]
+    if any(need) and _is_plain(x, y):
+        return _Quadratic.apply(x, y, wx, wy, coefs, *kernel, need)
     if any(need) or torch.compiler.is_compiling():
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
     with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a small batch
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """True where nothing but autograd looks on: no compilation, no function transform, no mode, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    )
 
 
 def sums(x, y, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,10 +136,15 @@ def _quadratic_backward_cpu(
 ):
     """The gradients of the value of each item of the batch, which were computed along with it, times its gradient."""
 
+    factors = {}
+
     def scaled(unit, like):
         if not unit.numel():
             return unit
-        return (unit * grad.view(-1, *[1] * (unit.dim() - 1)).to(unit.dtype)).to(like.dtype)
+        key = unit.dtype, unit.dim()
+        if key not in factors:
+            factors[key] = grad.to(unit.dtype).view(-1, *[1] * (unit.dim() - 1))
+        return (unit * factors[key]).to(like.dtype)
 
     by_params = scaled(unit_params, params)
     by_params = by_params.sum(0) if need[4] else by_params
@@ -346,7 +363,10 @@ def _differentiate_quadratic(ctx, grad, *_):
         return (None,) * 10
     x, y, wx, wy, coefs, params, sums, *units = ctx.saved_tensors
     kernel = params, ctx.dims, ctx.families, ctx.layers
-    by = _ops.mmd_quadratic_backward.default(grad, x, y, wx, wy, coefs, *kernel, ctx.need, *units)
+    backward = _ops.mmd_quadratic_backward.default
+    if not torch.is_grad_enabled() and _is_plain(x, y, grad):
+        backward = _quadratic_backward_cpu
+    by = backward(grad, x, y, wx, wy, coefs, *kernel, ctx.need, *units)
     *by, by_params = _kept(by, ctx.need[:5])
     by_coefs = None
     if coefs.requires_grad and torch.is_grad_enabled():  # a second derivative may follow: the sums depend on the points
@@ -356,6 +376,23 @@ def _differentiate_quadratic(ctx, grad, *_):
     elif coefs.requires_grad:
         by_coefs = (grad[:, None] * sums).sum(0)
     return *by, by_coefs, by_params, None, None, None, None
+
+
+class _Quadratic(torch.autograd.Function):
+    """``mmfast::mmd_quadratic`` without the dispatcher, which takes longer than a small batch, where it has no say."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _quadratic_cpu(*inputs)
+        *tensors, params, ctx.dims, ctx.families, ctx.layers, ctx.need = inputs
+        ctx.save_for_backward(*tensors, params, *output[1:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _differentiate_quadratic(ctx, *grads)
 
 
 def _save_quadratic_backward(ctx, inputs, output):

@@ -214,7 +214,7 @@ void check_complex(int64_t size, bool in_place, Random& random) {
     }
     std::vector<int> seen(size);
     Complex<V>* const to = in_place ? x.data() : out.data();
-    mmfast::transform_row(plan, x.data(), w.data(), [&](int64_t k, V a, V b) {
+    mmfast::transform_row(plan, mmfast::Elements<V>{x.data()}, w.data(), [&](int64_t k, V a, V b) {
         CHECK(k >= 0 && k < size, "output %ld of %ld", long(k), long(size));
         ++seen[k];
         to[k] = {a, b};
@@ -273,7 +273,8 @@ struct RealCheck {
             }
             return v;
         };
-#define CALL(R) mmfast::real_columns<R, T, V>(plan, length, load, z.data(), stride)
+        const auto put = [&](int64_t k, int64_t s, V re, V im) { z[k * stride + s] = {re, im}; };
+#define CALL(R) mmfast::real_columns<R, T, V>(plan, length, load, put)
         FOR_RADIX(plan.radix, CALL)
 #undef CALL
         std::vector<int> seen(bins);
@@ -283,7 +284,8 @@ struct RealCheck {
             should.push_back(definition(samples, {}, bins, roots));
         }
         for (int64_t k1 = 0; k1 < rows; ++k1) {
-            mmfast::transform_row(plan.row, z.data() + k1 * stride, w.data(), [&](int64_t k2, V re, V im) {
+            const mmfast::Elements<V> row{z.data() + k1 * stride};
+            mmfast::transform_row(plan.row, row, w.data(), [&](int64_t k2, V re, V im) {
                 const int64_t bin = k1 + plan.radix * k2;
                 const bool folded = 2 * bin > n;
                 const int64_t at = folded ? n - bin : bin;
@@ -324,7 +326,8 @@ struct RealCheck {
                     L::set(row[k2].re, lane, T(at == bin ? h[lane].im[at] : -h[lane].im[at]));
                 }
             }
-            mmfast::transform_row(plan.row, row, w.data(), [row](int64_t k2, V re, V im) { row[k2] = {re, im}; });
+            mmfast::transform_row(plan.row, mmfast::Elements<V>{row}, w.data(),
+                                  [row](int64_t k2, V re, V im) { row[k2] = {re, im}; });
         }
         std::vector<V> out(length);
         std::vector<int> seen(length);

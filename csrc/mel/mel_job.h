@@ -1,0 +1,256 @@
+// What the driver of the tile kernels (mel_cpu.cpp) knows of a call: parameters, samples and where features go.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "common/isa.h"
+#include "mel/mel.h"
+
+namespace mmfast {
+namespace mel {
+
+template <class T>
+MelKernels<T> kernels();
+template <>
+inline MelKernels<float> kernels<float>() {
+    return MMFAST_FOR_ISA(best_isa(), mel, kernels_float)();
+}
+template <>
+inline MelKernels<double> kernels<double>() {
+    return MMFAST_FOR_ISA(best_isa(), mel, kernels_double)();
+}
+
+// One call: the parameters the kernels read and what they point to.
+template <class T>
+struct Job {
+    const Spec& spec;
+    const Waveform& wave;
+    MelKernels<T> kernel = kernels<T>();
+    MelParams<T> p;
+    int64_t frames, tiles, features, group, groups;
+    std::vector<T> window;
+    std::unique_ptr<CompactFilters<T>> own_filters;
+
+    Job(const Plan& plan, const Waveform& w, const Tables<T>& tables, int64_t group_, uint32_t seed, bool by_bin)
+        : spec(plan.spec), wave(w) {
+        p = kernel_params<T>(spec, seed);
+        p.fft = plan.fft<T>();
+        p.cepstra = tables.cepstra;
+        p.dct = tables.dct;
+        p.dct_mirrored = tables.cepstra > 0 && mirrored(tables.dct, tables.n_filters, tables.cepstra);
+        set_window(tables.window);
+        if (tables.filters) set_filters(plan, tables.filters, tables.n_filters, by_bin);
+        frames = p.framing.count(wave.length);
+        tiles = (frames + kernel.lanes - 1) / kernel.lanes;
+        features = feature_count(spec, tables.n_filters, tables.cepstra);
+        group = group_ > 0 ? group_ : std::max<int64_t>(1, wave.rows);
+        groups = (wave.rows + group - 1) / group;
+    }
+
+    // To the last place of each number: not a table that was computed less exactly, or none of a DCT at all.
+    static bool mirrored(const T* dct, int64_t rows, int64_t columns) {
+        for (int64_t i = 0; i < rows / 2; ++i) {
+            const T *a = dct + i * columns, *b = dct + (rows - 1 - i) * columns;
+            for (int64_t j = 0; j < columns; ++j) {
+                const T far = j % 2 ? -b[j] : b[j];
+                const T size = std::max(std::abs(a[j]), std::abs(far)), eps = std::numeric_limits<T>::epsilon();
+                if (!(std::abs(a[j] - far) <= eps * size || size <= eps * T(1e-6))) return false;
+            }
+        }
+        // The middle row of an odd number is its own mirror image: its odd columns are taken as zero.
+        if (rows % 2)
+            for (int64_t j = 1; j < columns; j += 2)
+                if (std::abs(dct[rows / 2 * columns + j]) > std::numeric_limits<T>::epsilon()) return false;
+        return true;
+    }
+
+    void set_window(const T* given) {
+        const int64_t n = p.framing.window;
+        p.window = p.energy_window = given;
+        if (!spec.normalized) return;
+        double sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += double(given[i]) * double(given[i]);
+        const double scale = 1 / std::sqrt(spec.normalized == 1 ? sum : double(spec.n_fft));
+        window.resize(n);
+        for (int64_t i = 0; i < n; ++i) window[i] = T(given[i] * scale);
+        p.window = window.data();
+    }
+
+    void set_filters(const Plan& plan, const T* dense, int64_t rows, bool by_bin) {
+        const CompactFilters<T>* sparse = plan.prepared(dense, rows);
+        if (!sparse) {
+            own_filters = std::make_unique<CompactFilters<T>>(dense, p.bins(), rows, by_bin);
+            sparse = own_filters.get();
+        }
+        p.filters = sparse->view();
+    }
+
+    int64_t length(int64_t row) const {
+        return wave.lengths ? std::clamp<int64_t>(wave.lengths[row], 0, wave.length) : wave.length;
+    }
+    int64_t count(int64_t row) const { return std::min(frames, p.framing.count(length(row))); }
+
+    // Roughly the nanoseconds of a tile, to judge whether another thread is worth waking.
+    double tile_cost() const { return 8.0 * double(spec.n_fft) + 0.5 * double(p.bands() * p.cepstra); }
+
+    // Samples that staging a tile takes: frames that overlap are staged as one run.
+    int64_t staging() const {
+        return std::min(p.framing.hop, p.framing.window) * (kernel.lanes - 1) + p.framing.window;
+    }
+
+    // Points the lanes of `t` at frames [frame, frame + count) of a row: into the waveform itself where it is contiguous, in T
+    // and inside the signal, else into `staged`.
+    void point(int64_t row, int64_t frame, int count, T* staged, FrameTile<T>& t) const {
+        const Framing& f = p.framing;
+        const int64_t begin = f.first + frame * f.hop, end = begin + (count - 1) * f.hop + f.window;
+        t.frames = count;
+        t.row = row;
+        t.frame = frame;
+        const T* base;
+        int64_t step = f.hop;
+        if (wave.type == scalar_type_of<T>() && wave.sample_stride == 1 && !signal_preemphasis() && begin >= 0 &&
+            end <= length(row)) {
+            base = static_cast<const T*>(wave.data) + row * wave.row_stride + begin;
+        } else {
+            base = staged;
+            if (f.hop <= f.window) {
+                stage(row, begin, end, staged);
+            } else {
+                step = f.window;
+                for (int i = 0; i < count; ++i)
+                    stage(row, begin + i * f.hop, begin + i * f.hop + f.window, staged + i * step);
+            }
+        }
+        for (int i = 0; i < kernel.lanes; ++i) t.lane[i] = base + std::min(i, count - 1) * step;
+    }
+
+    // Sum of squares of some of the samples of frames [frame, frame + count), enough to tell loud ones from quiet ones; never
+    // NaN. Few cache lines of the waveform are touched.
+    float loudness(int64_t row, int64_t frame, int64_t count) const {
+        constexpr int64_t kLook = 16, kEvery = 256;
+        const int64_t begin = p.framing.first + frame * p.framing.hop;
+        const int64_t low = std::clamp<int64_t>(begin, 0, length(row));
+        const int64_t high =
+            std::clamp<int64_t>(begin + (count - 1) * p.framing.hop + p.framing.window, low, length(row));
+        float sum[kLook] = {};
+        dispatch(wave.type, [&](auto* kind) {
+            using Sample = std::remove_pointer_t<decltype(kind)>;
+            const Sample* x = static_cast<const Sample*>(wave.data) + row * wave.row_stride;
+            const auto look = [&](int64_t stride) {
+                for (int64_t q = low; q + kLook <= high; q += kEvery) {
+                    for (int64_t i = 0; i < kLook; ++i) {
+                        const float value = float(x[(q + i) * stride]);
+                        sum[i] += value * value;
+                    }
+                }
+            };
+            wave.sample_stride == 1 ? look(1) : look(wave.sample_stride);
+        });
+        const float total = std::accumulate(sum, sum + kLook, 0.0f);
+        return total >= 0 ? total : std::numeric_limits<float>::infinity();
+    }
+
+    bool signal_preemphasis() const { return spec.preemphasis_of_signal && spec.preemphasis != 0; }
+
+    // Samples [begin, end) of the extended signal.
+    void stage(int64_t row, int64_t begin, int64_t end, T* to) const {
+        dispatch(wave.type, [&](auto* kind) {
+            using Sample = std::remove_pointer_t<decltype(kind)>;
+            const Sample* x = static_cast<const Sample*>(wave.data) + row * wave.row_stride;
+            const int64_t stride = wave.sample_stride, n = length(row);
+            const int64_t low = std::clamp<int64_t>(0, begin, end), high = std::clamp<int64_t>(n, low, end);
+            const T c = signal_preemphasis() ? T(spec.preemphasis) : T(0);
+            const auto sample = [&](int64_t i) {
+                const T value = T(x[i * stride]);
+                return c != 0 && i > 0 ? value - c * T(x[(i - 1) * stride]) : value;
+            };
+            const auto outside = [&](int64_t q) {
+                const int64_t i = p.framing.source(q, n);
+                return i < 0 ? T(0) : sample(i);
+            };
+            for (int64_t q = begin; q < low; ++q) to[q - begin] = outside(q);
+            if (c != 0) {
+                for (int64_t q = low; q < high; ++q) to[q - begin] = sample(q);
+            } else if (stride ==
+                       1) {  // of its own, for it becomes a copy or vector code: the first and last tiles are staged
+                std::copy(x + low, x + high, to + (low - begin));
+            } else {
+                for (int64_t q = low; q < high; ++q) to[q - begin] = T(x[q * stride]);
+            }
+            for (int64_t q = high; q < end; ++q) to[q - begin] = outside(q);
+        });
+    }
+};
+
+// Where tile output goes: straight into the features, or through a small block when they are of another type.
+template <class T>
+class Output {
+public:
+    Output(const Job<T>& job, void* features, ScalarType type) : job_(job), out_(features), type_(type) {
+        const bool tm = job.p.time_major;
+        feature_stride_ = tm ? 1 : job.frames;
+        frame_stride_ = tm ? job.features : 1;
+        row_stride_ = job.features * job.frames;
+    }
+    bool direct() const { return type_ == scalar_type_of<T>(); }
+    size_t scratch_bytes() const {
+        const int64_t block = direct() ? 0 : job_.features * job_.kernel.lanes;
+        return job_.kernel.forward_scratch(job_.p) + (job_.staging() + block) * sizeof(T);
+    }
+
+    // Readies tile i: frames past the end of the row are filled; false if there are no others.
+    bool begin(int64_t i, const int64_t* counts, char* scratch, FrameTile<T>& t) const {
+        const int64_t row = i / job_.tiles, lanes = job_.kernel.lanes, frame = i % job_.tiles * lanes;
+        const int64_t inside = std::clamp<int64_t>(counts[row] - frame, 0, lanes);
+        const int64_t here = std::min<int64_t>(lanes, job_.frames - frame);
+        if (inside < here) fill(row, frame + inside, here - inside);
+        if (inside == 0) return false;
+        T* const staged = reinterpret_cast<T*>(scratch + job_.kernel.forward_scratch(job_.p));
+        job_.point(row, frame, int(inside), staged, t);
+        t.out = direct() ? static_cast<T*>(out_) + row * row_stride_ + frame * frame_stride_ : staged + job_.staging();
+        t.feature_stride = direct() ? feature_stride_ : lanes;
+        t.frame_stride = direct() ? frame_stride_ : 1;
+        return true;
+    }
+    void end(const FrameTile<T>& t) const {
+        if (direct()) return;
+        for_each(t.row, t.frame, t.frames, 0, job_.features, [&](auto& value, int64_t f, int64_t c) {
+            value = std::remove_reference_t<decltype(value)>(t.out[c * t.feature_stride + f]);
+        });
+    }
+    void fill(int64_t row, int64_t frame, int64_t frames) const {
+        const T fill = T(job_.spec.fill);
+        for_each(row, frame, frames, 0, job_.features,
+                 [&](auto& value, int64_t, int64_t) { value = std::remove_reference_t<decltype(value)>(fill); });
+    }
+    // f(value, frame, feature) of features [c0, c1).
+    template <class F>
+    void for_each(int64_t row, int64_t frame, int64_t frames, int64_t c0, int64_t c1, const F& f) const {
+        dispatch(type_, [&](auto* kind) {
+            using Value = std::remove_pointer_t<decltype(kind)>;
+            Value* const out = static_cast<Value*>(out_) + row * row_stride_ + frame * frame_stride_;
+            if (frame_stride_ == 1) {
+                for (int64_t c = c0; c < c1; ++c)
+                    for (int64_t i = 0; i < frames; ++i) f(out[c * feature_stride_ + i], i, c);
+            } else {
+                for (int64_t i = 0; i < frames; ++i)
+                    for (int64_t c = c0; c < c1; ++c) f(out[i * frame_stride_ + c], i, c);
+            }
+        });
+    }
+
+private:
+    const Job<T>& job_;
+    void* out_;
+    ScalarType type_;
+    int64_t feature_stride_, frame_stride_, row_stride_;
+};
+
+}  // namespace mel
+}  // namespace mmfast
