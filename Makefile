@@ -50,6 +50,7 @@ $(VENV)/mmfast.stamp: $(VENV)/torch.stamp pyproject.toml mmfast/__init__.py $(SO
 $(VENV)/peers.stamp: constraints.txt | $(VENV)/mmfast.stamp
 	$(PIP) tiktoken more-itertools
 	$(PIP) --no-deps --no-build-isolation torchaudio openai-whisper nnAudio
+	$(PIP) --no-deps geomloss pytorch-adapt pytorch-metric-learning pytorch-ignite torch-cka torchdrift torchmetrics lightning-utilities
 	$(PY) -c 'import glob, os, sysconfig, torch; [os.remove(f) for f in glob.glob(sysconfig.get_path("platlib") + "/torchaudio/lib/*.so") if torch.version.cuda is None]'
 	touch $@
 

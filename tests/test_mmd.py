@@ -643,3 +643,20 @@ def test_every_estimator_is_tested():
 def terms_of_all(kernel):
     x = [torch.randn(1, 4, 3)]
     return [family for _, terms in kernel.parts(x, x) for family in terms.families]
+
+
+def test_many_terms_and_layers(mmd_backend):
+    """More than the native kernels have room for: the same results, from wherever."""
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    bandwidths = [0.1 * (i + 1) for i in range(70)]
+    value = mmfast.mmd2(x, y, kernel=k.MultiGaussian(bandwidths), estimator="biased", backend=mmd_backend)
+    each = [
+        mmfast.mmd2(x, y, kernel=k.MultiGaussian([b]), estimator="biased", backend="reference")
+        for b in bandwidths
+    ]
+    torch.testing.assert_close(value, torch.stack(each).sum())
+    layers_x, layers_y = [x + i for i in range(9)], [y + i for i in range(9)]
+    product = k.Product([k.Gaussian(2.0)] * 9)
+    value = mmfast.mmd2(layers_x, layers_y, kernel=product, estimator="biased", backend=mmd_backend)
+    single = mmfast.mmd2(x, y, kernel=k.Gaussian(2.0 / 3), estimator="biased", backend="reference")
+    torch.testing.assert_close(value, single)

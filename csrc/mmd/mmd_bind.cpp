@@ -65,8 +65,7 @@ mmd::Kernel kernel_of(const Terms& terms, int64_t features) {
     int64_t columns = 0;
     for (const int64_t d : terms.dimensions) columns += d;
     TORCH_CHECK_VALUE(columns == features, "the layers have ", columns, " dimensions together, the points ", features);
-    TORCH_CHECK_VALUE(n <= mmd::Program<float>::kMostTerms && int64_t(terms.dimensions.size()) <= 8, "at most ",
-                      mmd::Program<float>::kMostTerms, " terms and 8 layers");
+    TORCH_CHECK_VALUE(int64_t(terms.dimensions.size()) <= 8, "at most 8 layers");
     mmd::Kernel kernel;
     for (const int64_t d : terms.dimensions) kernel.layers.push_back({mmd::Metric::l2, d, {}});
     for (int64_t i = 0; i < n; ++i) {
@@ -82,7 +81,9 @@ mmd::Kernel kernel_of(const Terms& terms, int64_t features) {
         to.metric = mmd::metric_of(family);
         to.terms.push_back({family, v[0], v[1], v[2], v[3]});
     }
-    for (const mmd::Layer& l : kernel.layers) TORCH_CHECK_VALUE(!l.terms.empty(), "a layer has no term");
+    for (const mmd::Layer& l : kernel.layers)
+        TORCH_CHECK_VALUE(!l.terms.empty() && l.terms.size() <= mmd::Program<float>::kMostTerms,
+                          "a layer must have 1 to ", mmd::Program<float>::kMostTerms, " terms");
     return kernel;
 }
 

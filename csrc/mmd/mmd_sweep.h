@@ -145,7 +145,7 @@ public:
 
     template <class R>
     void run(R& reducer, const std::vector<Tasks>& rounds) {
-        if (parameters_) parameter_sums_.assign(slots(rounds) * 2 * Program<T>::kMostTerms * 4, 0);
+        if (parameters_) parameter_sums_.assign(slots(rounds) * 2 * most_terms() * 4, 0);
         const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
         for (const Tasks& tasks : rounds) {
             const int64_t n = int64_t(tasks.size());
@@ -455,7 +455,12 @@ private:
     }
 
     double* parameter_sums(int64_t slot, size_t q) {
-        return parameter_sums_.data() + (slot * 2 + int64_t(q)) * Program<T>::kMostTerms * 4;
+        return parameter_sums_.data() + (slot * 2 + int64_t(q)) * most_terms() * 4;
+    }
+    int64_t most_terms() const {
+        int64_t n = 0;
+        for (const auto& g : groups_) n = std::max(n, g.kernel.terms());
+        return n;
     }
     void add_up_parameters(int64_t slots) {
         for (size_t q = 0; q < groups_.size(); ++q)

@@ -54,8 +54,17 @@ def _kernel(x: Sequence[Tensor], terms: Terms) -> tuple:
     return terms.params, [t.shape[2] for t in x], terms.families, terms.layers
 
 
+def _fits(*kernels: Terms) -> bool:
+    """False for what the kernels have no room for: 8 layers, 64 terms each."""
+    return all(
+        max(t.layers, default=0) < 8 and all(t.layers.count(layer) <= 64 for layer in set(t.layers)) for t in kernels
+    )
+
+
 def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """`reference.quadratic`; the gradients are computed along with the value where one will be asked for."""
+    if not _fits(terms):
+        return reference.quadratic(x, y, wx, wy, coefs, terms)
     kernel = _kernel(x, terms)
     x, y = _joined(x), _joined(y)
     need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
@@ -80,25 +89,33 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 
 def sums(x, y, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits(terms):
+        return reference.sums(x, y, terms)
     return _ops.mmd_sums.default(_joined(x), None if y is None else _joined(y), *_kernel(x, terms))
 
 
 def matmul(x, y, v: Tensor, terms: Terms, skip_diagonal: bool = False) -> Tensor:
+    if not _fits(terms):
+        return reference.matmul(x, y, v, terms, skip_diagonal)
     return _ops.mmd_matmul.default(_joined(x), None if skip_diagonal else _joined(y), v, *_kernel(x, terms))
 
 
 def pair(x, terms_x: Terms, y, terms_y: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits(terms_x, terms_y):
+        return reference.pair(x, terms_x, y, terms_y)
     return _ops.mmd_pair.default(_joined(x), *_kernel(x, terms_x), _joined(y), *_kernel(y, terms_y))
 
 
 @torch.no_grad()
 def permutations(z, terms: Terms, members: Tensor) -> tuple[Tensor, Tensor]:
+    if not _fits(terms):
+        return reference.permutations(z, terms, members)
     return _backend._C.mmd_permutations(_joined(z), _native(*_kernel(z, terms)), members)
 
 
 @torch.no_grad()
 def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool) -> tuple[Tensor, Tensor]:
-    """`reference.select`; pairs of one sample are looked at once, i < j, and what is known of the others is put back."""
+    """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
     if y is not None and (lower_triangle or skip_diagonal):
         return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched
     if y is not None:
