@@ -156,12 +156,22 @@ def test_masked_rows_zero():
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_drop_in_causal_hint(padded, need_weights):
+@pytest.mark.parametrize("honest", [True, False])
+def test_drop_in_causal_hint(honest, padded, need_weights):
+    """Torch believes the hint, true or not, where it has a use for it."""
     theirs, ours = pair(batch_first=True)
     args = arguments(batch_first=True)
-    mask = torch.ones(L, S, dtype=torch.bool).triu(1)
+    mask = torch.ones(L, S, dtype=torch.bool).triu(1) if honest else mask_of("bool", (L, S))
     padding = mask_of("bool", (N, S)) if padded else None
     same(theirs, ours, args, attn_mask=mask, is_causal=True, key_padding_mask=padding, need_weights=need_weights)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("kinds", [("bool", "float"), ("float", "bool")])
+def test_drop_in_mixed_masks(kinds):
+    theirs, ours = pair(batch_first=True)
+    masks = {"key_padding_mask": mask_of(kinds[0], (N, S)), "attn_mask": mask_of(kinds[1], (L, S))}
+    same(theirs, ours, arguments(batch_first=True), **masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
