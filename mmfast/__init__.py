@@ -1,6 +1,7 @@
 """Fused kernels for multimodal learning in PyTorch."""
 
-from mmfast import distributed, kernels, mel, mmd, nn
+from mmfast import distributed, fusion, kernels, mel, mmd, nn
+from mmfast.fusion import cross_attention
 from mmfast.mmd import (
     cka,
     hsic,
@@ -19,7 +20,9 @@ from mmfast.mmd import (
 
 __all__ = [
     "cka",
+    "cross_attention",
     "distributed",
+    "fusion",
     "hsic",
     "kernel_alignment",
     "kernel_matmul",

@@ -300,6 +300,7 @@ def test_readme_examples(number):
 REFERENCES = {
     "mel": ("mel_reference",),
     "mmd": ("quadratic", "matmul", "sums", "pair", "permutations", "select"),
+    "fusion": ("attention", "merge"),
 }
 
 

@@ -1,0 +1,16 @@
+"""Cross-attention from one modality to one or several others, each read in place."""
+
+from mmfast.fusion import reference
+from mmfast.fusion._inputs import Source
+from mmfast.fusion.attention import attention_pool, cross_attention, merge
+from mmfast.fusion.packed import PackedSource, packed_attention
+
+__all__ = [
+    "PackedSource",
+    "Source",
+    "attention_pool",
+    "cross_attention",
+    "merge",
+    "packed_attention",
+    "reference",
+]
