@@ -153,7 +153,7 @@ def test_packed(engine, options, dtype):
         lse_parts.append([x[0].transpose(0, 1) for x in (lse if isinstance(lse, tuple) else (lse,))])
     expected = torch.cat(parts)
     torch.testing.assert_close(out, expected)
-    assert not expected[7:8].isnan().any() and out.shape == (9, 4, 2)
+    assert out.shape == (9, 4, 2)
     for i, lse in enumerate(lses):
         torch.testing.assert_close(lse, torch.cat([part[i] for part in lse_parts]))
     weight = torch.randn_like(out)
@@ -233,14 +233,11 @@ def test_nested_gradient():
     query = torch.nested.nested_tensor_from_jagged(values, offsets).transpose(1, 2)
     source = kv(4, batch=3)
     mmfast.cross_attention(query, source).values().square().sum().backward()
-    expected = 0
     for b in range(3):
         one = values.detach()[offsets[b] : offsets[b + 1]].requires_grad_()
         out = mmfast.cross_attention(one.transpose(0, 1)[None], (source[0][b : b + 1], source[1][b : b + 1]))
         (gradient,) = torch.autograd.grad(out.square().sum(), one)
         torch.testing.assert_close(values.grad[offsets[b] : offsets[b + 1]], gradient)
-        expected += 1
-    assert expected == 3
 
 
 def test_nested_rejects():
