@@ -223,7 +223,7 @@ MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
     return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
     const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
-    return x < -87.3f ? y * 0 : y * scale;
+    return x < -87.33654f ? y * 0 : y * scale;
 #endif
 }
 

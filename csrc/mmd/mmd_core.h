@@ -46,7 +46,7 @@ struct Value {
 // b^e for a whole e >= 0; one multiplication a bit, and one more where the bit is set.
 template <class V>
 MMFAST_INLINE V whole_power(V b, int e) {
-    V result = b * 0 + 1;
+    V result = V{} + 1;
     for (; e > 0; e >>= 1) {
         if (e & 1) result = result * b;
         b = b * b;
@@ -112,7 +112,7 @@ MMFAST_INLINE ParameterGradient<typename M::V> parameter_gradient(const Term<T>&
     using V = typename M::V;
     Term<T> unit = t;
     unit.weight = 1;
-    const V k = value<M>(unit, z).k, zero = z * 0;
+    const V k = value<M>(unit, z).k, zero{};
     const T g = t.gamma, w = t.weight;
     switch (t.family) {
         case Family::gaussian:

@@ -12,8 +12,8 @@ namespace mmd {
 
 // Note: [Chains]
 //   exp(-2 g s) is the square of exp(-g s): Gaussians whose gammas are powers of two apart take one exp, of the widest, and
-//   squarings, which also keep small what has become small. A squaring doubles the relative error; four of them in a row
-//   still leave it near 16 units in the last place of a value that is then below the 16th power of the widest.
+//   squarings, which also keep small what has become small. A squaring doubles the relative error: after the four that a
+//   chain may take (DAN's five Gaussians) it is near 16 units in the last place.
 template <class T>
 Program<T> program_of(const Layer& layer) {
     Program<T> p{};
@@ -36,15 +36,17 @@ Program<T> program_of(const Layer& layer) {
         Chain<T>& c = p.chain[p.chains++];
         std::vector<const Term<double>*> left;
         double last = gaussians[0]->gamma;
+        int total = 0;
         c.exponent = T(-last);
         for (auto* t : gaussians) {
             const double ratio = last > 0 ? t->gamma / last : t->gamma == last ? 1 : 0;
             const int squarings = ratio >= 0.5 ? int(std::lround(std::log2(ratio))) : -1;
-            if (c.count == Chain<T>::kMost || squarings < 0 || squarings > 4 ||
+            if (c.count == Chain<T>::kMost || squarings < 0 || total + squarings > 4 ||
                 std::abs(std::ldexp(1.0, squarings) - ratio) > 1e-9 * ratio) {
                 left.push_back(t);
                 continue;
             }
+            total += squarings;
             c.squarings[c.count] = squarings;
             c.weight[c.count] = T(t->weight);
             c.slope[c.count++] = T(-t->weight * t->gamma);
@@ -105,8 +107,11 @@ public:
         const T* const from[2] = {wx, wy};
         for (int side = 0; side < 2; ++side) {
             if (!from[side]) continue;
-            weights_[side].emplace_back(batch * n_[side], 1, 1);
-            weights_[side][0].fill(from[side], batch * n_[side]);
+            // Whole tiles for each item: a NaN of the next would count even where the kernel's values are 0.
+            stride_[side] = (n_[side] + kTile - 1) / kTile * kTile;
+            weights_[side].resize(batch * stride_[side]);
+            for (int64_t b = 0; b < batch; ++b)
+                std::copy_n(from[side] + b * n_[side], n_[side], weights_[side].data() + b * stride_[side]);
         }
     }
 
@@ -131,7 +136,7 @@ public:
 
 private:
     const T* weights(int64_t batch, int side, int64_t i) const {
-        return weights_[side].empty() ? nullptr : weights_[side][0][batch * n_[side] + i];
+        return weights_[side].empty() ? nullptr : weights_[side].data() + batch * stride_[side] + i;
     }
     double* gradient(int64_t batch, int side, int64_t i) const {
         double* const to = side ? gradients_.weights_y : gradients_.weights_x;
@@ -141,7 +146,8 @@ private:
     const int64_t n_[2];
     const double* coefs_;
     const Gradients<T>& gradients_;
-    std::vector<Rows<T>> weights_[2];
+    int64_t stride_[2] = {};
+    std::vector<T> weights_[2];  // [batch][stride]; none stand for ones
     std::vector<double> sums_;
 };
 

@@ -198,17 +198,18 @@ private:
                     if (layer.metric != Metric::l2) continue;
                     T* const c = centres_.data() + b * size + centre_at_[q][l];
                     const int64_t d = layer.dimension, s = padded<T>(d);
-                    if (!add_mean(b, q, l, 0, c)) continue;
-                    if (pairs_ == Pairs::within_x || !add_mean(b, q, l, 1, c + s)) continue;
+                    add_mean(b, q, l, 0, c);
+                    if (pairs_ == Pairs::within_x) continue;
+                    add_mean(b, q, l, 1, c + s);
                     for (int64_t k = 0; k < d; ++k) c[2 * s + k] = (c[k] + c[s + k]) / 2;
                 }
     }
 
-    bool add_mean(int64_t b, size_t q, size_t l, int side, T* mean) const {
+    void add_mean(int64_t b, size_t q, size_t l, int side, T* mean) const {
         constexpr int64_t kSome = 16;
         const Set& set = side ? *groups_[q].y : *groups_[q].x;
         const int64_t n = std::min(set.count, kSome), d = groups_[q].kernel.layers[l].dimension, stride = padded<T>(d);
-        if (!n) return false;
+        if (!n) return;
         const Scratch scratch((stride + 16) * sizeof(T));
         T* const row = reinterpret_cast<T*>(scratch.data());
         for (int64_t i = 0; i < n; ++i) {
@@ -217,7 +218,6 @@ private:
             for (int64_t k = 0; k < d; ++k) mean[k] += row[k];
         }
         for (int64_t k = 0; k < d; ++k) mean[k] = std::isfinite(mean[k]) ? mean[k] / T(n) : T(0);
-        return true;
     }
 
     const T* centre(int64_t b, size_t q, size_t l, int kind) const {
@@ -371,7 +371,7 @@ private:
             const Program<T>& program = programs_[q][l];
             tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s), i,
                                tile.rows, b_points(p, s), tile.columns, at(s, p.z));
-            mask(tile, false, at(s, p.z));
+            mask(tile, tile.diagonal, at(s, p.z));
             tiles<T>().evaluate(program, tile.rows, at(s, p.z), at(s, p.k), differentiates() ? at(s, p.h) : nullptr);
             mask(tile, tile.diagonal, at(s, p.k));
             if (differentiates()) mask(tile, tile.diagonal, at(s, p.h));

@@ -293,7 +293,8 @@ void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
 template <class T>
 void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, double* sums) {
     constexpr int N = Simd<T>::lanes;
-    for (int t = 0; t < p.terms; ++t)
+    for (int t = 0; t < p.terms; ++t) {
+        const Family f = p.term[t].family;
         for (int64_t i = 0; i < rows; ++i) {
             ParameterGradient<Vec<T>> sum{};
             for (int64_t j = i * kTile; j < (i + 1) * kTile; j += N) {
@@ -305,10 +306,12 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
                 sum.exponent += w * d.exponent;
             }
             sums[4 * t] += Simd<T>::sum(sum.weight);
-            sums[4 * t + 1] += Simd<T>::sum(sum.gamma);
-            sums[4 * t + 2] += Simd<T>::sum(sum.offset);
-            sums[4 * t + 3] += Simd<T>::sum(sum.exponent);
+            // Those that the family lacks have no derivative, even where a value is NaN.
+            if (f != Family::energy) sums[4 * t + 1] += Simd<T>::sum(sum.gamma);
+            if (f == Family::polynomial) sums[4 * t + 2] += Simd<T>::sum(sum.offset);
+            if (f == Family::power) sums[4 * t + 3] += Simd<T>::sum(sum.exponent);
         }
+    }
 }
 
 // ---- Reductions ----------------------------------------------------------------------------------------------------
@@ -389,7 +392,7 @@ void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a,
             Vec<T> sum = Simd<T>::load(a_gradient + i * stride + k);
             for (int64_t j = 0; j < columns; ++j) {
                 const Vec<T> d = x - Simd<T>::load(b + j * stride + k), f = Simd<T>::splat(w[i * kTile + j]);
-                const Vec<T> part = d > 0 ? f : d < 0 ? -f : d * 0;
+                const Vec<T> part = d > 0 ? f : d < 0 ? -f : d * f;  // a NaN of either stays
                 sum += part;
                 T* const to = b_gradient + j * stride + k;
                 Simd<T>::store(to, Simd<T>::load(to) - part);

@@ -133,6 +133,98 @@ void check_logs() {
     std::printf("log: within %.2f ulp\n", worst);
 }
 
+// e^x or 2^x of one lane, beside zeros.
+template <class T, bool kTwo>
+double exponential(T x) {
+    using S = Simd<T>;
+    typename S::V v{};
+    const int lane = S::lanes - 1;
+    v[lane] = x;
+    if constexpr (kTwo) {
+        v = mmfast::exp2(v);
+    } else {
+        v = mmfast::exp(v);
+    }
+    CHECK(v[0] == 1, "%s 0 is %g beside %g", kTwo ? "exp2" : "exp", double(v[0]), double(x));
+    return v[lane];
+}
+
+template <bool kTwo>
+double check_exponential(float x) {
+    const char* const name = kTwo ? "exp2" : "exp";
+    const double should = kTwo ? std::exp2(double(x)) : std::exp(double(x)), is = exponential<float, kTwo>(x);
+    if (std::isnan(should)) {
+        CHECK(std::isnan(is), "%s NaN is %g", name, is);
+        return 0;
+    }
+    const float smallest = std::numeric_limits<float>::min();
+    if (should < 1.001 * smallest) {  // 0 may stand for what is no normal number
+        CHECK(is >= 0 && is <= 1.002 * smallest && std::fabs(is - should) <= smallest, "%s %a is %a", name, double(x),
+              is);
+        return 0;
+    }
+    const double error = std::fabs(is - should) / ulp(float(should));
+    CHECK(error <= 2, "%s %a is %a, off by %.2f ulp", name, double(x), is, error);
+    return error;
+}
+
+void check_exponentials() {
+    const float infinity = std::numeric_limits<float>::infinity();
+    double two = 0, e = 0;
+    // Everything that is not positive, -0 and NaN too, with a prime step; what is positive as far as it stays small.
+    for (uint64_t u = 0x80000000; u <= 0xffffffff; u += 1009) {
+        const float x = from_bits(uint32_t(u));
+        two = std::fmax(two, check_exponential<true>(x));
+        e = std::fmax(e, check_exponential<false>(x));
+        if (-x < 80) {
+            check_exponential<true>(-x);
+            check_exponential<false>(-x);
+        }
+    }
+    // Where the normal numbers end, and where the fraction changes its sign.
+    for (int i = -3000; i <= 3000; ++i) {
+        for (const float at : {-0.5f, -1.5f, -125.5f, -126.0f, -127.0f, -149.0f, -150.0f}) {
+            check_exponential<true>(at + float(i) * 1e-5f);
+        }
+        for (const float at : {-0.34657359f, -1.0397208f, -87.3f, -87.33654f, -88.0f, -103.97208f, -104.0f}) {
+            check_exponential<false>(at + float(i) * 1e-5f);
+        }
+    }
+    for (const float x : {0.0f, -0.0f, -infinity, -std::numeric_limits<float>::max(), std::nanf(""),
+                          -std::numeric_limits<float>::denorm_min()}) {
+        check_exponential<true>(x);
+        check_exponential<false>(x);
+    }
+    CHECK((exponential<float, true>(-infinity) == 0 && exponential<float, false>(-infinity) == 0 &&
+           exponential<float, true>(-1000) == 0 && exponential<float, false>(-1000) == 0),
+          "%s", "far out it is not 0");
+    std::printf("exp2: within %.2f ulp, exp: within %.2f ulp\n", two, e);
+    for (const double x : {0.0, -0.0, -1e-300, -0.3, -1.0, -700.0, -1000.0, -1100.0, 3.0, double(-infinity)}) {
+        const double a = exponential<double, true>(x), b = exponential<double, false>(x);
+        CHECK(std::fabs(a - std::exp2(x)) <= 4e-16 * std::exp2(x), "exp2 %g is %g", x, a);
+        CHECK(std::fabs(b - std::exp(x)) <= 4e-16 * std::exp(x), "exp %g is %g", x, b);
+    }
+    CHECK(std::isnan(exponential<double, true>(NAN)) && std::isnan(exponential<double, false>(NAN)), "%s", "NaN");
+}
+
+template <class T>
+void check_sum() {
+    using S = Simd<T>;
+    constexpr int N = S::lanes;
+    typename S::V v{};
+    CHECK(S::sum(v) == 0, "%s", "sum of zeros");
+    for (int i = 0; i < N; ++i) {
+        v[i] = nth<T>(i);
+    }
+    CHECK(S::sum(v) == T(N * (N + 1) / 2), "sum of 1 to %d: %g", N, double(S::sum(v)));
+    for (int i = 0; i < N; ++i) {
+        typename S::V one{}, spoilt = v;
+        one[i] = T(3);
+        spoilt[i] = std::numeric_limits<T>::quiet_NaN();
+        CHECK(S::sum(one) == 3 && std::isnan(S::sum(spoilt)), "lane %d does not count", i);
+    }
+}
+
 template <class T>
 void check_functions() {
     using S = Simd<T>;
@@ -159,6 +251,9 @@ __attribute__((noinline)) void check_all() {
     check_shuffles<float>();
     check_shuffles<double>();
     check_logs();
+    check_exponentials();
+    check_sum<float>();
+    check_sum<double>();
     check_functions<float>();
     check_functions<double>();
 }
