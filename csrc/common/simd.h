@@ -179,11 +179,11 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
 }
 
 // 2^x, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f (the coefficients of Cephes' exp2f) times 2^n.
-// Meant for x <= 0: what is below the normal numbers may come out as 0, and no care is taken of overflow. NaN stays.
+// Meant for x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a hundred times as long), and
+// no care is taken of overflow. NaN stays.
 MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     using S = Simd<float>;
     using V = S::V;
-    x = x < -150.0f ? S::splat(-150.0f) : x;
 #if defined(__AVX512F__)
     const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -198,10 +198,12 @@ MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     y = y * f + 6.931472028550421e-1f;
     y = y * f + 1.0f;
 #if defined(__AVX512F__)
-    return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
 #else
     const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
-    return x < -126.0f ? y * 0 : y * scale;
+    const V result = y * scale;
+    return x < -126.0f ? V{} : result;
 #endif
 }
 
@@ -209,7 +211,6 @@ MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
 MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
     using S = Simd<float>;
     using V = S::V;
-    x = x < -104.0f ? S::splat(-104.0f) : x;
     const V shifted = x * 1.44269504f + 12582912.0f;
     const V n = shifted - 12582912.0f;
     const V f = x - n * 0.693359375f - n * -2.12194440e-4f;
@@ -220,10 +221,12 @@ MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
     y = y * f + 5.0000001201e-1f;
     y = y * (f * f) + (f + 1.0f);
 #if defined(__AVX512F__)
-    return (V)_mm512_scalef_ps((__m512)y, (__m512)n);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+    return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
 #else
     const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
-    return x < -87.33654f ? y * 0 : y * scale;
+    const V result = y * scale;
+    return x < -87.33654f ? V{} : result;
 #endif
 }
 
