@@ -647,7 +647,7 @@ void check_threads() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 30;
     const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
     std::printf("instruction set: %s\n", mmfast::isa_name(mmfast::best_isa()));
     check_ties();
