@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmfast import _backend
@@ -55,26 +56,23 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return result
 
 
-def cpu_seconds() -> tuple[float, float, float] | None:
+def cpu_seconds() -> np.ndarray | None:
     """Seconds passed on all CPUs, busy on all CPUs, and busy with this process; ``None`` where that is not known."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     except OSError:
         return None
-    ticks = [int(value) for value in first[:8]]  # what guests take is in the first two already
-    idle = ticks[3] + ticks[4]
+    ticks = np.array([int(value) for value in first[:8]])  # what guests take is in the first two already
+    passed, idle = ticks.sum(), ticks[3] + ticks[4]
     own = os.times()
     second = os.sysconf("SC_CLK_TCK")
-    return sum(ticks) / second, (sum(ticks) - idle) / second, own.user + own.system
+    return np.array([passed / second, (passed - idle) / second, own.user + own.system])
 
 
-def share_of_others(before: tuple[float, float, float] | None) -> float | None:
-    """The share of the machine's CPU time since `cpu_seconds` gave ``before`` that went to other processes."""
-    after = cpu_seconds()
-    if before is None or after is None or after[0] <= before[0]:
-        return None
-    passed, busy, own = (b - a for a, b in zip(before, after, strict=True))
-    return round(min(1.0, max(0.0, busy - own) / passed), 3)
+def share_of_others(spans: list[np.ndarray]) -> float | None:
+    """Of the CPUs' time in ``spans``, differences of `cpu_seconds`, the share that went to other processes."""
+    passed, busy, own = np.sum(spans, axis=0) if spans else (0.0, 0.0, 0.0)
+    return round(float(np.clip((busy - own) / passed, 0, 1)), 3) if passed > 0 else None
 
 
 def sentence(machine: dict[str, Any]) -> str:

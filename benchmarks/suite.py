@@ -61,6 +61,7 @@ class _Turn:
     again: float = 0.0
     rounds: list[list[float]] = field(default_factory=list)
     spent: float = 0.0
+    cpu: list[np.ndarray] = field(default_factory=list)
 
 
 def run(
@@ -98,9 +99,7 @@ def _rows(case, mode: str, providers: list[Provider], settings: Settings, common
         **case.facts(),
     }
     turns, failures = _make_ready(case, mode, providers, settings)
-    before = machine.cpu_seconds()
     _interleave(turns, settings, case, mode, bar)
-    head["others_cpu"] = machine.share_of_others(before)
     peaks = _memory(case, mode, [t.provider for t in turns], settings, bar)
     for turn in turns:
         yield head | _row(turn, case, mode, common["roofline"], peaks.get(turn.provider.name))
@@ -140,13 +139,15 @@ def _interleave(turns: list[_Turn], settings: Settings, case, mode: str, bar) ->
             if turn.spent > settings.budget and index >= settings.least_rounds:
                 continue
             time.sleep(settings.pause)
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), machine.cpu_seconds()
             if turn.again < 5 * settings.burst:  # a longer call brings its own data into the caches
                 turn.call()
                 _wait(settings.device)
             turn.rounds.append(_burst(turn.call, settings))
             turn.again = turn.rounds[-1][-1]
             turn.spent += time.perf_counter() - begin
+            if cpu is not None:
+                turn.cpu.append(machine.cpu_seconds() - cpu)
 
 
 def _burst(call: Callable, settings: Settings) -> list[float]:
@@ -218,6 +219,7 @@ def _row(turn: _Turn, case, mode: str, roof: dict, peak: dict | None) -> dict[st
         "first_call": turn.first_call,
         "error": turn.error,
         "memory": peak,
+        "others_cpu": machine.share_of_others(turn.cpu),
         "gflops": flops / median / 1e9,
         "roof_fraction": roofline.fraction(median, flops, moved, roof),
         "rounds": turn.rounds,
