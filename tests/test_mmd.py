@@ -650,10 +650,7 @@ def test_many_terms_and_layers(mmd_backend):
     x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     bandwidths = [0.1 * (i + 1) for i in range(70)]
     value = mmfast.mmd2(x, y, kernel=k.MultiGaussian(bandwidths), estimator="biased", backend=mmd_backend)
-    each = [
-        mmfast.mmd2(x, y, kernel=k.MultiGaussian([b]), estimator="biased", backend="reference")
-        for b in bandwidths
-    ]
+    each = [mmfast.mmd2(x, y, kernel=k.MultiGaussian([b]), estimator="biased", backend="reference") for b in bandwidths]
     torch.testing.assert_close(value, torch.stack(each).sum())
     layers_x, layers_y = [x + i for i in range(9)], [y + i for i in range(9)]
     product = k.Product([k.Gaussian(2.0)] * 9)
