@@ -165,7 +165,8 @@ def test_quick_suite_end_to_end(tmp_path):
         assert row["slice"] == "mmd" and row["x"] == row["y"] == [64, 8] and row["pairs"] == 64 * 127
         assert 0 < row["error"]["relative_l2"] < TOLERANCE[row["mode"]]
         if sys.platform == "linux":
-            assert 0 <= row["others_cpu"] <= 1
+            others = row["others_cpu"]
+            assert others is None or 0 <= others <= 1  # None: all was over within a tick of the clock
         if row["provider"] == "gram":
             assert row["memory"]["output"] == 4 + (row["mode"] == "backward") * 2 * 4 * 64 * 8
     assert "mmd-smoke-64x8" in (tmp_path / "report.md").read_text()
