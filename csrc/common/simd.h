@@ -201,7 +201,7 @@ MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
 #else
-    const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
+    const V scale = S::bits<S::U, V>((S::bits<V, S::U>(shifted) - (0x4b400000u - 127)) << 23);  // unsigned: it may wrap
     const V result = y * scale;
     return x < -126.0f ? V{} : result;
 #endif
@@ -224,7 +224,7 @@ MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
     return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
 #else
-    const V scale = S::bits<S::I, V>((S::bits<V, S::I>(shifted) - (0x4b400000 - 127)) << 23);
+    const V scale = S::bits<S::U, V>((S::bits<V, S::U>(shifted) - (0x4b400000u - 127)) << 23);  // unsigned: it may wrap
     const V result = y * scale;
     return x < -87.33654f ? V{} : result;
 #endif

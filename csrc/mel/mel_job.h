@@ -177,8 +177,8 @@ struct Job {
             for (int64_t q = begin; q < low; ++q) to[q - begin] = outside(q);
             if (c != 0) {
                 for (int64_t q = low; q < high; ++q) to[q - begin] = sample(q);
-            } else if (stride ==
-                       1) {  // of its own, for it becomes a copy or vector code: the first and last tiles are staged
+            } else if (stride == 1 && low < high) {
+                // Of its own, for it becomes a copy or vector code: the first and last tiles are staged.
                 std::copy(x + low, x + high, to + (low - begin));
             } else {
                 for (int64_t q = low; q < high; ++q) to[q - begin] = T(x[q * stride]);
