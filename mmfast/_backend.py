@@ -18,8 +18,8 @@ import torch
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
-# Which backends each operator has besides the reference, for the device the tensors are on.
-OPS: dict[str, dict[str, str]] = {"mel": {"cpu": "cpu"}, "mmd": {"cpu": "cpu"}, "fusion": {}}
+# Which backends each operator has besides the reference, best first, for the device the tensors are on.
+OPS: dict[str, dict[str, tuple[str, ...]]] = {"mel": {"cpu": ("cpu",)}, "mmd": {"cpu": ("cpu",)}, "fusion": {}}
 
 _REBUILD = "install mmfast again from its source: pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -63,7 +63,7 @@ def _series(version: str) -> list[str]:
 
 _C, LOAD_ERROR = _load()  # the error is kept: `mmfast info` and a request for backend="cpu" show it
 if _C is not None and _C.with_cuda:
-    OPS["mel"]["cuda"] = "cuda"
+    OPS["mel"]["cuda"] = ("cuda",)
 
 
 def choose(op: str, device: torch.device, requested: str | None = None) -> tuple[str, str]:
@@ -76,24 +76,40 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         ValueError: unknown name, or one that cannot run ``op`` on ``device``.
         ImportError: a native backend was asked for and the extension did not load; the cause is chained.
     """
-    native = OPS[op].get(device.type)
+    there = OPS[op].get(device.type, ())
     origin = "backend=" if requested is not None else "MMFAST_BACKEND"
     requested = requested or os.environ.get("MMFAST_BACKEND") or None
-    if requested is None and native is not None and _C is not None:
-        return native, f"native kernels for {device.type} tensors"
+    if requested is None:
+        reasons = [_missing(name) for name in there]
+        for name, reason in zip(there, reasons, strict=True):
+            if reason is None:
+                kind = "Triton" if name == "triton" else "native"
+                return name, f"{kind} kernels for {device.type} tensors"
+        return "reference", "; ".join(reasons) or f"no native {op} kernels for {device.type} tensors"
     if requested == "reference":
         return "reference", f"asked for by {origin}"
-    if requested is not None and requested not in BACKENDS:
+    if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r} from {origin}")
-    if requested is not None and requested != native:
+    if requested not in there and not (requested == "triton" and _interprets(op, device)):
         raise ValueError(f"backend {requested!r} (from {origin}) has no {op} kernels for tensors on {device}")
-    if native is None:
-        return "reference", f"no native {op} kernels for {device.type} tensors"
-    if _C is None:
-        if requested is not None:
-            raise ImportError(f"backend {requested!r} needs the native extension: {LOAD_ERROR}") from LOAD_ERROR
-        return "reference", f"no native extension: {LOAD_ERROR}"
-    return native, f"asked for by {origin}"
+    if requested == "triton" and _missing(requested):
+        raise ImportError("backend 'triton' needs triton, which is not installed; pip install triton")
+    if _missing(requested):
+        raise ImportError(f"backend {requested!r} needs the native extension: {LOAD_ERROR}") from LOAD_ERROR
+    return requested, f"asked for by {origin}"
+
+
+def _missing(backend: str) -> str | None:
+    """Why a backend cannot run here, or None if it can."""
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return None if _C is not None else f"no native extension: {LOAD_ERROR}"
+
+
+def _interprets(op: str, device: torch.device) -> bool:
+    """True where Triton's interpreter runs the kernels of ``op`` on the CPU: for tests, never by itself."""
+    asked = os.environ.get("TRITON_INTERPRET") == "1"
+    return asked and device.type == "cpu" and "triton" in OPS[op].get("cuda", ())
 
 
 def info() -> dict[str, Any]:

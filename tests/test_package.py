@@ -247,6 +247,30 @@ def test_native_is_the_default(monkeypatch):
     assert _backend.choose("mel", torch.device("cpu")) == ("cpu", "native kernels for cpu tensors")
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_best_of_several_backends(installed, monkeypatch):
+    monkeypatch.delenv("MMFAST_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "OPS", {"mel": {"cuda": ("triton",), "xpu": ("triton", "cpu")}})
+    monkeypatch.setattr(_backend, "_C", object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    best, second = (("triton", "Triton kernels for xpu tensors"), ("cpu", "native kernels for xpu tensors"))
+    assert _backend.choose("mel", torch.device("xpu")) == (best if installed else second)
+    if installed:
+        assert _backend.choose("mel", torch.device("cuda")) == ("triton", "Triton kernels for cuda tensors")
+    else:
+        assert _backend.choose("mel", torch.device("cuda")) == ("reference", "triton is not installed")
+        with pytest.raises(ImportError, match="pip install triton"):
+            _backend.choose("mel", torch.device("cuda"), "triton")
+    # On the CPU there is only its interpreter, and only for who asks.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.choose("mel", torch.device("cpu"))[0] == "reference"
+    if installed:
+        assert _backend.choose("mel", torch.device("cpu"), "triton") == ("triton", "asked for by backend=")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="has no mel kernels for tensors on cpu"):
+        _backend.choose("mel", torch.device("cpu"), "triton")
+
+
 # ---- info
 
 
