@@ -16,7 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 export MAX_JOBS
 
-.PHONY: test bench speech setup lint format native-test sanitize cuda-compile cuda-report gpu clean
+.PHONY: test bench speech setup lint format docs native-test sanitize cuda-compile cuda-report gpu clean
 
 test: setup native-test
 	MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest $(PYTEST_ARGS)
@@ -63,6 +63,14 @@ format: setup
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The documentation as a site, in build/site; a link or a name that leads nowhere is an error.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+$(VENV)/docs.stamp: constraints.txt | $(VENV)/mmfast.stamp
+	$(PIP) 'mkdocs-material' 'mkdocstrings[python]'
+	touch $@
 
 # The stand-alone C++ tests: kernels and their scalar core, without torch.
 native-test: $(VENV)/torch.stamp

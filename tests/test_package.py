@@ -295,29 +295,6 @@ def test_info_without_extension(pure):
     assert "MMFAST_BACKEND=cpu" in text
 
 
-# ---- The README
-
-
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-
-
-def test_readme_has_examples():
-    assert len(EXAMPLES) >= 4
-
-
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_readme_examples(number):
-    block = EXAMPLES[number]
-    if "compat.transformers" in block:
-        pytest.importorskip("transformers")
-    names = {}
-    exec(block, names)
-    shapes = re.findall(r"^(\w+) = .*# (\(.*\))$", block, re.MULTILINE)
-    assert shapes
-    for name, shape in shapes:
-        assert str(tuple(names[name].shape)) == shape
-
-
 # ---- Every slice has all its rooms
 
 
