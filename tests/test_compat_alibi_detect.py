@@ -341,7 +341,7 @@ def test_drop_in_functions(theirs):
         {"update_x_ref": {"reservoir_sampling": 45}},
         {"preprocess_fn": lambda x: x[:, :2] ** 2},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_drop_in_detector(options, dtype, theirs):
     x_ref, x = (a.numpy() for a in samples(40, 30, 4, 0.15, dtype))

@@ -192,7 +192,7 @@ def test_arrays_of_any_kind(kind):
 REFERENCES = [1.0, 0.0, 2.5, -3.0, np.max, np.median, np.mean]
 
 
-@pytest.mark.parametrize("ref", REFERENCES, ids=str)
+@pytest.mark.parametrize("ref", REFERENCES, ids=lambda ref: getattr(ref, "__name__", str(ref)))
 @pytest.mark.parametrize(("amin", "top_db"), [(None, 80.0), (1e-3, None), (1e-7, 20.0), (1e-5, 0)])
 @pytest.mark.parametrize("name", ["power_to_db", "amplitude_to_db"])
 def test_decibels(name, amin, top_db, ref):
