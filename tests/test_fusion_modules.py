@@ -401,6 +401,18 @@ def test_cross_attention_fusion(options, fusion, gate):
         torch.testing.assert_close(module(query, sources, **call), y)
 
 
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+def test_fusion_does_not_look_beyond_the_lengths(pool):
+    module = CrossAttentionFusion(E, 4, [7], fusion="decoupled", gate="sigmoid", pool=pool)
+    x, z, lengths, results = torch.randn(N, L, E), torch.randn(N, S, 7), torch.tensor([L, 2]), []
+    for beyond in (0.0, torch.nan):
+        given = x.masked_fill((torch.arange(L) >= lengths[:, None])[..., None], beyond).requires_grad_()
+        out = module(given, [z], query_lengths=lengths)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (given, *module.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
+    assert results[0][1][:, :2].abs().sum(2).all() and not results[1][1][1, 2:].any()
+
+
 @pytest.mark.parametrize("fusion", ["joint", "decoupled"])
 def test_fusion_starts_as_identity(fusion):
     x, sources = torch.randn(N, L, E), [torch.randn(N, 6, 7), torch.randn(N, 3, 5)]
