@@ -215,6 +215,29 @@ def test_drop_in_joint(qk_norm, context_pre_only):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_drop_in_joint_ip_adapter(scale):
+    processor = theirs.SD3IPAdapterJointAttnProcessor2_0(12, 7, 4, timesteps_emb_dim=6, scale=scale)
+    attn = theirs.Attention(
+        12, added_kv_proj_dim=12, heads=3, dim_head=4, context_pre_only=False, qk_norm="rms_norm", processor=processor
+    ).double()
+    with torch.no_grad():
+        for p in attn.parameters():  # norms that differ from each other
+            p.normal_()
+    prompt, temb, results = torch.randn(2, 4, 7).double(), torch.randn(2, 6).double(), []
+    x, context = torch.randn(2, 9, 12).double().requires_grad_(), torch.randn(2, 5, 12).double().requires_grad_()
+    for _ in range(2):
+        attn.zero_grad()
+        call = {"ip_hidden_states": prompt, "temb": temb}
+        pair, alone = attn(x, context, **call), attn(x, context)
+        gradients = torch.autograd.grad((pair[0].square() + pair[1].sum()).sum() + alone[0].sum(), (x, context))
+        assert torch.equal(pair[0], alone[0]) == (scale == 0)
+        results.append([*pair, *alone, *gradients])
+        replace_processors(attn)
+    assert isinstance(attn.processor, compat.SD3IPAdapterJointAttnProcessor2_0)
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_drop_in_sd3():
     model = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=3,

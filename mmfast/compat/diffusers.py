@@ -22,7 +22,13 @@ try:
 except ImportError as error:
     raise ImportError("mmfast.compat.diffusers needs the package diffusers: pip install diffusers") from error
 
-__all__ = ["AttnProcessor2_0", "IPAdapterAttnProcessor2_0", "JointAttnProcessor2_0", "replace_processors"]
+__all__ = [
+    "AttnProcessor2_0",
+    "IPAdapterAttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "SD3IPAdapterJointAttnProcessor2_0",
+    "replace_processors",
+]
 
 
 def _heads(attn: theirs.Attention, x: torch.Tensor) -> torch.Tensor:
@@ -74,9 +80,8 @@ class _Block:
         return y / self.attn.rescale_output_factor
 
 
-def _query(attn: theirs.Attention, x: torch.Tensor) -> torch.Tensor:
-    query = _heads(attn, attn.to_q(x))
-    return query if attn.norm_q is None else attn.norm_q(query)
+def _normed(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)
 
 
 class AttnProcessor2_0(theirs.AttnProcessor2_0):
@@ -95,10 +100,11 @@ class AttnProcessor2_0(theirs.AttnProcessor2_0):
         """``(B, L, C)`` or ``(B, C, height, width)`` → that shape; ``encoder_hidden_states`` is ``(B, S, C_enc)``."""
         block = _Block(attn, hidden_states, temb)
         context = block.context(encoder_hidden_states)
-        key = _heads(attn, attn.to_k(context))
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        source = Source(key, _heads(attn, attn.to_v(context)), mask=block.mask(attention_mask, context))
-        return block.leave(cross_attention(_query(attn, block.x), [source]))
+        query, key = _heads(attn, attn.to_q(block.x)), _heads(attn, attn.to_k(context))
+        source = Source(
+            _normed(attn.norm_k, key), _heads(attn, attn.to_v(context)), mask=block.mask(attention_mask, context)
+        )
+        return block.leave(cross_attention(_normed(attn.norm_q, query), [source]))
 
 
 class IPAdapterAttnProcessor2_0(theirs.IPAdapterAttnProcessor2_0):
@@ -214,28 +220,67 @@ class JointAttnProcessor2_0(theirs.JointAttnProcessor2_0):
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``(B, L, C)`` and perhaps ``(B, S, C_enc)`` → as many; the mask is not used, as diffusers' does not."""
-        key = _heads(attn, attn.to_k(hidden_states))
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        query, sources = _query(attn, hidden_states), [Source(key, _heads(attn, attn.to_v(hidden_states)))]
-        if encoder_hidden_states is not None:
-            added = [_heads(attn, project(encoder_hidden_states))
-                     for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]  # fmt: skip
-            for i, norm in enumerate((attn.norm_added_q, attn.norm_added_k)):
-                added[i] = added[i] if norm is None else norm(added[i])
-            sources.append(Source(*added[1:]))
-        y = _flat(cross_attention(query, sources))
+        return _Joint(attn, hidden_states, encoder_hidden_states).leave()
+
+
+class _Joint:
+    """Queries, keys and values in heads, of the image and of the text if there is one."""
+
+    def __init__(self, attn: theirs.Attention, x: torch.Tensor, text: torch.Tensor | None) -> None:
+        self.attn, self.text = attn, text
+        self.query, self.key, self.value = (_heads(attn, f(x)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        self.sources = [Source(_normed(attn.norm_k, self.key), self.value)]
+        if text is not None:
+            self.added, key, value = (
+                _heads(attn, f(text)) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
+            self.sources.append(Source(_normed(attn.norm_added_k, key), value))
+
+    def leave(self, more: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What comes out, with ``more`` added to what the image has attended to."""
+        attn = self.attn
+        y = cross_attention(_normed(attn.norm_q, self.query), self.sources)
+        y = _flat(y if more is None else y + more)
         for layer in attn.to_out:
             y = layer(y)
-        if encoder_hidden_states is None:
+        if self.text is None:
             return y
-        context = _flat(cross_attention(added[0], sources))
+        context = _flat(cross_attention(_normed(attn.norm_added_q, self.added), self.sources))
         return y, context if attn.context_pre_only else attn.to_add_out(context)
+
+
+class SD3IPAdapterJointAttnProcessor2_0(theirs.SD3IPAdapterJointAttnProcessor2_0):
+    """``diffusers.models.attention_processor.SD3IPAdapterJointAttnProcessor2_0``: the joint attention of SD3, and
+
+        scale · attention(q, {image, image prompt})
+
+    for the image's queries, with norms of its own: what is joint within is decoupled from the rest.
+    """
+
+    def __call__(
+        self,
+        attn: theirs.Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        ip_hidden_states: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `JointAttnProcessor2_0`; ``ip_hidden_states`` is ``(B, tokens, ip_hidden_states_dim)``."""
+        joint = _Joint(attn, hidden_states, encoder_hidden_states)
+        if ip_hidden_states is None or _is_zero(self.scale):
+            return joint.leave()
+        prompt = self.norm_ip(ip_hidden_states, temb=temb)
+        key, value = _heads(attn, self.to_k_ip(prompt)), _heads(attn, self.to_v_ip(prompt))
+        sources = [Source(self.norm_k(joint.key), joint.value), Source(self.norm_ip_k(key), value)]
+        return joint.leave(cross_attention(self.norm_q(joint.query), sources) * self.scale)
 
 
 _OURS = {
     theirs.AttnProcessor2_0: AttnProcessor2_0,
     theirs.IPAdapterAttnProcessor2_0: IPAdapterAttnProcessor2_0,
     theirs.JointAttnProcessor2_0: JointAttnProcessor2_0,
+    theirs.SD3IPAdapterJointAttnProcessor2_0: SD3IPAdapterJointAttnProcessor2_0,
 }
 
 
