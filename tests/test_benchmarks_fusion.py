@@ -70,7 +70,14 @@ def test_backends_of_the_gpu_before_they_meet_one():
         assert ALL[name].missing("cpu") == "runs on cuda only" and ALL[name].supports(case, "backward")
     runs = {name: ALL[name].runs(cases.CASES["fusion-ip-77-4"], "cuda") for name in case.peers if name[:5] == "sdpa-"}
     assert runs == {"sdpa-cudnn": False, "sdpa-flash": False, "sdpa-efficient": True}
-    assert not ALL["sdpa-flash"].runs(cases.CASES["fusion-mllama-1601-bfloat16"], "cuda")
+    for name, missing in (
+        ("fusion-mllama-1601-bfloat16", {"sdpa-flash", "sdpa-efficient"}),  # a mask; grouped heads
+        ("fusion-sd-256x77-4-bfloat16", {"sdpa-cudnn"}),  # 160 features
+        ("fusion-mult-375-bfloat16", {"sdpa-cudnn", "sdpa-efficient", "flex"}),  # 6 features
+        ("fusion-perceiver-2048-bfloat16", {"sdpa-cudnn", "sdpa-flash"}),  # values of another width
+    ):
+        given = cases.CASES[name]
+        assert {p for p in given.peers if not ALL[p].runs(given, "cuda")} == missing
     assert_agrees(ALL["sdpa-flash"], case.small(), "backward")  # the CPU has one of the same name
 
 

@@ -102,10 +102,12 @@ class Backend(Eager):
         self.backend = backend
 
     def runs(self, case, device):
-        # Flash attention and cuDNN have no float32, and flash attention no masks.
-        half, masked = case.dtype != torch.float32, case.mask is not None
-        fits = {SDPBackend.FLASH_ATTENTION: half and not masked, SDPBackend.CUDNN_ATTENTION: half}
-        return fits.get(self.backend, True)
+        half, equal = case.dtype != torch.float32, case.value_dim in (None, case.dim)
+        return {
+            SDPBackend.FLASH_ATTENTION: half and equal and case.dim <= 256 and case.mask is None,
+            SDPBackend.CUDNN_ATTENTION: half and equal and case.dim <= 128 and case.dim % 8 == 0,
+            SDPBackend.EFFICIENT_ATTENTION: case.dim % 8 == 0 and case.kv_heads is None,
+        }[self.backend]
 
     def build(self, case, device):
         forward = super().build(case, device).forward
@@ -143,6 +145,9 @@ class Flex(Compiled):
     """FlexAttention, compiled as its documentation demands. On the CPU it has no backward."""
 
     differentiable = torch.cuda.is_available()
+
+    def runs(self, case, device):
+        return device == "cpu" or case.dim >= 16  # its GPU kernels have no smaller heads
 
     def __init__(self) -> None:
         def attend(query, key, value, mask):
