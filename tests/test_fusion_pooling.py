@@ -65,6 +65,19 @@ def test_merge_rejects():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_pooling_does_not_look_beyond_the_lengths(engine):
+    """Neither forward nor backward: 0 · NaN is NaN."""
+    query, lengths, results = randn(2, 2, 9, 3), torch.tensor([4, 0]), []
+    sources = [Source(*(x.requires_grad_() for x in kv(5, heads=2)))]
+    for beyond in (0.0, torch.nan):
+        q = query.masked_fill((torch.arange(9) >= lengths[:, None])[:, None, :, None], beyond).requires_grad_()
+        out = attention_pool(q, sources, query_lengths=lengths, backend=engine)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, sources[0].key, sources[0].value))])
+    torch.testing.assert_close(results[1], results[0])
+    assert all(x[0].any() for x in results[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"fusion": "decoupled"}])
 @pytest.mark.parametrize("rows", [1, 7, 1100])
 def test_pooling(rows, options, engine):

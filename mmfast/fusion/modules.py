@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths
+from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths, compute_dtype
 from mmfast.fusion.attention import attention_pool, cross_attention
 from mmfast.fusion.multihead import MultiheadAttention
 
@@ -143,11 +143,15 @@ class CrossAttentionFusion(nn.Module):
             query: ``(B, L, E)``.
             sources: ``(B, S_j, source_dims[j])`` each; batch 1 is shared by all.
             masks, lengths: for each source what a `Source` takes, or None.
-            query_lengths: ``(B,)``: how many elements of the sequence a pool is to take; only with a pool.
+            query_lengths: ``(B,)``: how many elements of the sequence a pool is to take, whatever the others hold; only
+                with a pool.
             return_weights: as in `mmfast.cross_attention`: a pair with the weights is returned. Not with
                 ``pool="mean"``, which does not have them.
         """
         self._check(query, sources, masks, lengths, query_lengths, return_weights)
+        if query_lengths is not None:
+            query_lengths = check_lengths("query_lengths", query_lengths, query.device, *query.shape[:2])
+            query = torch.where(_exists(query_lengths, query), query, 0.0)
         x = query if self.pre_norm is None else self.pre_norm(query)
         q = self._in_heads(self.q_proj(x), self.q_norm)
         gates = self._gates(x)
@@ -167,13 +171,13 @@ class CrossAttentionFusion(nn.Module):
         if self.pool == "mean" and (whole is None or whole.shape[2] == 1):
             out = attention_pool(q, given, query_lengths=query_lengths, **options)[:, :, None]
             out = (out if whole is None else out * whole.to(out.dtype)).transpose(1, 2).flatten(2)
-            return self._finish(_mean(query, query_lengths, query) if self.residual else None, out[:, 0])
+            return self._finish(_mean(query, query_lengths) if self.residual else None, out[:, 0])
         result = cross_attention(q, given, return_weights=return_weights, **options)
         out, weights = result if return_weights else (result, None)
         out = (out if whole is None else out * whole.to(out.dtype)).transpose(1, 2).flatten(2)
         if self.pool == "mean":
-            residual = _mean(query, query_lengths, query) if self.residual else None
-            return self._finish(residual, _mean(out, query_lengths, query))
+            residual = _mean(query, query_lengths) if self.residual else None
+            return self._finish(residual, _mean(out, query_lengths))
         y = self._finish(query if self.residual else None, out)
         if self.pool == "attention":
             heads = y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -247,12 +251,13 @@ def _exists(lengths: Tensor, x: Tensor) -> Tensor:
     return (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
 
 
-def _mean(x: Tensor, lengths: Tensor | None, like: Tensor) -> Tensor:
+def _mean(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Over the elements that exist, ``(B, T, C)`` → ``(B, C)``; 0 where there are none."""
+    dtype = compute_dtype(x.dtype)  # half precision holds neither the sum nor every count
     if lengths is None:
-        return x.sum(1) / max(x.shape[1], 1)
-    lengths = check_lengths("query_lengths", lengths, x.device, like.shape[0], like.shape[1])
-    return torch.where(_exists(lengths, x), x, 0.0).sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
+        return (x.sum(1, dtype=dtype) / max(x.shape[1], 1)).to(x.dtype)
+    total = torch.where(_exists(lengths, x), x, 0.0).sum(1, dtype=dtype)
+    return (total / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
 
 class WeightedFusion(nn.Module):
@@ -359,6 +364,7 @@ class TemporalPooling(nn.Module):
         device, dtype: of W, b and v.
 
     Only the first ``lengths`` elements of an item exist; what lies beyond does not matter. An item without any gives 0.
+    Sums of half precision are taken in float32.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -395,14 +401,15 @@ class TemporalPooling(nn.Module):
         """``(B, T, C)`` and ``(B,)`` → ``(B, len(statistics) · C)``."""
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(f"x must be (B, T, C), got {tuple(getattr(x, 'shape', ()))}")
-        count, exists = max(x.shape[1], 1), None
+        count, exists, dtype = max(x.shape[1], 1), None, compute_dtype(x.dtype)
         if lengths is not None:
             lengths = check_lengths("lengths", lengths, x.device, x.shape[0], x.shape[1])
             exists = _exists(lengths, x)
-            count = lengths.clamp(min=1)[:, None].to(x.dtype)
+            count = lengths.clamp(min=1)[:, None]
             x = torch.where(exists, x, 0.0)
-        mean = x.sum(1) / count if {"mean", "std"} & set(self.statistics) else None
-        return torch.cat([self._statistic(name, x, exists, lengths, count, mean) for name in self.statistics], 1)
+        mean = x.sum(1, dtype=dtype) / count if {"mean", "std"} & set(self.statistics) else None
+        parts = [self._statistic(name, x, exists, lengths, count, mean) for name in self.statistics]
+        return torch.cat([part.to(x.dtype) for part in parts], 1)
 
     def _statistic(self, name, x, exists, lengths, count, mean) -> Tensor:
         if name == "mean":
@@ -422,7 +429,7 @@ class TemporalPooling(nn.Module):
         scores = self.score(x)
         if exists is not None:
             scores = torch.where(exists, scores, torch.finfo(scores.dtype).min)
-        return (scores.softmax(1) * x).sum(1)
+        return (scores.softmax(1, dtype=compute_dtype(x.dtype)) * x).sum(1)
 
     def extra_repr(self) -> str:
         return ", ".join(map(repr, self.statistics))

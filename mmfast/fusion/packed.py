@@ -117,16 +117,14 @@ def _check_offsets(name: str, offsets: object, rows: Tensor, other: Tensor | Non
 
 
 def _item_by_item(query, cu_seqlens, sources, offsets, fusion, scale, is_causal, dropout_p, softcap, backend):
-    starts = cu_seqlens.tolist()
-    of_source = [o.tolist() for o in offsets]
+    # Split, not sliced: the gradient of a slice is as large as the whole, once for each item.
+    rows = query.split(cu_seqlens.diff().tolist(), 2)
+    keys, values = ([getattr(s, name).split(o.diff().tolist(), 2) for s, o in zip(sources, offsets, strict=True)]
+                    for name in ("key", "value"))  # fmt: skip
     outs, lses = [], []
-    for b in range(len(starts) - 1):
-        rows = slice(starts[b], starts[b + 1])
-        item = [
-            s._replace(key=s.key[:, :, o[b] : o[b + 1]], value=s.value[:, :, o[b] : o[b + 1]])
-            for s, o in zip(sources, of_source, strict=True)
-        ]
-        result = attend(query[:, :, rows], item, fusion, scale, is_causal, dropout_p, softcap, False, backend)
+    for b, item_rows in enumerate(rows):
+        item = [s._replace(key=k[b], value=v[b]) for s, k, v in zip(sources, keys, values, strict=True)]
+        result = attend(item_rows, item, fusion, scale, is_causal, dropout_p, softcap, False, backend)
         outs.append(result.out)
         lses.append(result.lses)
     if not outs:

@@ -45,12 +45,14 @@ def attention_pool(
     def block(start: int, stop: int) -> Tensor:
         part = [_rows(s, start, stop, is_causal) for s in sources]
         causal = bool(is_causal) and start == 0
-        out = attend(query[:, :, start:stop], part, fusion, scale, causal, dropout_p, softcap, False, backend).out
-        out = out.to(dtype)
+        rows_here, exists = query[:, :, start:stop], None
         if query_lengths is not None:
-            exists = torch.arange(start, stop, device=out.device) < query_lengths[:, None]
-            out = out * exists[:, None, :, None]
-        return out.sum(2)
+            exists = (torch.arange(start, stop, device=query.device) < query_lengths[:, None])[:, None, :, None]
+            # Rows that nobody has are zero, whatever they hold: 0 · NaN is NaN.
+            somewhere = exists if query.shape[0] == batch else exists.any(0, keepdim=True)
+            rows_here = torch.where(somewhere, rows_here, 0.0)
+        out = attend(rows_here, part, fusion, scale, causal, dropout_p, softcap, False, backend).out.to(dtype)
+        return (out if exists is None else torch.where(exists, out, 0.0)).sum(2)
 
     if rows <= _BLOCK:
         total = block(0, rows)
