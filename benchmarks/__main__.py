@@ -15,7 +15,7 @@ _DEFAULT_OUT = Path(__file__).resolve().parent / "out"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of mmfast beside its peers.")
-    p.add_argument("slices", nargs="*", metavar="slice", help="mel, mmd; all without any")
+    p.add_argument("slices", nargs="*", metavar="slice", help="mel, mmd, fusion; all without any")
     p.add_argument("--cases", metavar="GLOB", help="comma-separated patterns of case names")
     p.add_argument("--providers", metavar="A,B", help="comma-separated patterns of provider names")
     p.add_argument("--mode", choices=("forward", "backward", "both"), default="both", help="backward: with the forward")

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.fusion_cases import FUSION_CASES
 from benchmarks.mmd_cases import MMD_CASES
 from mmfast.mel import MelConfig, extract, tables
 
@@ -205,7 +206,7 @@ _MEL_CASES = (
     MelCase("smoke-2x0.2s", 2, 0.2, _LOGMEL, (*_TORCHAUDIO, "librosa", "nnaudio"), default=False),
 )
 
-CASES = {case.name: case for case in (*_MEL_CASES, *MMD_CASES)}
+CASES = {case.name: case for case in (*_MEL_CASES, *MMD_CASES, *FUSION_CASES)}
 
 
 def select(slices: list[str] | None = None, glob: str | None = None) -> list:

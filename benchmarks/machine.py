@@ -28,6 +28,7 @@ _PACKAGES = (
     "triton",
     "pykeops",
     "geomloss",
+    "diffusers",
 )
 
 

@@ -117,6 +117,8 @@ class Native(Provider):
         return f"backend reference: {found[0][1]}" if all(backend == "reference" for backend, _ in found) else None
 
     def runs(self, case, device):
+        if case.slice == "fusion":  # which also has torch's own kernels to build on
+            return case.fused(device)
         return _backend.choose(case.slice, torch.device(device))[0] != "reference"
 
     def version(self):
@@ -141,6 +143,8 @@ PEER_MODULES = (
     "mmd_blocked",
     "mmd_keops",
     "mmd_tests",
+    "fusion_torch",
+    "fusion_modules",
 )
 
 

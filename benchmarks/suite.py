@@ -79,7 +79,7 @@ def run(
         "dtype": "float32",
         "seed": settings.seed,
         "machine": machine.describe(settings.device),
-        "roofline": roof or roofline.measure(settings.device),
+        "roofline": roof or roofline.measure(settings.device, dtypes=[_dtype(case) for case in cases]),
     }
     with tqdm(total=len(jobs), disable=not progress, unit="case", file=sys.stderr) as bar:
         for case, mode in jobs:
@@ -165,6 +165,10 @@ def _burst(call: Callable, settings: Settings) -> list[float]:
     return times
 
 
+def _dtype(case) -> str:
+    return case.facts().get("dtype", "float32")
+
+
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -221,6 +225,6 @@ def _row(turn: _Turn, case, mode: str, roof: dict, peak: dict | None) -> dict[st
         "memory": peak,
         "others_cpu": machine.share_of_others(turn.cpu),
         "gflops": flops / median / 1e9,
-        "roof_fraction": roofline.fraction(median, flops, moved, roof),
+        "roof_fraction": roofline.fraction(median, flops, moved, roof, _dtype(case)),
         "rounds": turn.rounds,
     }

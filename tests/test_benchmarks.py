@@ -118,7 +118,7 @@ def test_select_cases_and_providers():
     assert [c.name for c in cases.select(None, "smoke-2x0.2s")] == ["smoke-2x0.2s"]
     with pytest.raises(ValueError, match="--cases: nothing matches 'whisperer'"):
         cases.select(None, "whisperer")
-    with pytest.raises(ValueError, match="slice must be one of mel, mmd, got 'smell'"):
+    with pytest.raises(ValueError, match="slice must be one of fusion, mel, mmd, got 'smell'"):
         cases.select(["smell"])
     with pytest.raises(ValueError, match="--providers: nothing matches 'nobody'"):
         providers.select("reference,nobody")
