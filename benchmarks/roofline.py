@@ -30,8 +30,11 @@ def measure(
 
 
 def fraction(seconds: float, flops: float, moved: float, roof: dict[str, float], dtype: str = "float32") -> float:
-    """The time that the roof allows for ``flops`` in ``dtype`` and ``moved`` bytes, over the time taken."""
-    gflops = roof.get(f"gflops_{dtype}", roof["gflops"])
+    """The time that the roof allows for ``flops`` and ``moved`` bytes, over the time taken.
+
+    Tensors of another ``dtype`` may be computed in float32, where the machine has no faster product of their own.
+    """
+    gflops = max(roof["gflops"], roof.get(f"gflops_{dtype}", 0.0))
     return max(flops / (gflops * 1e9), moved / (roof["gbytes"] * 1e9)) / seconds
 
 

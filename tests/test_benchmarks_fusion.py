@@ -159,6 +159,7 @@ def test_roof_of_a_dtype():
     assert roofline.fraction(2.0, 1e9, 0, roof) == 0.5
     assert roofline.fraction(2.0, 1e9, 0, roof, "bfloat16") == 0.125
     assert roofline.fraction(2.0, 1e9, 0, roof, "float16") == 0.5  # not measured
+    assert roofline.fraction(2.0, 1e9, 0, roof | {"gflops_bfloat16": 0.2}, "bfloat16") == 0.5  # better in float32
 
 
 def test_mmfast_has_more_than_the_reference():

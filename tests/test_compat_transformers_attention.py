@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from mmfast.compat import transformers_attention as compat  # noqa: E402
+from mmfast.nn import MultiheadAttention  # noqa: E402
 
 pytestmark = pytest.mark.peer
 
@@ -81,7 +82,50 @@ def mllama():
     return transformers.MllamaTextModel(config), inputs, "last_hidden_state"
 
 
-MODELS = (llama, llama_without_padding, t5, whisper, blip2_qformer, mllama)
+def blip2():
+    """Image features through the Q-Former into a language model."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 1}
+    text = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 24, "num_attention_heads": 4, "num_hidden_layers": 1,
+            "vocab_size": 40, "word_embed_proj_dim": 16, "max_position_embeddings": 32, "pad_token_id": 0}  # fmt: skip
+    config = transformers.Blip2Config(
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        qformer_config={**small, "encoder_hidden_size": 16, "cross_attention_frequency": 1, "vocab_size": 40},
+        text_config=text, num_query_tokens=3, image_token_index=39,
+    )  # fmt: skip
+    tokens = torch.cat([torch.full((2, 3), 39), torch.randint(3, 38, (2, 4))], 1)
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "input_ids": tokens,
+        "attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]]),
+    }
+    return transformers.Blip2ForConditionalGeneration(config), inputs, "logits"
+
+
+def mllama_with_images():
+    """Two tiles of one image, of which the second item has but one."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = transformers.MllamaConfig(
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 24, "attention_heads": 4, "num_hidden_layers": 2,
+            "num_global_layers": 1, "image_size": 8, "patch_size": 4, "max_num_tiles": 2, "vision_output_dim": 48,
+            "intermediate_layers_indices": [0, 1], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        text_config={
+            **SMALL, "num_key_value_heads": 2, "vocab_size": 40, "cross_attention_layers": [1], "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": None, "rope_parameters": rope, "max_position_embeddings": 32,
+        },
+    )  # fmt: skip
+    inputs = {
+        **padded(),
+        "pixel_values": torch.randn(2, 1, 2, 3, 8, 8),
+        "aspect_ratio_ids": torch.tensor([[2], [1]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
+        "cross_attention_mask": torch.tensor([[[[1, 1]]] * 6, [[[1, 0]]] * 6]),
+    }
+    return transformers.MllamaForConditionalGeneration(config), inputs, "logits"
+
+
+MODELS = (llama, llama_without_padding, t5, whisper, blip2_qformer, blip2, mllama, mllama_with_images)
 
 
 def build(make):
@@ -138,16 +182,110 @@ def test_weights():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_generation():
-    """With a cache: one query after the other."""
+def llama_lm():
     config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=40, pad_token_id=0, eos_token_id=None)
-    model = transformers.LlamaForCausalLM(config).eval()
-    tokens = []
-    inputs = padded()
+    return transformers.LlamaForCausalLM(config), padded()
+
+
+def llama_lm_unpadded():
+    """Without a mask: a static cache is longer than what has been read."""
+    model, inputs = llama_lm()
+    return model, {"input_ids": inputs["input_ids"]}
+
+
+def whisper_lm():
+    model, inputs, _ = whisper()
+    model = transformers.WhisperForConditionalGeneration(model.config)
+    model.generation_config.eos_token_id, model.generation_config.begin_suppress_tokens = None, None
+    return model, {"input_features": inputs["input_features"], "decoder_input_ids": torch.tensor([[1, 5], [1, 7]])}
+
+
+def mllama_lm():
+    model, inputs, _ = mllama_with_images()
+    return model, inputs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("make", [llama_lm, llama_lm_unpadded, whisper_lm, mllama_lm])
+def test_generation(make, options):
+    """With a cache: the prompt, then one query after the other, of which only its own scores decide."""
+    model, inputs = make()
+    model.eval()
+    with torch.no_grad():  # scores far enough from each other that rounding does not choose
+        for name, p in model.named_parameters():
+            p.mul_(8) if p.dim() == 2 else p.fill_(0.7) if "gate" in name and p.dim() <= 1 else None
+    found = []
     for implementation in ("sdpa", "mmfast"):
         model.set_attn_implementation(implementation)
-        tokens.append(model.generate(**inputs, max_new_tokens=5, do_sample=False))
-    assert tokens[0].shape == (2, 11) and torch.equal(*tokens)
+        out = model.generate(
+            **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_scores=True, **options
+        )
+        found.append((out.sequences, torch.stack(out.scores)))
+    assert torch.equal(found[0][0], found[1][0]) and len(found[0][1]) == 5
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-3)
+
+
+def test_static_cache_is_read_as_far_as_it_is_filled():
+    """What lies behind the prompt in a cache is not seen, whatever it holds."""
+    q, cache = torch.randn(1, 4, 3, 6), torch.randn(2, 1, 2, 8, 6)
+    bias = torch.randn(1, 4, 3, 8)
+    module = torch.nn.Identity()
+    expected, _ = compat.attention_forward(module, q, *cache[:, :, :, :3], None, position_bias=bias[..., :3])
+    cache[:, :, :, 3:] = torch.nan
+    got, _ = compat.attention_forward(module, q, *cache, None, position_bias=bias)
+    torch.testing.assert_close(got, expected)
+
+
+def perceiver(**options):
+    config = transformers.PerceiverConfig(
+        num_latents=5, d_latents=12, d_model=10, num_blocks=2, num_self_attends_per_block=2, num_self_attention_heads=3,
+        num_cross_attention_heads=2, qk_channels=24, v_channels=12, **options,
+    )  # fmt: skip
+    model = transformers.PerceiverModel(config)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    return model, {"inputs": torch.randn(2, 9, 10), "attention_mask": mask}
+
+
+def test_drop_in_perceiver():
+    """Latents of batch 1, values of another width; layers that never ask for an implementation."""
+    model, inputs = perceiver()
+    model.eval()
+    state, results = set(model.state_dict()), []
+    for _ in range(2):
+        model.zero_grad()
+        x = inputs["inputs"].clone().requires_grad_()
+        out = model(x, inputs["attention_mask"], output_attentions=True)
+        weights = [*out.attentions, *out.cross_attentions]
+        sum((t.square() * torch.linspace(1, 2, t.numel()).view(t.shape)).sum()
+            for t in (out.last_hidden_state, *weights)).backward()  # fmt: skip
+        parameters = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([out.last_hidden_state, *weights, x.grad, *parameters])
+        assert not x.grad[1, 4:].any() and x.grad[0].any()
+        changed = compat.replace_perceiver_attention(model)
+        assert len(changed) == (3 if not results[1:] else 0)
+    assert len(results[0]) > 30 and set(model.state_dict()) == state
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_perceiver_dropout():
+    model, inputs = perceiver(attention_probs_dropout_prob=0.5)
+    compat.replace_perceiver_attention(model)
+    assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    model.eval()
+    assert torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+def test_pooling_head_with_torchs_module():
+    """SigLIP's head holds torch's own, which has the same parameters as mmfast's."""
+    config = transformers.SiglipVisionConfig(**SMALL, image_size=8, patch_size=4)
+    model, pixels = transformers.SiglipVisionModel(config).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(pixels).pooler_output
+    head = next(m for m in model.modules() if type(m).__name__ == "SiglipMultiheadAttentionPoolingHead")
+    ours = MultiheadAttention(16, 4, batch_first=True).eval()
+    ours.load_state_dict(head.attention.state_dict())
+    head.attention = ours
+    torch.testing.assert_close(model(pixels).pooler_output, expected)
 
 
 def test_from_config():

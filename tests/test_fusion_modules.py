@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -278,13 +279,60 @@ def test_compile_fullgraph():
 
 def test_autocast():
     theirs, ours = (m.float() for m in pair(batch_first=True))
-    args = [x.float() for x in arguments(batch_first=True)]
+    args, padding = [x.float() for x in arguments(batch_first=True)], mask_of("bool", (N, S))
     with torch.autocast("cpu", torch.bfloat16):
-        out, expected = (m(*args, need_weights=False)[0] for m in (ours, theirs))
-        assert out.dtype == expected.dtype == torch.bfloat16
-        torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+        for need_weights in (False, True):
+            results = [m(*args, key_padding_mask=padding, need_weights=need_weights) for m in (ours, theirs)]
+            assert results[0][0].dtype == results[1][0].dtype == torch.bfloat16
+            torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
         fusion = CrossAttentionFusion(E, H, [E], gate="sigmoid", pool="mean", qk_norm="layer")
         assert fusion(args[0], [args[1]]).isfinite().all()
+
+
+def modules_and_arguments():
+    """One of each module, with something of every kind in it."""
+    x, sources = torch.randn(N, L, E), [torch.randn(N, S, 7), torch.randn(N, 2, 5)]
+    gated = {"fusion": "decoupled", "gate": "per_head", "qk_norm": "rms", "pool": "attention"}
+    return [
+        (
+            MultiheadAttention(E, H, kdim=7, add_bias_kv=True, batch_first=True),
+            (x, sources[0], x[:, :1].expand(N, S, E)),
+        ),
+        (CrossAttentionFusion(E, H, [7, 5], **gated), (x, sources)),
+        (WeightedFusion(2, E), ([x, -x], torch.tensor([[True, False], [True, True]]))),
+        (TemporalPooling(modules.POOLS, E), (x, torch.tensor([L, 0]))),
+    ]
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_copied_pickled_saved_and_compiled(index):
+    module, args = modules_and_arguments()[index]
+    expected = first(module(*args))
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(first(other(*args)), expected)
+    fresh, _ = modules_and_arguments()[index]
+    assert not torch.equal(first(fresh(*args)), expected) or index == 2  # equal weights at the beginning
+    fresh.load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(first(fresh(*args)), expected)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(*args)), expected)
+
+
+def test_dropout_is_repeatable():
+    x, sources = torch.randn(N, L, E), [torch.randn(N, S, 7), torch.randn(N, 2, 5)]
+    module = CrossAttentionFusion(E, H, [7, 5], dropout=0.5)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        module.zero_grad()
+        out = module(x, sources)
+        out.square().sum().backward()
+        results.append([out, *(p.grad.clone() for p in module.parameters())])
+    assert all(map(torch.equal, results[0], results[1])) and not torch.equal(results[0][0], results[2][0])
 
 
 # ---- CrossAttentionFusion
@@ -483,6 +531,21 @@ def test_temporal_pooling():
     assert all(not padded.grad[b, n:].any() for b, n in enumerate(lengths))
     assert module(x[:, :0]).eq(0).all()
     assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3000, 1501])])
+def test_pools_of_half_precision(lengths, dtype):
+    """3000 · 40 is no float16, 1501 no bfloat16."""
+    x = (torch.randn(2, 3000, 4) + 40).to(dtype)
+    module = TemporalPooling(modules.POOLS, 4).to(dtype)
+    out, gold = module(x, lengths), module.double()(x.double(), lengths)
+    assert out.dtype == dtype
+    assert ((out.double() - gold) / gold).abs().max() < torch.finfo(dtype).eps
+    pooled = CrossAttentionFusion(4, 2, [4], norm=None, pool="mean", dtype=dtype)
+    out, gold = (m(t, [t[:, :5]], query_lengths=lengths) for m, t in
+                 ((pooled, x), (copy.deepcopy(pooled).double(), x.double())))  # fmt: skip
+    assert ((out.double() - gold) / gold.abs().max()).abs().max() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("statistic", modules.POOLS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths
+from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths, compute_dtype
 from mmfast.fusion.attention import attention_pool, cross_attention
 from mmfast.fusion.multihead import MultiheadAttention
 
@@ -249,10 +249,12 @@ def _exists(lengths: Tensor, x: Tensor) -> Tensor:
 
 def _mean(x: Tensor, lengths: Tensor | None, like: Tensor) -> Tensor:
     """Over the elements that exist, ``(B, T, C)`` → ``(B, C)``; 0 where there are none."""
+    dtype = compute_dtype(x.dtype)  # half precision holds neither the sum nor every count
     if lengths is None:
-        return x.sum(1) / max(x.shape[1], 1)
+        return (x.sum(1, dtype=dtype) / max(x.shape[1], 1)).to(x.dtype)
     lengths = check_lengths("query_lengths", lengths, x.device, like.shape[0], like.shape[1])
-    return torch.where(_exists(lengths, x), x, 0.0).sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
+    total = torch.where(_exists(lengths, x), x, 0.0).sum(1, dtype=dtype)
+    return (total / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
 
 class WeightedFusion(nn.Module):
@@ -359,6 +361,7 @@ class TemporalPooling(nn.Module):
         device, dtype: of W, b and v.
 
     Only the first ``lengths`` elements of an item exist; what lies beyond does not matter. An item without any gives 0.
+    Sums of half precision are taken in float32.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -395,14 +398,15 @@ class TemporalPooling(nn.Module):
         """``(B, T, C)`` and ``(B,)`` → ``(B, len(statistics) · C)``."""
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(f"x must be (B, T, C), got {tuple(getattr(x, 'shape', ()))}")
-        count, exists = max(x.shape[1], 1), None
+        count, exists, dtype = max(x.shape[1], 1), None, compute_dtype(x.dtype)
         if lengths is not None:
             lengths = check_lengths("lengths", lengths, x.device, x.shape[0], x.shape[1])
             exists = _exists(lengths, x)
-            count = lengths.clamp(min=1)[:, None].to(x.dtype)
+            count = lengths.clamp(min=1)[:, None]
             x = torch.where(exists, x, 0.0)
-        mean = x.sum(1) / count if {"mean", "std"} & set(self.statistics) else None
-        return torch.cat([self._statistic(name, x, exists, lengths, count, mean) for name in self.statistics], 1)
+        mean = x.sum(1, dtype=dtype) / count if {"mean", "std"} & set(self.statistics) else None
+        parts = [self._statistic(name, x, exists, lengths, count, mean) for name in self.statistics]
+        return torch.cat([part.to(x.dtype) for part in parts], 1)
 
     def _statistic(self, name, x, exists, lengths, count, mean) -> Tensor:
         if name == "mean":
@@ -422,7 +426,7 @@ class TemporalPooling(nn.Module):
         scores = self.score(x)
         if exists is not None:
             scores = torch.where(exists, scores, torch.finfo(scores.dtype).min)
-        return (scores.softmax(1) * x).sum(1)
+        return (scores.softmax(1, dtype=compute_dtype(x.dtype)) * x).sum(1)
 
     def extra_repr(self) -> str:
         return ", ".join(map(repr, self.statistics))
