@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import subprocess
 import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
 import mmfast
-from mmfast import cli
 from mmfast.fusion import multihead
 from mmfast.swapping import changes, rules
 
@@ -344,6 +344,17 @@ def test_check_names_and_undoes_the_one_that_disagrees(monkeypatch, fault):
     assert type(model.first) is nn.MultiheadAttention
 
 
+def test_a_gradient_that_goes_missing_is_seen(monkeypatch):
+    real = mmfast.nn.MultiheadAttention.forward
+
+    def forward(self, query, key, value, **kwargs):
+        return real(self, query, key.detach() if self.kdim == 7 else key, value, **kwargs)
+
+    monkeypatch.setattr(mmfast.nn.MultiheadAttention, "forward", forward)
+    (row,) = mmfast.swap(Attends(), check=attends_inputs()).undone
+    assert row.path == "second" and "grad of input[2]" in row.why
+
+
 def test_tolerance():
     model, inputs = Attends(), attends_inputs()
     report = mmfast.swap(model, check=inputs, tolerance=0.0)
@@ -407,336 +418,22 @@ def test_half_precision_and_outputs_of_all_kinds():
     assert called.differences and not called.undone
 
 
-def test_transformers():
-    transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
-    text = transformers.BertConfig(**small, vocab_size=40)
-    image = transformers.ViTConfig(**small, image_size=8, patch_size=4)
-    model = transformers.VisionTextDualEncoderModel(
-        transformers.VisionTextDualEncoderConfig.from_vision_text_configs(image, text)
-    )
-    inputs = {"input_ids": torch.randint(0, 40, (2, 5)), "pixel_values": torch.randn(2, 3, 8, 8)}
-    for m in model.modules():
-        if hasattr(m, "config"):
-            m.config._attn_implementation = "sdpa"
-    report = mmfast.swap(model, check=inputs)
-    assert {model.text_model.config._attn_implementation, model.vision_model.config._attn_implementation} == {"mmfast"}
-    assert len(report.swapped) >= 2 and any("grad of text_model" in d.name for d in report.differences)
-    report.undo()
-    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
-    report = mmfast.swap(model, skip="text_model")
-    assert model.text_model.config._attn_implementation == "sdpa"
-    assert model.vision_model.config._attn_implementation == "mmfast"
-    model.text_model.config._attn_implementation = "flash_attention_2"
-    assert any("flash_attention_2" in row.why for row in mmfast.swap(model).left_alone)
-
-
-def _installed(name, *attributes):
-    module = pytest.importorskip(name)
-    return [getattr(module, attribute) for attribute in attributes]
-
-
-def _geomloss(loss="energy"):
-    (cls,) = _installed("geomloss", "SamplesLoss")
-    return cls(loss, blur=0.7)
-
-
-def _pytorch_adapt(batched=False):
-    loss, batch = _installed("pytorch_adapt.layers", "MMDLoss", "MMDBatchedLoss")
-    return batch(batch_size=4, mmd_type="quadratic") if batched else loss(torch.tensor([0.5, 2.0]), "quadratic")
-
-
-def _tllib():
-    """tllib's classes as far as the swap looks at them; the definition is that of Long et al. 2015."""
-
-    class GaussianKernel(nn.Module):
-        def __init__(self, alpha):
-            super().__init__()
-            self.alpha, self.track_running_stats, self.sigma_square = alpha, True, None
-
-        def forward(self, x):
-            square = (x[:, None] - x[None]).square().sum(2)
-            self.sigma_square = self.alpha * square.detach().mean()
-            return torch.exp(-square / (2 * self.sigma_square))
-
-    class MultipleKernelMaximumMeanDiscrepancy(nn.Module):
-        def __init__(self, kernels, linear=False):
-            super().__init__()
-            self.kernels, self.index_matrix, self.linear = kernels, None, linear
-
-        def forward(self, s, t):
-            n = len(s)
-            k = sum(kernel(torch.cat([s, t])) for kernel in self.kernels)
-            k = k - torch.diag(k.diagonal())
-            within = (k[:n, :n].sum() + k[n:, n:].sum()) / (n * (n - 1))
-            return within - 2 * k[:n, n:].mean() + 2 / (n - 1)
-
-    return GaussianKernel, MultipleKernelMaximumMeanDiscrepancy
-
-
-def _deepda(scale=1.0):
-    class MMDLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kernel_type, self.kernel_mul, self.kernel_num, self.fix_sigma = "rbf", 2.0, 5, None
-
-        def forward(self, s, t):
-            z, n = torch.cat([s, t]), len(s)
-            square = (z[:, None] - z[None]).square().sum(2)
-            width = square.detach().sum() / (len(z) ** 2 - len(z)) / self.kernel_mul ** (self.kernel_num // 2)
-            k = sum(torch.exp(-square / (width * self.kernel_mul**i)) for i in range(self.kernel_num))
-            return scale * (k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean())
-
-    return MMDLoss
-
-
-def _home(monkeypatch, name, **members):
-    module = types.ModuleType(name)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.mark.parametrize("which", ["geomloss", "laplacian", "pytorch_adapt", "batched", "tllib", "deepda"])
-def test_losses(which, monkeypatch):
-    if which == "tllib":
-        kernel, cls = _tllib()
-        _home(monkeypatch, "tllib.alignment.dan", MultipleKernelMaximumMeanDiscrepancy=cls)
-        loss = cls([kernel(0.5), kernel(2.0)])
-    elif which == "deepda":
-        cls = _deepda()
-        _home(monkeypatch, "loss_funcs.mmd", MMDLoss=cls)
-        loss = cls()
-    else:
-        loss = {
-            "geomloss": _geomloss,
-            "laplacian": lambda: _geomloss("laplacian"),
-            "pytorch_adapt": _pytorch_adapt,
-            "batched": lambda: _pytorch_adapt(True),
-        }[which]()
-    model = nn.ModuleDict({"loss": loss})
-    x, y = torch.randn(6, 3), torch.randn(6, 3) + 0.5
-    expected, keys, names = loss(x, y), list(model.state_dict()), attributes(model)
-    report = mmfast.swap(model, check=lambda m: m["loss"](x, y))
-    assert type(loss).__module__.startswith("mmfast.compat") and not report.undone
-    assert [row.path for row in report.swapped] == ["loss"]
-    torch.testing.assert_close(loss(x, y), expected, rtol=1e-4, atol=1e-6)
-    assert list(model.state_dict()) == keys
-    report.undo()
-    assert type(loss).__module__.partition(".")[0] != "mmfast" and attributes(model) == names
-    torch.testing.assert_close(loss(x, y), expected)
-
-
-def test_losses_that_do_not_fit(monkeypatch):
-    sinkhorn = _geomloss("sinkhorn")
-    assert "sinkhorn" in mmfast.swap(sinkhorn).left_alone[0].why and type(sinkhorn).__module__.startswith("geomloss")
-    cls = _deepda(scale=2.0)  # somebody changed the copy
-    _home(monkeypatch, "loss_funcs.mmd", MMDLoss=cls)
-    assert "something else than DeepDA's" in mmfast.swap(cls()).left_alone[0].why
-    _, cls = _tllib()
-    _home(monkeypatch, "tllib.alignment.dan", MultipleKernelMaximumMeanDiscrepancy=cls)
-    assert "kernels must be" in mmfast.swap(cls([nn.Identity()])).left_alone[0].why
-
-
-@pytest.mark.filterwarnings("ignore:Metric .*will save all extracted features")
-def test_metrics():
-    (kid,) = _installed("torchmetrics.image.kid", "KernelInceptionDistance")
-    mmd, hsic = _installed("ignite.metrics", "MaximumMeanDiscrepancy", "HSIC")
-    model = nn.Module()
-    model.kid = kid(nn.Flatten(), subsets=3, subset_size=10)
-    model.mmd, model.hsic = mmd(var=2.0), hsic()
-    x, y = torch.randn(12, 3), torch.randn(12, 3) + 1
-
-    def values():
-        found = []
-        for metric in (model.mmd, model.hsic):
-            metric.reset()
-            metric.update((x, y))
-            found.append(float(metric.compute()))
-        model.kid.reset()
-        for real, data in ((True, x), (False, y)):
-            model.kid.update(data, real=real)
-        torch.manual_seed(0)
-        return found + [float(v) for v in model.kid.compute()]
-
-    expected = values()
-    report = mmfast.swap(model)
-    assert [row.path for row in report.swapped] == ["kid", "mmd", "hsic"]
-    assert all(type(m).__module__.startswith("mmfast.compat") for m in (model.kid, model.mmd, model.hsic))
-    assert model.kid.compute.__wrapped__.__func__.__module__ == "mmfast.compat.torchmetrics"
-    assert values() == pytest.approx(expected, rel=1e-3)
-    report.undo()
-    assert (type(model.kid), type(model.mmd), type(model.hsic)) == (kid, mmd, hsic) and values() == expected
-    assert mmfast.swap(model.mmd).swapped[0].path == ""
-
-
-def test_torchdrift():
-    module = pytest.importorskip("torchdrift.detectors.mmd", exc_type=ImportError)
-    detector = module.KernelMMDDriftDetector(kernel=module.RationalQuadraticKernel(2.0, alpha=0.7), n_perm=50)
-    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(15, 4, dtype=torch.float64) + 0.4
-    detector.fit(x)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        results.append((float(detector(y)), float(detector.compute_p_value(y))))
-        report = mmfast.swap(detector)
-    assert results[1] == pytest.approx(results[0], rel=1e-6)
-    report.undo()
-
-
 def test_rules_lead_somewhere():
     """Every drop-in that a rule names exists; homes are of the form module:name."""
     for rule in rules.RULES:
         assert rule.op in mmfast._backend.OPS
         module, name = rule.target.split(":")
-        assert isinstance(getattr(__import__(f"mmfast.{module}", fromlist=[name]), name), type)
+        try:
+            found = importlib.import_module(f"mmfast.{module}")
+        except ImportError as error:
+            assert "needs the package" in str(error)
+            continue
+        assert isinstance(getattr(found, name), type)
     assert rules.known()[nn.MultiheadAttention].target == "nn:MultiheadAttention"
 
 
 def test_import_brings_no_library():
-    import subprocess
-
     libraries = ("torchaudio", "transformers", "diffusers", "geomloss", "ignite", "torchmetrics", "tabulate")
     script = "import sys, mmfast, torch; mmfast.swap(torch.nn.Linear(2, 2)); "
     script += f"print([m for m in {libraries} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_compiled():
-    model, inputs = Attends(), attends_inputs()
-    count = []
-
-    def backend(graph, _):
-        count.append(1)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend)
-    expected = compiled(*inputs)
-    report = mmfast.swap(compiled, only="second", check=inputs)
-    assert [row.path for row in report.swapped] == ["_orig_mod.second"]
-    assert len(count) == 1
-    torch.testing.assert_close(compiled(*inputs), expected)
-    assert len(count) == 2  # compiled again, with the new class
-    report.undo()
-    torch.testing.assert_close(compiled(*inputs), expected)
-
-
-def test_data_parallel():
-    model, inputs = Attends(), attends_inputs()
-    wrapped = nn.DataParallel(model)
-    report = mmfast.swap(wrapped, only="first", check=inputs)
-    assert [row.path for row in report.swapped] == ["module.first"] and report.differences
-    wrapped(*inputs).sum().backward()
-
-
-DISTRIBUTED = """
-import torch, mmfast, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from test_swap import Attends, attends_inputs
-dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
-inputs = attends_inputs()
-ddp = torch.nn.parallel.DistributedDataParallel(Attends())
-assert len(mmfast.swap(ddp, only=["first", "second"], check=inputs).swapped) == 2
-ddp(*inputs).sum().backward()
-ddp(*inputs).sum().backward()
-assert ddp.module.first.in_proj_bias.grad is not None
-for flat in (True, False):
-    fsdp = FullyShardedDataParallel(Attends(), device_id=torch.device("cpu"), use_orig_params=not flat)
-    expected = fsdp(*inputs)
-    report = mmfast.swap(fsdp, only="first", check=inputs)
-    assert [row.path for row in report.swapped] == ["_fsdp_wrapped_module.first"], report
-    assert "forward only" in report.notes[0]
-    torch.testing.assert_close(fsdp(*inputs), expected)
-    fsdp(*inputs).sum().backward()
-model, mesh = Attends(), init_device_mesh("cpu", (1,))
-fully_shard(model.third, mesh=mesh)
-fully_shard(model, mesh=mesh)
-report = mmfast.swap(model)
-assert [row.path for row in report.swapped] == ["first", "second"], report
-assert "fully_shard" in report.left_alone[0].why
-model(*inputs).sum().backward()
-assert model.first.in_proj_bias.grad is not None
-dist.destroy_process_group()
-print("fine")
-"""
-
-
-def test_distributed(tmp_path):
-    """DDP, and FSDP in both versions, with one process."""
-    import os
-    import subprocess
-
-    script = DISTRIBUTED.format(file=tmp_path / "store")
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
-
-
-FACTORY = """
-import torch, torchaudio
-from torch import nn
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mel = torchaudio.transforms.MelSpectrogram(8000, n_fft=256, n_mels=20)
-        self.head = nn.Linear(20, 3)
-
-    def forward(self, wave):
-        return self.head(self.mel(wave).transpose(1, 2))
-
-def make():
-    return Model()
-
-def pair():
-    return Model(), torch.randn(2, 1600)
-
-inputs = torch.randn(1, 900)
-nothing = 3
-"""
-
-
-@pytest.fixture
-def factory(tmp_path, monkeypatch):
-    (tmp_path / "my_factory.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    sys.modules.pop("my_factory", None)
-
-
-def test_command(factory, capsys, monkeypatch):
-    assert cli.main(["swap-check", "my_factory:pair", "--rounds", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("1 swapped", "grad of head.weight", "times as fast", "with 2 steps inside"))
-    assert cli.main(["swap-check", "my_factory:make"]) == 0
-    assert "no example inputs" in capsys.readouterr().out
-    assert cli.main(["swap-check", "my_factory:Model", "--inputs", "my_factory:inputs", "--rounds", "0"]) == 0
-    printed = capsys.readouterr().out
-    assert "grad of input[0]" in printed and "times as fast" not in printed
-    assert cli.main(["swap-check", "my_factory:pair", "--dry-run", "--skip", "mel"]) == 0
-    assert "0 swapped, 2 left alone" in capsys.readouterr().out
-    monkeypatch.setattr(mmfast.compat.torchaudio.transforms.MelSpectrogram, "forward", lambda self, w: w)
-    assert cli.main(["swap-check", "my_factory:pair", "--rounds", "0"]) == 1
-    assert "1 undone" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["my_factory"], "FACTORY must be package.module:name, got 'my_factory'"),
-        (["no_such:make"], "No module named 'no_such'"),
-        (["my_factory:maker"], "has no attribute 'maker'"),
-        (["my_factory:nothing"], "must return a torch.nn.Module, or a pair of it and inputs, got int"),
-        (["my_factory:make", "--only", "mal"], "no module has a path like 'mal'"),
-        (["my_factory:make", "--inputs", "my_factory:nothing"], "the model does not run on its inputs"),
-        (["my_factory:make", "--rounds", "-1"], "--rounds must not be negative"),
-    ],
-)
-def test_command_rejects(factory, capsys, arguments, message):
-    assert cli.main(["swap-check", *arguments]) == 2
-    assert message in capsys.readouterr().err

@@ -45,6 +45,8 @@ def swap(
     ``MelSpectrogram``, ``MFCC``,
     ``LFCC``
     ``nn.MultiheadAttention``      `mmfast.nn.MultiheadAttention`, also inside ``nn.TransformerDecoderLayer`` and others
+    processors of diffusers        those of `mmfast.compat.diffusers`; what sets new ones later, as ``load_ip_adapter``
+                                   does, brings back diffusers' own
     models of transformers         ``attn_implementation="mmfast"`` (`mmfast.compat.transformers_attention`)
     losses and metrics of          those of the module of this name in `mmfast.compat`
     geomloss, pytorch-adapt,
@@ -65,7 +67,7 @@ def swap(
     captured.
 
     Args:
-        model: a module; or a metric of ignite.
+        model: a module; or a metric of ignite. A pipeline of diffusers is none: swap its ``unet`` or ``transformer``.
         only, skip: which modules: a glob of paths (``"encoder.*"``; ``*`` also matches dots; the names that wrappers
             add may be left out), a class, a function of (path, module), or a list of these. Each also means everything
             inside what it matches. ``skip`` wins.

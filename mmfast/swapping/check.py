@@ -53,16 +53,20 @@ class Check:
     def differences(self) -> list[Difference]:
         """Of every tensor, the worst in units of its tolerance first."""
         after = self._run(self.model, self.inputs)
-        if missing := set(self.before) ^ set(after):
-            raise RuntimeError(f"one run has tensors that the other has not: {', '.join(sorted(missing)[:4])}")
+        before = dict(self.before)
+        for name in set(before) ^ set(after):
+            if not name.startswith("grad"):
+                raise RuntimeError(f"one run has an output that the other has not: {name}")
+            # No gradient is one of zeros.
+            there, here = (before, after) if name in after else (after, before)
+            there[name] = torch.zeros_like(here[name])
         largest = {}  # of outputs, and of gradients
-        for name, value in self.before.items():
+        for name, value in before.items():
             largest[name[:4]] = max(largest.get(name[:4], 0.0), _largest(value))
-        found = [self._difference(name, after[name], largest[name[:4]]) for name in self.before]
+        found = [self._difference(name, before[name], after[name], largest[name[:4]]) for name in before]
         return sorted(found, key=lambda d: d.relative / d.tolerance if d.tolerance else math.inf, reverse=True)
 
-    def _difference(self, name: str, after: Tensor, largest: float) -> Difference:
-        before = self.before[name]
+    def _difference(self, name: str, before: Tensor, after: Tensor, largest: float) -> Difference:
         if before.shape != after.shape or before.dtype != after.dtype:
             return Difference(name, math.inf, math.inf, 0.0, f"{_describe(before)} → {_describe(after)}")
         scale, moved = _largest(before), _distance(after, before)

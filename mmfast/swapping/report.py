@@ -132,7 +132,9 @@ class Report:
 
 def _path(row: Row) -> str:
     path = row.path or "(the model)"
-    return path if not row.also else f"{path} = {' = '.join(row.also)}"
+    if len(row.also) > 2:
+        return f"{path} and {len(row.also)} more"
+    return " = ".join((path, *row.also))
 
 
 def _why(row: Row, steps: int) -> str:

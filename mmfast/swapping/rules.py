@@ -52,7 +52,10 @@ class Rule:
     def change(self, subject: Any) -> ClassChange:
         """The change of one object, not applied yet."""
         module, name = self.target.split(":")
-        new = getattr(importlib.import_module(f"mmfast.{module}"), name)
+        try:
+            new = getattr(importlib.import_module(f"mmfast.{module}"), name)
+        except ImportError as error:
+            raise Unfit(f"its counterpart does not import here: {error}") from error
         return ClassChange(subject, new, self.attributes(subject))
 
 
@@ -173,11 +176,15 @@ def _deepda(loss: Any) -> dict[str, Any]:
 
 
 _CHAINS = ("MelSpectrogram", "MFCC", "LFCC")
+_DIFFUSERS = "diffusers.models.attention_processor"
 _AUDIO = "compat.torchaudio.transforms"
 _SELF = "self-attention in evaluation stays with torch"
 
 RULES = (
     Rule("torch.nn:MultiheadAttention", "nn:MultiheadAttention", "fusion", _attention, note=_SELF),
+    Rule(f"{_DIFFUSERS}:AttnProcessor2_0", "compat.diffusers:AttnProcessor2_0", "fusion"),
+    Rule(f"{_DIFFUSERS}:IPAdapterAttnProcessor2_0", "compat.diffusers:IPAdapterAttnProcessor2_0", "fusion"),
+    Rule(f"{_DIFFUSERS}:JointAttnProcessor2_0", "compat.diffusers:JointAttnProcessor2_0", "fusion"),
     Rule("torchaudio.transforms:Spectrogram", f"{_AUDIO}:Spectrogram", "mel", _spectrogram),
     Rule("torchaudio.transforms:MelSpectrogram", f"{_AUDIO}:MelSpectrogram", "mel"),
     Rule("torchaudio.transforms:MFCC", f"{_AUDIO}:MFCC", "mel"),
