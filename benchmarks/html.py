@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from benchmarks import plots, report, stages
+from benchmarks import machine, plots, report, stages
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -19,24 +20,23 @@ def page(rows: list[dict[str, Any]], breakdowns: list[dict[str, Any]] = ()) -> s
         raise ValueError("rows must not be empty")
     plots._svg.count = 0  # the same rows give the same page
     against = report.baseline(rows)
-    palette = plots.colours(row["provider"] for row in rows)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(_TEMPLATE.read_text()).render(
-        notes=list(dict.fromkeys(report.note(row) for row in (*rows, *breakdowns))),
-        version=(rows or breakdowns)[0]["machine"].get("torch"),
+        notes=_notes([*rows, *breakdowns]),
         time=max((row.get("time", "") for row in rows), default=""),
         against=against,
-        slices=[_slice(name, rows, against, palette) for name in dict.fromkeys(row["slice"] for row in rows)],
+        slices=[_slice(name, rows, against) for name in dict.fromkeys(row["slice"] for row in rows)],
         breakdowns=_breakdowns(breakdowns),
-        method=(stages.__doc__ or "").split("\n\n", 1)[1],
+        method=_paragraphs((stages.__doc__ or "").split("\n\n", 1)[1]),
         failed=[row for row in rows if "failed" in row],
     )
 
 
-def _slice(name: str, rows: list[dict[str, Any]], against: str, palette: dict[str, str]) -> dict[str, Any]:
+def _slice(name: str, rows: list[dict[str, Any]], against: str) -> dict[str, Any]:
     own = [row for row in rows if row["slice"] == name]
+    palette = plots.colours(row["provider"] for row in own)
     modes = []
     for mode in dict.fromkeys(row["mode"] for row in own):
         groups = report.groups([row for row in own if "sweep" not in row], mode)
@@ -61,6 +61,29 @@ def _slice(name: str, rows: list[dict[str, Any]], against: str, palette: dict[st
             }
         )
     return {"name": name, "modes": modes, "summary": _summary(own, against)}
+
+
+def _paragraphs(text: str) -> list[list[str]]:
+    """Paragraphs, each a list: of one text, or of the items of a list."""
+    parts = [" ".join(part.split()) for part in text.strip().split("\n\n")]
+    return [[item for item in re.split(r"(?:^|\s)\* ", part) if item] for part in parts]
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each machine and commit, with the range of the roofs that its runs measured."""
+    roofs: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        roofs.setdefault(machine.sentence(row["machine"]), []).append(row["roofline"])
+    units = {"gflops": "GFLOP/s (float32 matrix product)", "gbytes": "GB/s (copy)"}
+
+    def reached(found: list[dict[str, float]], key: str) -> str:
+        low, high = (choose(roof[key] for roof in found) for choose in (min, max))
+        return f"{low:g}" + (f" to {high:g}" if high > low else "") + f" {units[key]}"
+
+    return [
+        f"{sentence}. Measured roof: {', '.join(reached(found, key) for key in units)}."
+        for sentence, found in roofs.items()
+    ]
 
 
 def _extra(row: dict[str, Any]) -> float | None:
@@ -123,7 +146,7 @@ def _breakdowns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "case": row["case"] if first else "",
                 "mode": report.TITLES[row["mode"]] if first else "",
-                "backend": row["backend"] if first else "",
+                "backend": (row["backend"] + ("" if row["adds_up"] else ", does not add up")) if first else "",
                 "stage": stage["stage"],
                 "ms": f"{stage['seconds'] * 1e3:.3g}",
                 "range": f"{stage['p20'] * 1e3:.3g} to {stage['p80'] * 1e3:.3g}",

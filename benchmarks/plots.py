@@ -13,11 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Stand-ins that become variables of the page: what must change between paper and a dark screen.
-_TEXT, _FAINT = "#010203", "#040506"
-_VARIABLES = {_TEXT: "var(--text)", _FAINT: "var(--faint)"}
+_TEXT, _FAINT, _PAGE = "#010203", "#040506", "#070809"
+_VARIABLES = {_TEXT: "var(--text)", _FAINT: "var(--faint)", _PAGE: "var(--page)"}
 # Tones in the middle, with a contrast of 3 : 1 on white and on near-black; markers and order tell them apart too.
 OURS, REFERENCE = "#d9651a", "#80868f"
-_PEERS = ("#3f87c6", "#1f9467", "#a35fd0", "#cf4f6b", "#17909b", "#8c8420", "#7a6cd8", "#b5702a")
+_PEERS = (
+    "#3f87c6",
+    "#1f9467",
+    "#a35fd0",
+    "#cf4f6b",
+    "#17909b",
+    "#8c8420",
+    "#7a6cd8",
+    "#b5702a",
+    "#5f8f3a",
+    "#c253a8",
+    "#4f7a8c",
+    "#a8524a",
+)
 _MARKERS = "osD^vP*Xhd<>"
 _STAGES = ("#3f87c6", "#d9651a", "#1f9467", "#a35fd0", "#8c8420", "#17909b")
 
@@ -29,11 +42,13 @@ def colours(providers: Iterable[str]) -> dict[str, str]:
     return {"mmfast": OURS, "reference": REFERENCE, **found}
 
 
-def speed_ups(groups: list[list[dict[str, Any]]], against: str, palette: dict[str, str]) -> str | None:
+def speed_ups(groups: list[list[dict[str, Any]]], against: str, palette: dict[str, str]) -> list[str]:
     """For each case a bar for each provider: its time over that of ``against``, on a logarithmic axis around 1."""
     groups = [g for g in groups if len(g) > 1 and any(row["provider"] == against for row in g)]
-    if not groups:
-        return None
+    return [_speed_ups(some, against, palette) for some in _pages(groups)]
+
+
+def _speed_ups(groups: list[list[dict[str, Any]]], against: str, palette: dict[str, str]) -> str:
     figure, axis, lines = _bars([len(g) - 1 for g in groups])
     y = 0.0
     for group in groups:
@@ -56,17 +71,32 @@ def speed_ups(groups: list[list[dict[str, Any]]], against: str, palette: dict[st
 
 def values(
     groups: list[list[dict[str, Any]]], pick, label: str, title: str, palette: dict[str, str], form: str
-) -> str | None:
+) -> list[str]:
     """For each case a dot for each provider at ``pick(row)``, on a logarithmic axis; rows without one are left out."""
-    groups = [[row for row in g if (pick(row) or 0) > 0] for g in groups]
-    groups = [g for g in groups if g]
-    if not groups:
-        return None
+    groups = [sorted((row for row in g if (pick(row) or 0) > 0), key=pick) for g in groups]
+    return [_values(some, pick, label, title, palette, form) for some in _pages([g for g in groups if g])]
+
+
+def _pages(groups: list[list], lines: int = 42) -> Iterable[list[list]]:
+    """Groups together that fit on a page."""
+    page: list[list] = []
+    for group in groups:
+        if page and sum(len(g) + 1.6 for g in page) + len(group) > lines:
+            yield page
+            page = []
+        page.append(group)
+    if page:
+        yield page
+
+
+def _values(
+    groups: list[list[dict[str, Any]]], pick, label: str, title: str, palette: dict[str, str], form: str
+) -> str:
     figure, axis, lines = _bars([len(g) for g in groups])
     y = 0.0
     for group in groups:
         _heading(axis, y, f"{group[0]['case']}  ({group[0]['shape']})")
-        for row in sorted(group, key=pick):
+        for row in group:
             y += 1
             axis.plot(pick(row), y, "o", color=palette[row["provider"]], markersize=7)
             _label(axis, y, row["provider"], pick(row), form.format(pick(row)))
@@ -110,6 +140,7 @@ def sweep(rows: list[dict[str, Any]], palette: dict[str, str]) -> str:
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_xticks(sizes, [f"{n:g}" for n in sizes])
     axis.set_ylim(bottom=min(lowest, max(min(floor), lowest / 300)) / 2)
     axis.set_xlabel(rows[0]["sweep"]["over"])
@@ -121,7 +152,10 @@ def sweep(rows: list[dict[str, Any]], palette: dict[str, str]) -> str:
 
 
 def stages(rows: list[dict[str, Any]]) -> str:
-    """A bar for each row, cut into its stages; a stage that takes less than nothing is left out of the picture."""
+    """A bar for each row that adds up, cut into its stages; what the noise makes negative is left out."""
+    rows = [row for row in rows if row["adds_up"]]
+    if not rows:
+        return ""
     figure = _figure(8, 0.62 * len(rows) + 0.5)
     axis = figure.subplots()
     names = list(dict.fromkeys(stage["stage"] for row in rows for stage in row["stages"]))
@@ -166,7 +200,7 @@ def _bars(counts: list[int]):
 def _heading(axis, y: float, text: str) -> None:
     axis.annotate(
         text, (0, y), xycoords=("axes fraction", "data"), va="center", ha="left", fontsize=9, fontweight="bold",
-        color=_TEXT,
+        color=_TEXT, bbox={"facecolor": _PAGE, "edgecolor": "none", "pad": 1}, zorder=3,
     )  # fmt: skip
 
 
@@ -188,8 +222,8 @@ def _finish(axis, lines: float, label: str) -> None:
     axis.set_yticks([])
     decades = math.log10(high / low)
     plain = FuncFormatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_major_formatter(plain)
     if decades < 5:
-        axis.xaxis.set_major_formatter(plain)
         axis.xaxis.set_minor_formatter(plain if decades < 1 else NullFormatter())
     axis.set_xlabel(label)
     axis.grid(True, axis="x", color=_FAINT, linewidth=0.5)

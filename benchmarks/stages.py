@@ -9,11 +9,13 @@ timed beside variants of itself in the same rounds, and a stage is a difference:
 * mmd: products of points are linear in the number of features, and nothing else is. Half of the features leave out
   half of the products: their time is twice the difference. The other kernels of a sum are what a single one saves.
 * fusion: likewise the scores are linear in the features of queries and keys and the output in those of the values,
-  which are halved one at a time; the softmax, with the fixed cost of the call, is what is left.
+  which are halved one at a time; the softmax, with the fixed cost of the call, is what is left. Plain attention, which
+  has the matrices, is cut after the scores and after the softmax.
 
 What overlaps in a processor that does several things at once counts where it is waited for, so a stage says what
 leaving it out would save, and a stage that hides behind others may take nothing. Differences of two noisy times have
-the noise of both: each stage comes with the 20th and 80th percentile over the rounds.
+the noise of both: each stage comes with the 20th and 80th percentile over the rounds. Where a stage takes less than
+nothing in most rounds, the variants were not computed in the same way, and the row does not add up.
 """
 
 from __future__ import annotations
@@ -90,14 +92,16 @@ def run(chosen: list, settings: suite.Settings, progress: bool = True) -> Iterat
             "case": case.name,
             "shape": case.shape,
             "mode": mode,
-            "provider": "reference" if backend == "reference" else "mmfast",
             "backend": backend,
             **measure(parts, settings),
         }
 
 
 def measure(parts: Breakdown, settings: suite.Settings) -> dict[str, Any]:
-    """``total`` and ``stages`` in seconds: medians over the rounds, with the 20th and 80th percentile."""
+    """``total`` and ``stages`` in seconds: medians over the rounds, with the 20th and 80th percentile.
+
+    ``adds_up`` is false where a stage is below zero by more than its noise, and by a fiftieth of the whole.
+    """
     order, rounds = random.Random(settings.seed), []
     names = list(parts.variants)
     for call in parts.variants.values():
@@ -116,11 +120,16 @@ def measure(parts: Breakdown, settings: suite.Settings) -> dict[str, Any]:
         values = [sum(weight * times[variant] for variant, weight in weights.items()) for times in rounds]
         low, middle, high = (float(np.quantile(values, q)) for q in (0.2, 0.5, 0.8))
         stages.append({"stage": name, "seconds": middle, "p20": low, "p80": high})
-    return {"total": float(np.median([times["all"] for times in rounds])), "stages": stages}
+    total = float(np.median([times["all"] for times in rounds]))
+    adds_up = all(stage["p80"] > -0.02 * total for stage in stages)
+    return {"total": total, "adds_up": adds_up, "stages": stages}
 
 
 def _backends(case, device: str) -> list[str]:
     chosen = _backend.choose(case.slice, torch.device(device))[0]
+    if case.slice == "fusion":
+        plain = ["plain"] if len(case.keys) == 1 and case.mask is None and case.kv_heads is None else []
+        return ([] if chosen == "reference" else [chosen]) + plain
     return list(dict.fromkeys((chosen, "reference"))) if case.reference else [chosen]
 
 
@@ -171,6 +180,8 @@ def _mmd(case, mode: str, backend: str, settings: suite.Settings) -> Breakdown:
 
 
 def _fusion(case, mode: str, backend: str, settings: suite.Settings) -> Breakdown:
+    if backend == "plain":
+        return _plain(case, mode, settings)
     value_dim = case.value_dim or case.dim
     variants = {
         "all": case,
@@ -183,6 +194,23 @@ def _fusion(case, mode: str, backend: str, settings: suite.Settings) -> Breakdow
         "values": {"all": 2.0, "half values": -2.0},
     }
     return Breakdown({k: _call(v, mode, backend, settings) for k, v in variants.items()}, stages)
+
+
+def _plain(case, mode: str, settings: suite.Settings) -> Breakdown:
+    inputs = [x.detach().requires_grad_(mode == "backward") for x in case.inputs(settings.seed, settings.device)]
+
+    def until(last: str) -> None:
+        query, ((key, value),), _ = case.parts(inputs)
+        with torch.set_grad_enabled(mode == "backward"):
+            out = query @ key.transpose(2, 3) * case.dim**-0.5
+            out = out if last == "scores" else out.softmax(3)
+            out = out @ value if last == "all" else out
+        if mode == "backward":
+            torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+
+    variants = {last: partial(until, last) for last in ("scores", "softmax", "all")}
+    stages = {"scores": {"scores": 1.0}, "softmax": {"softmax": 1.0, "scores": -1.0}}
+    return Breakdown(variants, stages | {"values": {"all": 1.0, "softmax": -1.0}})
 
 
 _MAKERS = {"MelCase": _mel, "MMDCase": _mmd, "AttentionCase": _fusion}

@@ -35,7 +35,7 @@ def every() -> tuple[Sweep, ...]:
     log_mel = cases.CASES["logmel-1x1s"].config
     clips = {n: cases.MelCase(f"sweep-mel-{n}x1s", n, 1, log_mel, _AUDIO, False) for n in (1, 4, 16, 64, 256)}
     seconds = {
-        n: cases.MelCase(f"sweep-mel-1x{n}s", 1, n, log_mel, _AUDIO, False) for n in (1, 4, 16, 64, 256)
+        n: cases.MelCase(f"sweep-mel-clip-{n}s", 1, n, log_mel, _AUDIO, False) for n in (1, 4, 16, 64, 256)
     }  # fmt: skip
     points = {n: MMDCase(f"sweep-mmd-{n}x64", n, 64, _PAIRS, default=False) for n in (64, 256, 1024, 4096)}
     points[16384] = replace(points[4096], name="sweep-mmd-16384x64", n=16384, peers=(), reference=False, exact=False)
