@@ -146,6 +146,25 @@ def test_random_state_and_gradients_are_kept():
     assert all(x.grad is None and not x.requires_grad for x in inputs)
 
 
+def test_the_check_runs_without_dropout():
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(8, 2, dropout=0.3)
+            self.drop, self.layerdrop, self.drop_last = nn.Dropout(0.5), 0.2, 3
+
+        def forward(self, x):
+            seen.append((self.layer.dropout, self.drop.p, self.layerdrop, self.drop_last))
+            return self.drop(self.layer(x, x, x)[0])
+
+    model = Model()
+    mmfast.swap(model, check=torch.randn(4, 2, 8))
+    assert set(seen) == {(0.0, 0.0, 0.0, 3)} and len(seen) == 3  # before, in float64, after
+    assert (model.layer.dropout, model.drop.p, model.layerdrop) == (0.3, 0.5, 0.2)
+
+
 def test_the_fused_forward_is_called_and_hooks_fire(monkeypatch):
     model, inputs = Attends(), attends_inputs()
     seen, calls = [], []

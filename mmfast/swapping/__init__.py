@@ -76,7 +76,7 @@ def swap(
             function that is called with the model and returns its outputs. The model is run before and after, forward
             and backward, without dropout; a swap with which an output or gradient differs by more than the tolerance,
             or that raises, is undone and named in the report. Compiled models are run without compilation, sharded ones
-            forward only.
+            forward only. Takes the memory of a copy of the model in float64.
         tolerance: allowed max |after − before| / max |before|. Default: 16 times the error of the model before the swap
             against itself in float64, plus roundings of the dtype.
 
