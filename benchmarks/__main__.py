@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _DEFAULT_OUT = Path(__file__).resolve().parent / "out"
@@ -18,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("slices", nargs="*", metavar="slice", help="mel, mmd, fusion; all without any")
     p.add_argument("--cases", metavar="GLOB", help="comma-separated patterns of case names")
     p.add_argument("--providers", metavar="A,B", help="comma-separated patterns of provider names")
+    p.add_argument("--sweeps", action="store_true", help="sizes from small to large; with --cases beside those")
+    p.add_argument("--stages", action="store_true", help="also where the time goes (stages.py); alone with --rounds 0")
     p.add_argument("--mode", choices=("forward", "backward", "both"), default="both", help="backward: with the forward")
     p.add_argument("--threads", type=int, metavar="N", help="threads of torch and the peers (default: torch's choice)")
     effort = p.add_mutually_exclusive_group()
@@ -29,12 +32,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--thp", action="store_true", help="start again with THP_MEM_ALLOC_ENABLE=1: huge pages for tensors")
-    p.add_argument("--out", type=Path, default=_DEFAULT_OUT, metavar="DIR", help="rows.jsonl, report.md and plots")
+    p.add_argument("--out", type=Path, default=_DEFAULT_OUT, metavar="DIR", help="rows.jsonl, reports and plots")
     p.add_argument("--list", action="store_true", help="print cases and providers and stop")
     p.add_argument("--speech", action="store_true", help="real speech: check agreement, then time (readme_bench.py)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratio of two rows.jsonl; exit 1 on a regression")
     p.add_argument("--tolerance", type=float, default=0.05, help="slow-down that is no regression (default 0.05)")
-    p.add_argument("--report", nargs="+", metavar="FILE", help="write the report of existing rows.jsonl files to --out")
+    p.add_argument("--report", nargs="+", metavar="FILE", help="write the reports of existing .jsonl files to --out")
     return p
 
 
@@ -77,11 +80,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks import compare, report
+    from benchmarks import compare
 
-    for path in report.write(compare.read(*args.report), args.out):
-        print(path)
+    found = compare.read(*args.report)
+    breakdowns = [row for row in found if "stages" in row]
+    print("\n".join(map(str, _write([row for row in found if "stages" not in row], breakdowns, args.out))))
     return 0
+
+
+def _write(rows: list[dict], breakdowns: list[dict], out: Path) -> list[Path]:
+    from benchmarks import html, report
+
+    return [*(report.write(rows, out) if rows else []), html.write(rows, out, breakdowns)]
 
 
 def _set_threads(threads: int | None) -> None:
@@ -95,15 +105,17 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _settings(args: argparse.Namespace):
+def _settings(args: argparse.Namespace, **other):
+    """`suite.QUICK` or `suite.FULL` with what the command line changes; ``other`` in place of the command line."""
     from benchmarks import suite
 
     settings = suite.QUICK if args.quick else suite.FULL
     changes = {"device": args.device, "seed": args.seed}
     if args.mode != "both":
         changes["modes"] = (args.mode,)
-    if args.rounds is not None:
-        changes["rounds"] = args.rounds
+    rounds = other.get("rounds", args.rounds)
+    if rounds is not None:
+        changes["rounds"] = rounds
     if args.pause is not None:
         changes["pause"] = args.pause
     if args.memory is not None:
@@ -112,9 +124,10 @@ def _settings(args: argparse.Namespace):
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from benchmarks import cases, providers, report, suite
+    from benchmarks import cases, providers, report, stages, suite, sweeps
 
-    chosen = cases.select(args.slices, args.cases)
+    chosen = [] if args.sweeps and args.cases is None else cases.select(args.slices, args.cases)
+    chosen += sweeps.select(args.slices) if args.sweeps else []
     available, missing = providers.select(args.providers, args.device)
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
@@ -125,18 +138,30 @@ def _measure(args: argparse.Namespace) -> int:
         return 0
     if not available:
         raise ValueError(f"--providers: none of {args.providers} can run here")
+    settings = _settings(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with open(args.out / "rows.jsonl", "w") as file:
-        for row in suite.run(chosen, available, _settings(args)):
-            rows.append(row)
+    rows = _kept(suite.run(chosen, available, settings), args.out / "rows.jsonl") if settings.rounds else []
+    if not rows and not args.stages:
+        raise ValueError("no provider chosen computes any case chosen in this mode")
+    breakdowns = []
+    if args.stages:
+        timed = settings if settings.rounds else _settings(args, rounds=None)
+        breakdowns = _kept(stages.run(stages.select(args.slices, args.cases), timed), args.out / "stages.jsonl")
+    if rows:
+        print(report.tables(rows))
+    print("\n".join(map(str, _write(rows, breakdowns, args.out))))
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+def _kept(rows: Iterable[dict], path: Path) -> list[dict]:
+    """All rows, each in the file as soon as it is there."""
+    kept = []
+    with open(path, "w") as file:
+        for row in rows:
+            kept.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    if not rows:
-        raise ValueError("no provider chosen computes any case chosen in this mode")
-    print(report.tables(rows))
-    print("\n".join(map(str, [args.out / "rows.jsonl", *report.write(rows, args.out)])))
-    return 1 if any("failed" in row for row in rows) else 0
+    return kept
 
 
 if __name__ == "__main__":

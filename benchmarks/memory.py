@@ -42,11 +42,10 @@ def measure(case_name: str, provider_name: str, mode: str, device: str, threads:
     """
     import torch
 
-    from benchmarks import providers
-    from benchmarks.cases import CASES
+    from benchmarks import providers, sweeps
 
     torch.set_num_threads(threads)
-    case, provider = CASES[case_name], providers.every()[provider_name]
+    case, provider = sweeps.find(case_name), providers.every()[provider_name]
     upstream = case.upstream(seed, device)
     run = provider.build(case, device).call(mode, case.inputs(seed, device), upstream)
     del upstream

@@ -14,7 +14,7 @@ from benchmarks import machine
 # The plots are transparent: a grey with the same contrast, 4 : 1, on white pages and on near-black ones.
 _TEXT = "#7a8189"
 _OURS, _REFERENCE, _PEER = "#e5731c", "#8a8f98", "#4c8dc4"
-_TITLES = {"forward": "forward", "backward": "forward + backward"}
+TITLES = {"forward": "forward", "backward": "forward + backward"}
 _HEADERS = (
     "case",
     "provider",
@@ -24,6 +24,7 @@ _HEADERS = (
     "time ratio",
     "{items}/s",
     "GFLOP/s",
+    "GB/s",
     "of roof",
     "error, max",
     "error, L2",
@@ -42,17 +43,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
     if not rows:
         raise ValueError("rows must not be empty")
     against = baseline(rows)
-    parts = [f"{note}\n" for note in dict.fromkeys(_note(row) for row in rows)]
+    parts = [f"{note}\n" for note in dict.fromkeys(note(row) for row in rows)]
     parts.append(f"“time ratio” is the provider's median over that of {against}.\n")
     for mode in dict.fromkeys(row["mode"] for row in rows):
         lines = []
-        for case in _groups(rows, mode):
+        for case in groups(rows, mode):
             base = next((row["median"] for row in case if row["provider"] == against), math.nan)
-            lines += [_line(row, base, first=index == 0) for index, row in enumerate(case)]
-        items = " or ".join(dict.fromkeys(_items(row) for row in rows))
-        headers = [header.format(items=items) for header in _HEADERS]
-        table = tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
-        parts.append(f"### {_TITLES[mode]}\n\n{table}\n")
+            lines += [line(row, base, first=index == 0) for index, row in enumerate(case)]
+        table = tabulate(lines, headers(rows), tablefmt="pipe", disable_numparse=True)
+        parts.append(f"### {TITLES[mode]}\n\n{table}\n")
     failed = [row for row in rows if "failed" in row]
     if failed:
         lines = [f"- {row['case']} {row['mode']} {row['provider']}: {row['failed']}" for row in failed]
@@ -70,18 +69,18 @@ def plots(rows: list[dict[str, Any]], folder: str | Path) -> list[Path]:
     against = baseline(rows)
     paths = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        groups = _groups(rows, mode)
-        if not groups:
+        cases = groups([row for row in rows if "sweep" not in row] or rows, mode)
+        if not cases:
             continue
-        heights = [len(group) for group in groups]
+        heights = [len(group) for group in cases]
         options = {"svg.hashsalt": "mmfast", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
         with mpl.rc_context(options):
-            figure = Figure(figsize=(8, 0.24 * sum(heights) + 0.62 * len(groups) + 0.3), layout="constrained")
+            figure = Figure(figsize=(8, 0.24 * sum(heights) + 0.62 * len(cases) + 0.3), layout="constrained")
             ratios = [height + 0.8 for height in heights]
-            axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})
-            for axis, group in zip(axes[:, 0], groups, strict=True):
+            axes = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})
+            for axis, group in zip(axes[:, 0], cases, strict=True):
                 _bars(axis, group, against)
-            axes[-1, 0].set_xlabel(f"ms a call, {_TITLES[mode]}", color=_TEXT)
+            axes[-1, 0].set_xlabel(f"ms a call, {TITLES[mode]}", color=_TEXT)
             path = folder / f"{mode}.svg"
             figure.savefig(path, transparent=True, metadata={"Date": None})
         paths.append(path)
@@ -92,12 +91,12 @@ def write(rows: list[dict[str, Any]], folder: str | Path) -> list[Path]:
     """``report.md`` and the plots in ``folder``."""
     paths = plots(rows, folder)
     report = Path(folder) / "report.md"
-    images = "\n".join(f"![{_TITLES[path.stem]}]({path.name})" for path in paths)
+    images = "\n".join(f"![{TITLES[path.stem]}]({path.name})" for path in paths)
     report.write_text(f"{tables(rows)}\n{images}\n")
     return [report, *paths]
 
 
-def _groups(rows: list[dict[str, Any]], mode: str) -> list[list[dict[str, Any]]]:
+def groups(rows: list[dict[str, Any]], mode: str) -> list[list[dict[str, Any]]]:
     """The measured rows of each case, fastest first."""
     cases: dict[str, list] = {}
     for row in rows:
@@ -132,7 +131,8 @@ def _bars(axis, group: list[dict[str, Any]], against: str) -> None:
     axis.spines["bottom"].set_color(_TEXT)
 
 
-def _note(row: dict[str, Any]) -> str:
+def note(row: dict[str, Any]) -> str:
+    """What the row was measured on."""
     roof = row["roofline"]
     return (
         f"{machine.sentence(row['machine'])}. Measured roof: {roof['gflops']:g} GFLOP/s (float32 matrix product), "
@@ -140,12 +140,28 @@ def _note(row: dict[str, Any]) -> str:
     )
 
 
-def _items(row: dict[str, Any]) -> str:
-    """What is counted by the second: frames of features, or pairs of points."""
-    return "frames" if "frames" in row else "pairs"
+def headers(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of the columns."""
+    items = " or ".join(dict.fromkeys(filter(None, map(_items, rows)))) or "items"
+    return [header.format(items=items) for header in _HEADERS]
 
 
-def _line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
+def _items(row: dict[str, Any]) -> str | None:
+    """What is counted by the second: frames of features, or pairs of points, or of queries and keys."""
+    return next((name for name in ("frames", "pairs") if name in row), None)
+
+
+def roof(row: dict[str, Any]) -> str:
+    """How much of what the machine can do at most, and of which of its limits."""
+    if "bytes" not in row:
+        return f"{row['roof_fraction']:.1%}"
+    gflops = row["roofline"].get(f"gflops_{row.get('dtype')}", row["roofline"]["gflops"])
+    arithmetic = row["flops"] / gflops > row["bytes"] / row["roofline"]["gbytes"]
+    return f"{row['roof_fraction']:.1%} {'FLOP' if arithmetic else 'byte'}"
+
+
+def line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
+    """The cells of a row under `headers`."""
     memory = row.get("memory") or {}
     error = row["error"] or {}
     return (
@@ -155,9 +171,10 @@ def _line(row: dict[str, Any], base: float, first: bool) -> tuple[str, ...]:
         f"{row['p20'] * 1e3:.4g} to {row['p80'] * 1e3:.4g}",
         str(row["n"]),
         "" if math.isnan(base) else f"{row['median'] / base:.3g}",
-        f"{row[_items(row)] / row['median']:.3g}",
+        f"{row[_items(row)] / row['median']:.3g}" if _items(row) else "",
         f"{row['gflops']:.3g}",
-        f"{row['roof_fraction']:.1%}",
+        f"{row['bytes'] / row['median'] / 1e9:.3g}" if "bytes" in row else "",
+        roof(row),
         f"{error['max_relative']:.1e}" if error else "",
         f"{error['relative_l2']:.1e}" if error else "",
         f"{memory['extra'] / 1e6:.1f}" if "extra" in memory else "",

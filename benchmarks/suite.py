@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, memory, roofline
+from benchmarks import machine, memory, roofline, sweeps
 from benchmarks.providers import Provider
 
 
@@ -97,6 +97,7 @@ def _rows(case, mode: str, providers: list[Provider], settings: Settings, common
         "mode": mode,
         "shape": case.shape,
         **case.facts(),
+        **sweeps.facts(case),
     }
     turns, failures = _make_ready(case, mode, providers, settings)
     _interleave(turns, settings, case, mode, bar)
@@ -224,6 +225,8 @@ def _row(turn: _Turn, case, mode: str, roof: dict, peak: dict | None) -> dict[st
         "error": turn.error,
         "memory": peak,
         "others_cpu": machine.share_of_others(turn.cpu),
+        "flops": flops,
+        "bytes": moved,
         "gflops": flops / median / 1e9,
         "roof_fraction": roofline.fraction(median, flops, moved, roof, _dtype(case)),
         "rounds": turn.rounds,

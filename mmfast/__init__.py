@@ -17,6 +17,7 @@ from mmfast.mmd import (
     two_sample_test,
     witness,
 )
+from mmfast.swapping import swap
 
 __all__ = [
     "cka",
@@ -37,6 +38,7 @@ __all__ = [
     "mmd2_power",
     "mmd2_variance",
     "nn",
+    "swap",
     "two_sample_test",
     "witness",
 ]
