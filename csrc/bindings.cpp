@@ -14,6 +14,7 @@
 namespace py = pybind11;
 
 namespace mmfast {
+void bind_fusion(py::module_& m);
 void bind_mel(py::module_& m);
 void bind_mmd(py::module_& m);
 }  // namespace mmfast
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("with_cuda") = false;
 #endif
     m.def("build_info", &build_info, "What the extension was built with, and what it uses on this machine.");
+    mmfast::bind_fusion(m);
     mmfast::bind_mel(m);
     mmfast::bind_mmd(m);
 }

@@ -13,9 +13,9 @@ from fusion_cases import CASES, excluding, inputs, kv, randn, replaced
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 
 import mmfast
-from mmfast.fusion import Source, reference, streamed
+from mmfast.fusion import Source, op, reference, routes, streamed
 
-ENGINES = ("reference", "torch")
+ENGINES = ("reference", "cpu", "torch")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -79,7 +79,7 @@ def test_default_engine(name, engine):
 
 def gradient_inputs(query, sources, engine):
     """What is differentiated, and a function of it that gives the sources."""
-    if engine == "torch":  # without gradients of masks and biases
+    if engine != "reference":  # without gradients of masks and biases
         tensors = [query, *(x for s in sources for x in (s.key, s.value, s.gate) if isinstance(x, torch.Tensor))]
 
         def of(given):
@@ -297,8 +297,33 @@ OPCHECKED = (
 )
 
 
+@pytest.mark.parametrize("name", (*OPCHECKED, "decoupled", "causal_masked"))
+def test_opcheck(name, monkeypatch):
+    """The operators as they are called for a case."""
+    query, sources, options = CASES[name]()
+    for x in (query, *(x for s in sources for x in (s.key, s.value, s.gate) if isinstance(x, torch.Tensor))):
+        x.requires_grad_()
+    forward, backward = torch.ops.mmfast.fusion_forward, torch.ops.mmfast.fusion_backward
+    calls = []
+    run = op._run
+    monkeypatch.setattr(op, "_run", lambda *a: calls.append(op._arguments(*a)) or run(*a))
+    attend("cpu", query, sources, **options)
+    (arguments,) = calls
+    torch.library.opcheck(forward.default, arguments)
+    with torch.no_grad():
+        out, lse = forward(*arguments)
+    grad_out, grad_lse = torch.randn_like(out).requires_grad_(), torch.randn_like(lse).requires_grad_()
+    need = [True] * (1 + 2 * len(sources))
+    for g, need in ((None, need), (grad_lse, [i % 2 == 0 for i in range(len(need))])):
+        torch.library.opcheck(
+            backward.default,
+            (grad_out, g, *arguments[:6], out, lse, *arguments[6:], need),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
 @pytest.mark.parametrize("name", OPCHECKED)
-def test_opcheck(name):
+def test_opcheck_streamed(name):
     query, sources, _ = CASES[name]()
     masks = [streamed._additive(s, torch.float64) for s in sources]
     keys, values = [s.key.requires_grad_() for s in sources], [s.value.requires_grad_() for s in sources]

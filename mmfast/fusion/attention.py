@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.fusion import reference, streamed
+from mmfast.fusion import op, reference, routes, streamed
 from mmfast.fusion._inputs import Source, Sources, check_choice, check_options, check_tensor, prepare
 from mmfast.fusion.reference import Attention
 
 WEIGHTS = (False, True, "mean")
+_ENGINES = {"cpu": op, "torch": streamed}
 
 
 def cross_attention(
@@ -60,9 +61,10 @@ def cross_attention(
             for each source. Differentiable.
         return_weights: also return the weights, after dropout and without gates: a tuple with ``(B, H, L, S_j)`` for
             each source, or with ``"mean"`` their means over the heads, ``(B, L, S_j)``. Differentiable.
-        backend: ``"reference"``: plain PyTorch, which writes the scores. ``"torch"``: torch's flash attention, source
-            by source, merged through L: for CPU tensors, without dropout, softcap, weights and gradients of masks and
-            biases. By default ``"torch"`` where it can, else the reference.
+        backend: ``"reference"``: plain PyTorch, which writes the scores. ``"cpu"``: the native kernels, all sources in
+            one pass. ``"torch"``: torch's flash attention, source by source, merged through L. Both for CPU tensors,
+            without dropout, softcap, weights and gradients of masks and biases. By default the faster of them for the
+            shape at hand (`mmfast.fusion.routes`), else the reference.
 
     Returns:
         ``(B, H, L, D_v)`` in the dtype of the query, or a tuple of it, L and the weights, as asked for.
@@ -135,18 +137,20 @@ def attend(
 ) -> Attention:
     """Checked arguments to the engine that computes them, outside autocast."""
     engine = choose_engine(query.device, backend)
-    if engine == "torch":
-        reason = streamed.can(query, sources, dropout_p, softcap, weights)
+    if engine in _ENGINES:
+        reason = _ENGINES[engine].can(query, sources, dropout_p, softcap, weights)
         if reason is not None:
             if backend is not None:
                 raise ValueError(
-                    f"backend 'torch' has no cross-attention with {reason}; backend=None takes the reference"
+                    f"backend {engine!r} has no cross-attention with {reason}; backend=None takes the reference"
                 )
             engine = "reference"
+        elif engine == "cpu" and _is_free(backend):
+            engine = routes.choose(query, sources, fusion)
 
     def compute() -> Attention:
-        if engine == "torch":
-            return streamed.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
+        if engine in _ENGINES:
+            return _ENGINES[engine].attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
         return reference.attention(
             query,
             sources,
@@ -170,8 +174,11 @@ def choose_engine(device: torch.device, backend: str | None) -> str:
     if backend == "torch":
         return backend
     chosen = _backend.choose("fusion", device, backend)[0]
-    free = backend is None and not os.environ.get("MMFAST_BACKEND")
-    return "torch" if free and chosen == "reference" else chosen
+    return "torch" if _is_free(backend) and chosen == "reference" else chosen
+
+
+def _is_free(backend: str | None) -> bool:
+    return backend is None and not os.environ.get("MMFAST_BACKEND")
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,74 @@
+// Products of matrices whose blocks stay in registers. For files compiled once per instruction set only.
+//
+// Note: [Product]
+//   c[r][:] += sum over k of a(r, k) b[k][:]. The values of a are broadcast, so that a is read where it lies, whichever way
+//   it lies; lanes run along the rows of b and c. A block of R rows by S vectors takes R + S loads for R S multiply-adds a
+//   step of k: with two loads and two multiply-adds a cycle the loads are hidden from R = S = 2 on, and from R S = 8 on
+//   the latency of the multiply-adds is.
+#pragma once
+
+#include "common/simd.h"
+
+namespace mmfast {
+inline namespace MMFAST_ISA {
+
+// Vectors of a row that stay in registers beside kProductRows rows: 24 sums of 32 registers, or 12 of 16.
+#if defined(__AVX512F__)
+constexpr int kProductWidth = 4;
+#else
+constexpr int kProductWidth = 2;
+#endif
+constexpr int kProductRows = 6;
+
+enum class Start { zero, add, scale };  // c starts from 0, from what is there, or from that times factor[:]
+
+template <class T, int R, int S, bool kTransposed>
+MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                                 int64_t c_stride, Start start, const T* factor) {
+    using V = typename Simd<T>::V;
+    constexpr int N = Simd<T>::lanes;
+    V sum[R][S];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < S; ++v) {
+            sum[r][v] = start == Start::zero ? V{} : Simd<T>::load(c + r * c_stride + v * N);
+            if (start == Start::scale) sum[r][v] *= Simd<T>::load(factor + v * N);
+        }
+    for (int64_t k = 0; k < depth; ++k) {
+        V row[S];
+#pragma GCC unroll 8
+        for (int v = 0; v < S; ++v) row[v] = Simd<T>::load(b + k * b_stride + v * N);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const V x = Simd<T>::splat(kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]);
+#pragma GCC unroll 8
+            for (int v = 0; v < S; ++v) sum[r][v] += x * row[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < S; ++v) Simd<T>::store(c + r * c_stride + v * N, sum[r][v]);
+}
+
+// S vectors a row, any number of rows. a(r, k) is a[r * a_stride + k], or if transposed a[k * a_stride + r].
+template <class T, int S, bool kTransposed>
+MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
+                                 int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr) {
+    int64_t i = 0;
+    const auto block = [&]<int R>() __attribute__((always_inline)) {
+        product_block<T, R, S, kTransposed>(depth, a + i * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
+                                            c + i * c_stride, c_stride, start, factor);
+        i += R;
+    };
+    if constexpr (2 * S <= kProductWidth)
+        while (i + 2 * kProductRows <= rows) block.template operator()<2 * kProductRows>();
+    while (i + kProductRows <= rows) block.template operator()<kProductRows>();
+    if (i + 3 <= rows) block.template operator()<3>();
+    if (i + 2 <= rows) block.template operator()<2>();
+    if (i < rows) block.template operator()<1>();
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace mmfast

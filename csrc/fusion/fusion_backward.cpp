@@ -1,0 +1,290 @@
+// Gradients of attention: one piece of keys that stays in the second cache, one panel of queries after the other.
+//
+// Note: [Backward]
+//   P = exp(S - L),  dP = V dO,  dS = P (g (dP - delta) + dL),  delta = sum over k of P dP
+//   dQ = scale K dS,  dK = scale dS Q,  dV = g P dO,  dg = delta
+//   with the gate g of a source, or 1. Five products of the size of the scores. A piece is at most kResidentKeys keys;
+//   where that is all of them, delta is a sum over what is in the cache; else it is taken from the output, delta = dO O.
+#include "fusion/fusion_panel.h"
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
+template <class T>
+struct Buffers {
+    // [..][panel]                                      [panel][..]          [keys][..], sums  [keys][..], copies
+    T *queries, *grad_out, *p, *dp, *mask, *out_or_dq, *query_rows, *grad_rows, *dk, *dv, *keys, *values;
+    int64_t dim, value_dim;  // in whole vectors
+};
+
+constexpr int64_t piece_keys(const Problem& p) {
+    int64_t total = 0;
+    for (int j = 0; j < p.count; ++j) total += p.sources[j].keys;
+    return smaller(total, kResidentKeys);
+}
+
+template <class T>
+MMFAST_INLINE int64_t lay_out(const Problem& p, T* scratch, Buffers<T>& b) {
+    constexpr int64_t W = kPanel<T>, N = Simd<T>::lanes;
+    const int64_t n = up_to_multiple(piece_keys(p), 16);
+    b.dim = up_to_multiple(p.dim, N);
+    b.value_dim = up_to_multiple(p.value_dim, N);
+    int64_t at = 0;
+    const auto take = [&](T*& to, int64_t size) __attribute__((always_inline)) {
+        to = scratch + at;
+        at += size;
+    };
+    take(b.queries, W * p.dim);
+    take(b.grad_out, W * p.value_dim);
+    take(b.p, W * n);
+    take(b.dp, W * n);
+    take(b.mask, W * n);
+    take(b.out_or_dq, W * larger(p.dim, p.value_dim));
+    take(b.query_rows, W * b.dim);
+    take(b.grad_rows, W * b.value_dim);
+    take(b.dk, n * b.dim);
+    take(b.dv, n * b.value_dim);
+    take(b.keys, n * p.dim);
+    take(b.values, n * p.value_dim);
+    return at;
+}
+
+template <class T>
+int64_t scratch_size(const Problem& p) {
+    Buffers<T> b;
+    return lay_out<T>(p, nullptr, b);
+}
+
+// c[rows][width] += a[rows][depth] b[depth][width], a with a panel's stride.
+template <class T>
+void add_product(int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, T* c) {
+    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
+    for (int64_t at = 0; at < width;) {
+        const int64_t vectors = smaller(kProductWidth, (width - at) / N);
+        for_width<T>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
+            product_strip<T, S, false>(rows, depth, a, W, b + at, width, c + at, width, Start::add);
+        });
+        at += vectors * N;
+    }
+}
+
+// What a softmax needs of each lane.
+template <class T>
+struct Lanes {
+    alignas(64) T lse[kPanel<T>];  // in units of ln 2
+    alignas(64) T grad_lse[kPanel<T>];
+    alignas(64) T delta[kPanel<T>];
+    alignas(64) T gate[kPanel<T>];
+};
+
+template <class T, int S>
+void set_lanes(const BackwardJob<T>& job, int64_t batch, const Rows& rows, int softmax, Lanes<T>& lanes) {
+    const Problem& p = *job.problem;
+    const int64_t offset = softmax * p.batch * p.heads * p.rows;
+    gather(p, job.lse + offset, batch, rows, -infinity<T>(), lanes.lse);
+    if (job.grad_lse) gather(p, job.grad_lse + offset, batch, rows, T(0), lanes.grad_lse);
+    for (int64_t i = 0; i < kPanel<T>; ++i) {
+        // Without keys every probability is 0: exp(-inf - inf).
+        lanes.lse[i] = lanes.lse[i] == -infinity<T>() ? infinity<T>() : lanes.lse[i] * T(kLog2e);
+        if (!job.grad_lse) lanes.grad_lse[i] = 0;
+        lanes.delta[i] = 0;
+        lanes.gate[i] = 1;
+    }
+    if (p.decoupled) gates_of(p.sources[softmax], batch, rows, lanes.gate);
+}
+
+// P in place of the scores, and delta += P dP.
+template <class T, int S>
+void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
+    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    Vec<T> lse[S], delta[S];
+    for (int v = 0; v < S; ++v) {
+        lse[v] = Simd<T>::load(lanes.lse + v * N);
+        delta[v] = Simd<T>::load(lanes.delta + v * N);
+    }
+    for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < S; ++v) {
+            T* const at = p + k * W + v * N;
+            const Vec<T> e = mmfast::exp2(Simd<T>::load(at) - lse[v]);
+            delta[v] += e * Simd<T>::load(dp + k * W + v * N);
+            Simd<T>::store(at, e);
+        }
+    for (int v = 0; v < S; ++v) Simd<T>::store(lanes.delta + v * N, delta[v]);
+}
+
+// dS in place of dP, and g P in place of P.
+template <class T, int S, bool kGated>
+void score_gradients(int64_t count, T* p, T* dp, const Lanes<T>& lanes) {
+    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    Vec<T> gate[S], delta[S], grad_lse[S];
+    for (int v = 0; v < S; ++v) {
+        gate[v] = Simd<T>::load(lanes.gate + v * N);
+        grad_lse[v] = Simd<T>::load(lanes.grad_lse + v * N);
+        delta[v] = Simd<T>::load(lanes.delta + v * N) - (kGated ? Vec<T>{} : grad_lse[v]);
+    }
+    for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < S; ++v) {
+            T *const at = p + k * W + v * N, *const to = dp + k * W + v * N;
+            const Vec<T> e = Simd<T>::load(at), d = Simd<T>::load(to) - delta[v];
+            Simd<T>::store(to, e * (kGated ? d * gate[v] + grad_lse[v] : d));
+            if (kGated) Simd<T>::store(at, e * gate[v]);
+        }
+}
+
+// delta = dO O
+template <class T, int S>
+void delta_of_output(const Problem& p, const View& out, int64_t batch, const Rows& rows, const T* grad_out, T* buffer,
+                     T* delta) {
+    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    pack_columns<T>(out, batch, rows, 0, p.value_dim, T(1), buffer);
+    Vec<T> sum[S] = {};
+    for (int64_t k = 0; k < p.value_dim; ++k)
+        for (int v = 0; v < S; ++v)
+            sum[v] += Simd<T>::load(grad_out + k * W + v * N) * Simd<T>::load(buffer + k * W + v * N);
+    for (int v = 0; v < S; ++v) Simd<T>::store(delta + v * N, sum[v]);
+}
+
+template <class T, int S>
+void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const Rows& rows, const Keys& keys,
+                    const Buffers<T>& b) {
+    constexpr int64_t W = kPanel<T>, N = Simd<T>::lanes;
+    const Problem& p = *job.problem;
+    const bool whole = item.first == 0 && item.last == keys.start[p.count];
+    pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
+    pack_columns<T>(job.grad_out, item.batch, rows, 0, p.value_dim, T(1), b.grad_out);
+    pack_rows<T>(p.query, item.batch, rows, p.dim, b.dim, T(p.scale), b.query_rows);
+    pack_rows<T>(job.grad_out, item.batch, rows, p.value_dim, b.value_dim, T(1), b.grad_rows);
+    const auto for_each = [&](int64_t lo, int64_t hi, const auto& f) __attribute__((always_inline)) {
+        for_segments(p, keys, rows.last, lo, hi, [&](const Segment& s) __attribute__((always_inline)) {
+            f(s, key_head(p, s.source, item.head), s.place - item.first);
+        });
+    };
+    Lanes<T> lanes;
+    for (int softmax = 0; softmax < p.softmaxes(); ++softmax) {
+        const int64_t lo = p.decoupled ? keys.start[softmax] : item.first;
+        const int64_t hi = p.decoupled ? keys.start[softmax + 1] : item.last;
+        set_lanes<T, S>(job, item.batch, rows, softmax, lanes);
+        for_each(lo, hi, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
+            const Source& from = p.sources[s.source];
+            const Block<T> key =
+                block_of<T>(from.key, item.batch, head, s.first, s.count, p.dim, true, b.keys + at * p.dim);
+            const Block<T> value = block_of<T>(from.value, item.batch, head, s.first, s.count, p.value_dim, true,
+                                               b.values + at * p.value_dim);
+            scores<T, S>(p, item.batch, rows, s, key, b.queries, b.p + at * W, b.mask);
+            product_strip<T, S, false>(s.count, p.value_dim, value.data, value.stride, b.grad_out, W, b.dp + at * W, W,
+                                       Start::zero);
+            probabilities<T, S>(s.count, b.p + at * W, b.dp + at * W, lanes);
+        });
+        if (!whole) delta_of_output<T, S>(p, job.out, item.batch, rows, b.grad_out, b.out_or_dq, lanes.delta);
+        if (job.grad_gates)
+            scatter(p, lanes.delta, item.batch, rows, job.grad_gates + softmax * p.batch * p.heads * p.rows);
+        for_each(lo, hi, [&](const Segment& s, int64_t, int64_t at) __attribute__((always_inline)) {
+            if (p.decoupled) score_gradients<T, S, true>(s.count, b.p + at * W, b.dp + at * W, lanes);
+            else score_gradients<T, S, false>(s.count, b.p + at * W, b.dp + at * W, lanes);
+        });
+    }
+    Start start = Start::zero;
+    for_each(item.first, item.last, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
+        if (job.query.target.data) {
+            const Block<T> key = block_of<T>(p.sources[s.source].key, item.batch, head, s.first, s.count, p.dim, true,
+                                             b.keys + at * p.dim);
+            product_strip<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
+            start = Start::add;
+        }
+        if (job.key[s.source].target.data)
+            add_product<T>(s.count, rows.n, b.dim, b.dp + at * W, b.query_rows, b.dk + at * b.dim);
+        if (job.value[s.source].target.data)
+            add_product<T>(s.count, rows.n, b.value_dim, b.p + at * W, b.grad_rows, b.dv + at * b.value_dim);
+    });
+    if (!job.query.target.data) return;
+    if (start == Start::zero) {
+        if (job.query.add) return;
+        for (int64_t i = 0; i < p.dim * W; i += N) Simd<T>::store(b.out_or_dq + i, Vec<T>{});
+    }
+    alignas(64) T scale[W];
+    for (int64_t i = 0; i < W; ++i) scale[i] = T(p.scale);
+    unpack_columns<T>(b.out_or_dq, p.dim, scale, item.batch, rows, job.query.target, item.query_run * job.query.run,
+                      job.query.add);
+}
+
+// Sums of keys first .. to where they belong, or added to it.
+template <class T>
+void flush(const Accumulator& to, int64_t run, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
+           const T* from, int64_t stride) {
+    constexpr int64_t N = Simd<T>::lanes;
+    mmfast::dispatch(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
+        using To = std::remove_pointer_t<decltype(kind)>;
+        To* const data = static_cast<To*>(to.target.data) + run * to.run;
+        for (int64_t i = 0; i < count; ++i) {
+            To* const row = data + to.target.at(batch, head, first + i);
+            for (int64_t k = 0; k < width; k += N)
+                store_as<T>(row + k, Simd<T>::load(from + i * stride + k), width - k);
+        }
+    });
+}
+
+template <class T>
+MMFAST_INLINE void clear(T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += Simd<T>::lanes) Simd<T>::store(to + i, Vec<T>{});
+}
+
+template <class T>
+void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
+    const Problem& p = *job.problem;
+    Buffers<T> b;
+    lay_out(p, scratch, b);
+    Keys keys;
+    set_keys(p, item.batch, false, keys);
+    const auto for_sources = [&](const auto& f) __attribute__((always_inline)) {
+        for (int j = 0; j < p.count; ++j) {
+            const int64_t from = larger(item.first - keys.start[j], 0);
+            const int64_t to = smaller(item.last - keys.start[j], p.sources[j].keys);
+            if (from < to) f(j, key_head(p, j, item.head), from, to - from, keys.start[j] + from - item.first);
+        }
+    };
+    clear(b.dk, (item.last - item.first) * b.dim);
+    clear(b.dv, (item.last - item.first) * b.value_dim);
+    for_sources([&](int j, int64_t head, int64_t first, int64_t count, int64_t at) __attribute__((always_inline)) {
+        count = smaller(count, keys.length[j] - first);
+        if (count <= 0) return;
+        block_of<T>(p.sources[j].key, item.batch, head, first, count, p.dim, false, b.keys + at * p.dim);
+        block_of<T>(p.sources[j].value, item.batch, head, first, count, p.value_dim, false,
+                    b.values + at * p.value_dim);
+    });
+    for (int64_t i = 0; i < item.panels; ++i) {
+        Rows rows;
+        set_rows<T>(p, job.fold, item.head, item.panel + i, rows);
+        for_width<T>(rows.n,
+                     [&]<int S>() __attribute__((always_inline)) { backward_panel<T, S>(job, item, rows, keys, b); });
+    }
+    for_sources([&](int j, int64_t head, int64_t first, int64_t count, int64_t at) __attribute__((always_inline)) {
+        if (job.key[j].target.data)
+            flush<T>(job.key[j], item.key_run[j], item.batch, head, first, count, p.dim, b.dk + at * b.dim, b.dim);
+        if (job.value[j].target.data)
+            flush<T>(job.value[j], item.value_run[j], item.batch, head, first, count, p.value_dim,
+                     b.dv + at * b.value_dim, b.value_dim);
+    });
+}
+
+template <class T>
+MMFAST_INLINE void set_kernels(TileKernels<T>& kernels) {
+    kernels.backward_scratch = scratch_size<T>;
+    kernels.backward = backward<T>;
+}
+
+}  // namespace
+
+void backward_kernels_float(TileKernels<float>& kernels) {
+    set_kernels(kernels);
+}
+void backward_kernels_double(TileKernels<double>& kernels) {
+    set_kernels(kernels);
+}
+
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast

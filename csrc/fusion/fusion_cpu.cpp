@@ -1,0 +1,263 @@
+// Which thread computes what, and where the parts of a sum go.
+#include "fusion/fusion.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/work.h"
+#include "fusion/fusion_tile.h"
+
+namespace mmfast {
+namespace fusion {
+namespace {
+
+template <class T>
+const TileKernels<T>& kernels();
+
+template <>
+const TileKernels<float>& kernels() {
+    static const TileKernels<float> k = [] {
+        TileKernels<float> result{};
+        MMFAST_FOR_ISA(best_isa(), fusion, forward_kernels_float)(result);
+        MMFAST_FOR_ISA(best_isa(), fusion, backward_kernels_float)(result);
+        return result;
+    }();
+    return k;
+}
+
+template <>
+const TileKernels<double>& kernels() {
+    static const TileKernels<double> k = [] {
+        TileKernels<double> result{};
+        MMFAST_FOR_ISA(best_isa(), fusion, forward_kernels_double)(result);
+        MMFAST_FOR_ISA(best_isa(), fusion, backward_kernels_double)(result);
+        return result;
+    }();
+    return k;
+}
+
+// Neighbouring heads that have the same keys in every source.
+int64_t shared_heads(const Problem& p) {
+    int64_t fold = p.heads;
+    for (int j = 0; j < p.count; ++j) fold = std::gcd(fold, p.heads / p.sources[j].heads);
+    return std::max<int64_t>(1, fold);
+}
+
+int64_t all_keys(const Problem& p) {
+    int64_t total = 0;
+    for (int j = 0; j < p.count; ++j) total += p.sources[j].keys;
+    return total;
+}
+
+int64_t divide_up(int64_t n, int64_t by) {
+    return (n + by - 1) / by;
+}
+
+// Nanoseconds of one product of a panel with so many keys and features.
+template <class T>
+double cost_of(int64_t panel, int64_t keys, int64_t features) {
+    const double multiply_adds = double(panel) * double(std::max<int64_t>(keys, 8)) * double(features);
+    return multiply_adds / (sizeof(T) == 4 ? 20 : 8);
+}
+
+// Items enough to keep the threads busy to the end.
+int64_t wanted_items() {
+    return 4 * max_threads();
+}
+
+}  // namespace
+
+// Note: [Few queries]
+//   Items are panels of queries. Where there are fewer than threads could use, the keys are shared out too, and what the
+//   shares give is merged: few queries read long keys at the speed of the memory, which takes all threads.
+template <class T>
+void forward_cpu(const Problem& p, const Target& out, T* lse) {
+    if (p.batch * p.heads * p.rows == 0) return;
+    const TileKernels<T>& k = kernels<T>();
+    const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
+    const int64_t panels = divide_up(fold * p.rows, k.panel), groups = p.batch * folds;
+    const int64_t panel_rows = std::min(k.panel, fold * p.rows);
+    const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
+    const int64_t threads = max_threads();
+    int64_t splits = 1;
+    if (!p.decoupled && threads > 1 && groups * panels < wanted_items())
+        splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), groups * panels), keys / 512), 1,
+                                     std::max<int64_t>(1, int64_t(cost / 50e3)));
+    ForwardJob<T> job{&p, fold, out, lse, nullptr};
+    const int64_t size = (p.value_dim + 2) * k.panel;
+    const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
+    if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
+    // Neighbouring panels are one item: what is converted for the first serves the others.
+    const int64_t run = std::clamp<int64_t>(groups * panels * splits / (8 * threads), 1, 8);
+    const int64_t runs = divide_up(panels, run);
+    const size_t bytes = size_t(k.forward_scratch(p)) * sizeof(T);
+    deal_out(groups * runs * splits, cost * double(run) / double(splits), bytes, [&](int64_t i, char* scratch) {
+        const int64_t split = i % splits, first = i / splits % runs * run, group = i / splits / runs;
+        for (int64_t j = first; j < std::min(panels, first + run); j += splits > 1 ? 1 : run) {
+            const Item item{group / folds,
+                            group % folds * fold,
+                            j,
+                            splits > 1 ? 1 : std::min(run, panels - first),
+                            split,
+                            splits,
+                            (group * panels + j) * splits + split};
+            k.forward(job, item, reinterpret_cast<T*>(scratch));
+        }
+    });
+    if (splits == 1) return;
+    deal_out(groups * panels, double(size) * double(splits), bytes, [&](int64_t i, char* scratch) {
+        const int64_t group = i / panels;
+        const Item item{group / folds, group % folds * fold, i % panels, 1, 0, splits, i * splits};
+        k.merge(job, item, reinterpret_cast<T*>(scratch));
+    });
+}
+
+namespace {
+
+// Runs of one gradient: the copies that items write, and their sum.
+template <class T>
+class Runs {
+public:
+    // sizes: batch, heads, rows, columns of the result. `writes_once`: no element is written twice, so that with one run
+    // the result itself can be given out.
+    Runs(const Target& result, const std::array<int64_t, 4>& sizes, int64_t runs, bool writes_once)
+        : result_(result), sizes_(sizes), runs_(runs) {
+        accumulator_.target = result;
+        if (!result.data || (runs == 1 && writes_once)) return;
+        accumulator_.add = !writes_once;
+        const int64_t size = sizes[0] * sizes[1] * sizes[2] * sizes[3];
+        if (runs == 1 && result.type == scalar_type_of<T>()) {
+            for_rows([&](T* row, int64_t) { std::fill_n(row, sizes_[3], T(0)); });
+            return;
+        }
+        copies_.reset(new Scratch(size_t(std::max<int64_t>(1, runs * size)) * sizeof(T)));
+        T* const data = reinterpret_cast<T*>(copies_->data());
+        if (accumulator_.add) std::fill_n(data, runs * size, T(0));
+        accumulator_.target = {data, scalar_type_of<T>(), sizes[0] == 1 ? 0 : sizes[1] * sizes[2] * sizes[3],
+                               sizes[2] * sizes[3], sizes[3]};
+        accumulator_.run = size;
+    }
+    const Accumulator& accumulator() const { return accumulator_; }
+
+    void sum() const {
+        if (!copies_) return;
+        dispatch(result_.type, [&](auto* kind) {
+            using To = std::remove_pointer_t<decltype(kind)>;
+            add_up<To>();
+        });
+    }
+
+private:
+    template <class To = T, class F>
+    void for_rows(const F& f) const {
+        const int64_t rows = sizes_[0] * sizes_[1] * sizes_[2];
+        parallel_for(0, rows, 32768 / std::max<int64_t>(1, sizes_[3] * runs_) + 1, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i)
+                f(static_cast<To*>(result_.data) +
+                      result_.at(i / sizes_[2] / sizes_[1], i / sizes_[2] % sizes_[1], i % sizes_[2]),
+                  i);
+        });
+    }
+    template <class To>
+    void add_up() const {
+        const T* const data = reinterpret_cast<const T*>(copies_->data());
+        for_rows<To>([&](To* row, int64_t i) {
+            for (int64_t k = 0; k < sizes_[3]; ++k) {
+                T total = 0;
+                for (int64_t r = 0; r < runs_; ++r) total += data[r * accumulator_.run + i * sizes_[3] + k];
+                row[k] = To(total);
+            }
+        });
+    }
+    Target result_;
+    std::array<int64_t, 4> sizes_;
+    int64_t runs_;
+    Accumulator accumulator_;
+    std::unique_ptr<Scratch> copies_;
+};
+
+}  // namespace
+
+// Note: [Who owns a gradient]
+//   An item has some of the queries and some of the keys of heads that share their keys. Where it has all the queries, it
+//   alone writes the gradients of its keys, straight into the result; where it has all the keys, those of its queries.
+//   What several items contribute to is summed in copies, one for each, afterwards and in a fixed order: no atomics, and
+//   no half precision before the end.
+template <class T>
+void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, const View& out, const T* lse,
+                  const Gradients<T>& gradients) {
+    const TileKernels<T>& k = kernels<T>();
+    const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
+    const int64_t panels = divide_up(fold * p.rows, k.panel), groups = p.batch * folds;
+    const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
+    // Shares of the queries or of the keys, whichever there are more of.
+    int64_t query_shares = 1, key_shares = 1;
+    if (max_threads() > 1 && groups && groups < wanted_items() && groups % max_threads()) {
+        const int64_t shares = divide_up(wanted_items(), groups);
+        if (fold * p.rows >= keys) query_shares = std::clamp<int64_t>(panels / 4, 1, shares);
+        else key_shares = std::min(pieces, shares);
+    }
+    BackwardJob<T> job{&p, fold, grad_out, out, lse, grad_lse, gradients.gates, {}, {}, {}};
+    const bool shared_query = gradients.query_batch != p.batch;
+    const Runs<T> query(gradients.query, {gradients.query_batch, p.heads, p.rows, p.dim},
+                        key_shares * (shared_query ? p.batch : 1), pieces == key_shares);
+    job.query = query.accumulator();
+    std::vector<Runs<T>> by_key, by_value;
+    by_key.reserve(p.count);
+    by_value.reserve(p.count);
+    for (int j = 0; j < p.count; ++j) {
+        const Source& s = p.sources[j];
+        const int64_t once = p.heads / s.heads / fold * query_shares;
+        const int64_t kb = gradients.key_batch[j], vb = gradients.value_batch[j];
+        by_key.emplace_back(gradients.key[j], std::array{kb, s.heads, s.keys, p.dim},
+                            once * (kb != p.batch ? p.batch : 1), true);
+        by_value.emplace_back(gradients.value[j], std::array{vb, s.heads, s.keys, p.value_dim},
+                              once * (vb != p.batch ? p.batch : 1), true);
+        job.key[j] = by_key.back().accumulator();
+        job.value[j] = by_value.back().accumulator();
+    }
+    const size_t bytes = size_t(k.backward_scratch(p)) * sizeof(T);
+    const int64_t per_share = divide_up(panels, query_shares), pieces_per_share = divide_up(pieces, key_shares);
+    const double cost = cost_of<T>(k.panel, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
+    deal_out(groups * query_shares * key_shares, cost, bytes, [&](int64_t i, char* scratch) {
+        const int64_t key_share = i % key_shares, query_share = i / key_shares % query_shares;
+        const int64_t group = i / key_shares / query_shares;
+        BackwardItem item{};
+        item.batch = group / folds;
+        item.head = group % folds * fold;
+        item.panel = std::min(panels, query_share * per_share);
+        item.panels = std::min(panels - item.panel, per_share);
+        item.query_run = (shared_query ? item.batch : 0) * key_shares + key_share;
+        for (int j = 0; j < p.count; ++j) {
+            const int64_t within = p.heads / p.sources[j].heads / fold, nth = item.head / fold % within;
+            const auto run = [&](int64_t b) {
+                return ((b != p.batch ? item.batch : 0) * within + nth) * query_shares + query_share;
+            };
+            item.key_run[j] = run(gradients.key_batch[j]);
+            item.value_run[j] = run(gradients.value_batch[j]);
+        }
+        for (int64_t piece = key_share * pieces_per_share; piece < std::min(pieces, (key_share + 1) * pieces_per_share);
+             ++piece) {
+            item.first = keys * piece / pieces;
+            item.last = keys * (piece + 1) / pieces;
+            k.backward(job, item, reinterpret_cast<T*>(scratch));
+        }
+    });
+    query.sum();
+    for (const auto& runs : by_key) runs.sum();
+    for (const auto& runs : by_value) runs.sum();
+}
+
+template void forward_cpu(const Problem&, const Target&, float*);
+template void forward_cpu(const Problem&, const Target&, double*);
+template void backward_cpu(const Problem&, const View&, const float*, const View&, const float*,
+                           const Gradients<float>&);
+template void backward_cpu(const Problem&, const View&, const double*, const View&, const double*,
+                           const Gradients<double>&);
+
+}  // namespace fusion
+}  // namespace mmfast

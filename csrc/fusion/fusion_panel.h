@@ -1,0 +1,347 @@
+// What forward and backward kernels share: rows of a panel, packing, and the scores of a block of keys.
+//
+// Note: [Lanes are queries]
+//   All tiles have the queries of a panel along the lanes and keys or features along the other side. Maxima, sums and
+//   exponentials of a softmax then need no exchange between lanes, keys and values are read where they lie as the
+//   broadcast side of a product (common/product.h), and a head of 6 features costs 6 multiply-adds, not 16.
+#pragma once
+
+#include "common/convert.h"
+#include "common/product.h"
+#include "fusion/fusion_tile.h"
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+template <class T>
+constexpr int64_t kPanel = kProductWidth * Simd<T>::lanes;
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class T>
+MMFAST_INLINE T infinity() {
+    return T(__builtin_inff());
+}
+
+// Calls f<S>() for the number of vectors that n lanes fill.
+template <class T, class F>
+MMFAST_INLINE void for_width(int64_t n, const F& f) {
+    const int64_t vectors = (n + Simd<T>::lanes - 1) / Simd<T>::lanes;
+    if constexpr (kProductWidth >= 4) {
+        if (vectors == 4) return f.template operator()<4>();
+        if (vectors == 3) return f.template operator()<3>();
+    }
+    if (vectors == 2) return f.template operator()<2>();
+    f.template operator()<1>();
+}
+
+// The queries in the lanes of a panel.
+struct Rows {
+    int64_t n, last;  // number; largest row
+    bool one_head;
+    int64_t head[64], row[64];
+};
+
+template <class T>
+MMFAST_INLINE void set_rows(const Problem& p, int64_t fold, int64_t head, int64_t panel, Rows& rows) {
+    const int64_t first = panel * kPanel<T>;
+    rows.n = smaller(kPanel<T>, fold * p.rows - first);
+    rows.last = 0;
+    for (int64_t r = 0; r < rows.n; ++r) {
+        rows.head[r] = head + (first + r) / p.rows;
+        rows.row[r] = (first + r) % p.rows;
+        rows.last = larger(rows.last, rows.row[r]);
+    }
+    rows.one_head = rows.head[0] == rows.head[rows.n - 1];
+}
+
+// ---- Packing -------------------------------------------------------------------------------------------------------
+
+// A boolean mask as what is added to the scores.
+struct Allowed {
+    uint8_t value;
+    template <class T>
+    MMFAST_INLINE operator T() const {
+        return value ? T(0) : -infinity<T>();
+    }
+};
+
+template <class T, class From>
+MMFAST_INLINE Vec<T> load_columns(const From* p, int64_t n) {
+    if constexpr (std::is_same_v<From, Allowed>) {
+        typename VectorOf<int8_t, Simd<T>::lanes>::type part{};
+        if (n >= Simd<T>::lanes) __builtin_memcpy(&part, p, sizeof part);
+        else
+            for (int i = 0; i < n; ++i) part[i] = int8_t(p[i].value);
+        return __builtin_convertvector(part, typename Simd<T>::I) != 0 ? Vec<T>{} : Simd<T>::splat(-infinity<T>());
+    } else {
+        return load_as<T>(p, n);
+    }
+}
+
+template <class F>
+MMFAST_INLINE void dispatch(const View& v, const F& f) {
+    if (v.boolean) f(static_cast<Allowed*>(nullptr));
+    else mmfast::dispatch(v.type, f);
+}
+
+template <class T, class From>
+MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int64_t n, int64_t step, int64_t count,
+                                   T factor, T* to) {
+    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
+    for (int64_t v = 0; v < n; v += N) {
+        const int64_t lanes = smaller(N, n - v);
+        const From* rows[N];
+        for (int64_t i = 0; i < N; ++i) rows[i] = data + offsets[v + (i < lanes ? i : 0)];
+        if (step != 1) {
+            for (int64_t k = 0; k < count; ++k) {
+                alignas(64) T part[N] = {};
+                for (int64_t i = 0; i < lanes; ++i) part[i] = T(rows[i][k * step]) * factor;
+                Simd<T>::store(to + k * W + v, Simd<T>::load(part));
+            }
+            continue;
+        }
+        for (int64_t k = 0; k < count; k += N) {
+            Vec<T> columns[N];
+            bool done = false;
+            if constexpr (sizeof(From) == sizeof(T) && !std::is_integral_v<From>) {
+                if (k + N <= count) {
+                    Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns);
+                    done = true;
+                }
+            }
+            if (!done) {
+                for (int64_t i = 0; i < N; ++i) columns[i] = load_columns<T>(rows[i] + k, count - k);
+                Simd<T>::transpose(columns);
+            }
+            const int64_t some = smaller(N, count - k);
+            for (int64_t i = 0; i < some; ++i) {
+                Vec<T> x = columns[i] * factor;
+                if (lanes < N)
+                    for (int64_t l = lanes; l < N; ++l) x[l] = 0;
+                Simd<T>::store(to + (k + i) * W + v, x);
+            }
+        }
+    }
+}
+
+// to[column][lane] = factor * x[row][column], zero in the lanes behind the rows.
+template <class T>
+void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
+    int64_t offsets[64];
+    for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
+    dispatch(x, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
+    });
+}
+
+template <class T, class From>
+MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t count, int64_t width, T factor, T* to) {
+    constexpr int64_t N = Simd<T>::lanes;
+    int64_t k = 0;
+    for (; k < count; k += N) {
+        Vec<T> x;
+        if (step == 1) {
+            x = load_as<T>(from + k, count - k);
+        } else {
+            alignas(64) T part[N] = {};
+            for (int64_t i = 0; i < smaller(N, count - k); ++i) part[i] = T(from[(k + i) * step]);
+            x = Simd<T>::load(part);
+        }
+        if (k + N <= width) Simd<T>::store(to + k, x * factor);
+        else Simd<T>::store(to + k, x * factor, int(width - k));
+    }
+    for (; k < width; k += N) Simd<T>::store(to + k, Vec<T>{}, int(width - k));
+}
+
+// to[lane][column] = factor * x[row][column], zero from `count` to `width`.
+template <class T>
+void pack_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t width, T factor, T* to) {
+    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        for (int64_t r = 0; r < rows.n; ++r)
+            pack_row<T>(static_cast<const From*>(x.data) + x.at(batch, rows.head[r], rows.row[r]), x.column, count,
+                        width, factor, to + r * width);
+    });
+}
+
+// Rows of keys or values, `stride` apart.
+template <class T>
+struct Block {
+    const T* data;
+    int64_t stride;
+};
+
+template <class T>
+MMFAST_INLINE bool in_place(const View& x) {
+    return x.type == scalar_type_of<T>() && x.column == 1;
+}
+
+template <class T>
+void pack_block(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, T* to) {
+    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        const From* const from = static_cast<const From*>(x.data) + x.at(batch, head, first);
+        for (int64_t k = 0; k < count; ++k) pack_row<T>(from + k * x.row, x.column, width, width, T(1), to + k * width);
+    });
+}
+
+// The keys or values first .. of a source: where they lie, or a copy in `buffer`, made now unless it is `there`.
+template <class T>
+MMFAST_INLINE Block<T> block_of(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
+                                bool there, T* buffer) {
+    if (in_place<T>(x)) return {static_cast<const T*>(x.data) + x.at(batch, head, first), x.row};
+    if (!there) pack_block<T>(x, batch, head, first, count, width, buffer);
+    return {buffer, width};
+}
+
+// target[row][column] = (or +=) factor[lane] * x[column][lane]; factor null for ones.
+template <class T>
+void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, const Rows& rows, const Target& to,
+                    int64_t offset, bool add) {
+    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
+    mmfast::dispatch(to.type, [&](auto* kind) __attribute__((always_inline)) {
+        using To = std::remove_pointer_t<decltype(kind)>;
+        To* const data = static_cast<To*>(to.data) + offset;
+        for (int64_t v = 0; v < rows.n; v += N) {
+            const Vec<T> f = factor ? Simd<T>::load(factor + v) : Simd<T>::splat(T(1));
+            for (int64_t k = 0; k < count; k += N) {
+                Vec<T> part[N];
+                for (int64_t i = 0; i < N; ++i)
+                    part[i] = k + i < count ? f * Simd<T>::load(x + (k + i) * W + v) : Vec<T>{};
+                Simd<T>::transpose(part);
+                const int64_t lanes = smaller(N, rows.n - v);
+                for (int64_t i = 0; i < lanes; ++i) {
+                    To* const at = data + to.at(batch, rows.head[v + i], rows.row[v + i]) + k;
+                    if (add) part[i] += load_as<T>(at, count - k);
+                    store_as<T>(at, part[i], count - k);
+                }
+            }
+        }
+    });
+}
+
+// ---- Keys ----------------------------------------------------------------------------------------------------------
+
+// Keys first .. of one source, from the `place`-th on of all.
+struct Segment {
+    int source;
+    int64_t first, count, place;
+};
+
+// Where the sources' keys lie when all are counted one after the other: `size` keys each, of which a query may see the
+// first `length`.
+struct Keys {
+    int64_t start[kMostSources + 1], length[kMostSources];
+};
+
+MMFAST_INLINE void set_keys(const Problem& p, int64_t batch, bool existing_only, Keys& keys) {
+    keys.start[0] = 0;
+    for (int j = 0; j < p.count; ++j) {
+        keys.length[j] = p.sources[j].length(batch);
+        keys.start[j + 1] = keys.start[j] + (existing_only ? keys.length[j] : p.sources[j].keys);
+    }
+}
+
+// f(segment) for what lies between the places lo and hi and can be seen by a row up to `last`.
+template <class F>
+MMFAST_INLINE void for_segments(const Problem& p, const Keys& keys, int64_t last, int64_t lo, int64_t hi, const F& f) {
+    for (int j = 0; j < p.count; ++j) {
+        const int64_t length = p.causal ? smaller(keys.length[j], last + 1) : keys.length[j];
+        const int64_t from = larger(lo - keys.start[j], 0), to = smaller(hi - keys.start[j], length);
+        if (from < to) f(Segment{j, from, to - from, keys.start[j] + from});
+    }
+}
+
+MMFAST_INLINE int64_t key_head(const Problem& p, int source, int64_t head) {
+    return head / (p.heads / p.sources[source].heads);
+}
+
+// ---- Scores --------------------------------------------------------------------------------------------------------
+
+template <class T>
+T value_at(const View& x, int64_t at) {
+    if (x.boolean) return static_cast<const uint8_t*>(x.data)[at] ? T(0) : -infinity<T>();
+    T result = 0;
+    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        result = T(static_cast<const std::remove_pointer_t<decltype(kind)>*>(x.data)[at]);
+    });
+    return result;
+}
+
+template <class T>
+MMFAST_INLINE Vec<T> masked(Vec<T> score, Vec<T> added) {
+    return added == -infinity<T>() ? added : score + added;  // what is excluded may be infinite
+}
+
+template <class T, int S>
+void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, int64_t count, T* tile, T* buffer) {
+    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    if (mask.row == 0 && (mask.head == 0 || rows.one_head)) {  // the same for all lanes
+        for (int64_t k = 0; k < count; ++k) {
+            const T added = value_at<T>(mask, mask.at(batch, rows.head[0], 0) + (first + k) * mask.column) * T(kLog2e);
+            if (added == 0) continue;
+            for (int v = 0; v < S; ++v)
+                Simd<T>::store(tile + k * W + v * N,
+                               masked<T>(Simd<T>::load(tile + k * W + v * N), Simd<T>::splat(added)));
+        }
+        return;
+    }
+    const int64_t columns = mask.column ? count : 1;
+    pack_columns<T>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
+    for (int64_t k = 0; k < count; ++k)
+        for (int v = 0; v < S; ++v) {
+            const Vec<T> added = Simd<T>::load(buffer + (mask.column ? k : 0) * W + v * N);
+            Simd<T>::store(tile + k * W + v * N, masked<T>(Simd<T>::load(tile + k * W + v * N), added));
+        }
+}
+
+// tile[key][lane]: what the softmax is taken of, times log2 e. `queries` are packed with that factor and the scale.
+template <class T, int S>
+void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, const Block<T>& key, const T* queries,
+            T* tile, T* buffer) {
+    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    product_strip<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero);
+    for (const View& mask : p.sources[s.source].added)
+        if (mask.data) add_mask<T, S>(mask, batch, rows, s.first, s.count, tile, buffer);
+    if (!p.causal) return;
+    alignas(64) T row[W] = {};
+    for (int64_t r = 0; r < rows.n; ++r) row[r] = T(rows.row[r]);
+    for (int64_t k = 0; k < s.count; ++k)
+        for (int v = 0; v < S; ++v) {
+            const Vec<T> x = Simd<T>::load(tile + k * W + v * N);
+            Simd<T>::store(tile + k * W + v * N,
+                           Simd<T>::load(row + v * N) < T(s.first + k) ? Simd<T>::splat(-infinity<T>()) : x);
+        }
+}
+
+// values[lane] = from[batch][head][row] of an array (batch, heads, rows), `other` in the lanes behind the rows.
+template <class T>
+MMFAST_INLINE void gather(const Problem& p, const T* from, int64_t batch, const Rows& rows, T other, T* values) {
+    for (int64_t r = 0; r < kPanel<T>; ++r)
+        values[r] = r < rows.n ? from[(batch * p.heads + rows.head[r]) * p.rows + rows.row[r]] : other;
+}
+
+template <class T>
+MMFAST_INLINE void scatter(const Problem& p, const T* values, int64_t batch, const Rows& rows, T* to) {
+    for (int64_t r = 0; r < rows.n; ++r) to[(batch * p.heads + rows.head[r]) * p.rows + rows.row[r]] = values[r];
+}
+
+// The gate of each lane, or ones.
+template <class T>
+MMFAST_INLINE void gates_of(const Source& s, int64_t batch, const Rows& rows, T* values) {
+    const T* const from = static_cast<const T*>(s.gate.data);
+    for (int64_t r = 0; r < kPanel<T>; ++r)
+        values[r] = from && r < rows.n ? from[s.gate.at(batch, rows.head[r], rows.row[r])] : T(1);
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast

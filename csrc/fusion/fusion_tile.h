@@ -1,0 +1,79 @@
+// What fusion_cpu.cpp deals out; fusion_forward.cpp and fusion_backward.cpp implement it once per instruction set.
+#pragma once
+
+#include "common/isa.h"
+#include "fusion/fusion.h"
+
+namespace mmfast {
+namespace fusion {
+
+// Queries of `fold` neighbouring heads, which share their keys in every source, are rows of one matrix: row r is query
+// r % rows of head (first head + r / rows). A panel is as many rows as the kernels keep in registers, in lanes.
+template <class T>
+struct ForwardJob {
+    const Problem* problem;
+    int64_t fold;
+    Target out;
+    T* lse;
+    // Several items share the keys of the same rows: each writes output [value_dim][panel], maximum [panel] and sum [panel]
+    // of its own, or null.
+    T* partial;
+};
+
+struct Item {
+    int64_t batch, head;    // the first head of the fold
+    int64_t panel, panels;  // first and number
+    int64_t split, splits;  // share of the keys
+    int64_t slot;           // among the partial results
+};
+
+// Sums of the gradients that several items contribute to: each run has its own copy, added up afterwards.
+struct Accumulator {
+    Target target;     // the result itself, or the runs' copies in the computing type
+    int64_t run = 0;   // stride from one to the next, in elements
+    bool add = false;  // to what is there: else every element is written exactly once, and in the target's type
+};
+
+template <class T>
+struct BackwardJob {
+    const Problem* problem;
+    int64_t fold;
+    View grad_out, out;
+    const T *lse, *grad_lse;
+    T* grad_gates;
+    Accumulator query, key[kMostSources], value[kMostSources];
+};
+
+struct BackwardItem {
+    int64_t batch, head;    // the first head of the fold
+    int64_t panel, panels;  // first and number
+    int64_t first, last;    // keys, counted through all sources
+    int64_t query_run, key_run[kMostSources], value_run[kMostSources];
+};
+
+template <class T>
+struct TileKernels {
+    int64_t panel;
+    int64_t (*forward_scratch)(const Problem&);  // elements
+    void (*forward)(const ForwardJob<T>&, const Item&, T* scratch);
+    void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
+    int64_t (*backward_scratch)(const Problem&);
+    void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
+};
+
+#define MMFAST_DECLARE_TILES(isa)                               \
+    namespace isa {                                             \
+    void forward_kernels_float(TileKernels<float>& kernels);    \
+    void forward_kernels_double(TileKernels<double>& kernels);  \
+    void backward_kernels_float(TileKernels<float>& kernels);   \
+    void backward_kernels_double(TileKernels<double>& kernels); \
+    }
+MMFAST_DECLARE_TILES(baseline)
+#if defined(MMFAST_X86)
+MMFAST_DECLARE_TILES(avx2)
+MMFAST_DECLARE_TILES(avx512)
+#endif
+#undef MMFAST_DECLARE_TILES
+
+}  // namespace fusion
+}  // namespace mmfast
