@@ -1,7 +1,7 @@
 """Cross-attention to a few hundred keys: those of all sources stay on chip, the queries pass by once.
 
-A flash kernel is built for long keys: it pays a tile of 128 or more of them for each source, one launch a source, and in
-its backward an accumulator in memory for dQ. Here a program keeps the keys and values of every source, in tiles cut to
+A flash kernel is built for long keys: it pays a tile of 128 or more of them for each source, a launch for each, and
+in its backward an accumulator in memory for dQ. Here a program keeps the keys and values of every source, in tiles cut to
 their number (`tiles_of`: 77 keys are 64 + 16), and takes block after block of queries. Bytes that no version can avoid:
 Q + O forward, Q + dO + dQ (+ O if joint) backward; the sources, some kilobytes, come from the second level cache.
 
@@ -16,6 +16,8 @@ dQ is summed in registers. dK and dV are summed in registers over the blocks of 
 added up by a second small kernel in a fixed order: the result is the same, bit for bit, each time.
 """
 
+# Triton knows no unpacking, and no conditional expression that picks code:
+# ruff: noqa: RUF005, SIM108
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,18 +29,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.fusion._inputs import Source
+from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     GATE,
     GATE_WIDE,
     LOG2E,
     dot_options,
     few_values,
+    heads_inside,
     keys_there,
     load_keys,
     load_tile,
     load_values,
     multiprocessors,
-    power_of_two,
     refs,
     scores,
     softmax_end,
@@ -47,45 +50,25 @@ from mmfast.fusion.triton_tiles import (
     strides,
 )
 
-RESIDENT = 36864  # elements of keys and values in their tiles: 144 accumulators for each of 256 threads, 144 KB in float32
-
-
-def tiles_of(keys: int) -> list[tuple[int, int]]:
-    """(start, width) of tiles of 16 … 128 keys that cover them with little to spare: 77 → 64 + 16, 126 → 128."""
-    tiles, start = [], 0
-    while start < keys:
-        width = min(128, power_of_two(keys - start))
-        if width > 16 and keys - start < 0.8 * width:
-            width //= 2
-        tiles.append((start, width))
-        start += width
-    return tiles
-
 
 def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
-    """The tiles of all sources in a row: their source, start, width, and the last tile of the softmax they belong to."""
-    of, start, width, last = [], [], [], []
+    """The tiles of all sources in a row: their source, start, width, and the first and last tile of their softmax."""
+    of, start, width = [], [], []
     for j, source in enumerate(sources):
         for s, w in tiles_of(source.key.shape[2]):
             of.append(j)
             start.append(s)
             width.append(w)
-    for j in of:
-        last.append(len(of) - 1 if joint else max(t for t, other in enumerate(of) if other == j))
+    together = [list(range(len(of))) if joint else [t for t, other in enumerate(of) if other == j] for j in of]
     return {
         "OF": tuple(of),
         "START": tuple(start),
         "WIDE": tuple(width),
-        "LAST": tuple(last),
+        "FIRST": tuple(tiles[0] for tiles in together),
+        "LAST": tuple(tiles[-1] for tiles in together),
         "BD": power_of_two(query.shape[3]),
         "BV": power_of_two(sources[0].value.shape[3]),
     }
-
-
-def resident(query: Tensor, sources: Sequence[Source]) -> int:
-    """Elements of keys and values in their tiles, to compare with `RESIDENT`."""
-    rows = sum(width for source in sources for _, width in tiles_of(source.key.shape[2]))
-    return rows * (power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3]))
 
 
 # ---- Forward
@@ -95,9 +78,7 @@ def resident(query: Tensor, sources: Sequence[Source]) -> int:
 def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.constexpr):
     gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
     if GATE_WIDE & HAS:
-        return o * load_tile(
-            gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32
-        )
+        return o * load_tile(gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32)
     elif GATE & HAS:
         g = tl.load(gate + rows.to(tl.int64) * src.gate_strides[2], mask=rows < row_limit, other=0.0)
         return o * g.to(tl.float32)[:, None]
@@ -109,9 +90,10 @@ def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.c
 def _forward(
     query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
     chunks, scale2,
-    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
-    JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -187,7 +169,7 @@ def forward(
     pool: bool = False,
     row_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(B, H, L, D_v)``, or its sum over the first ``row_lengths`` queries, and log-sum-exps ``(N, B, H, L)``."""
+    """Output ``(B, H, L, D_v)``, or its sum over the first ``row_lengths`` queries; log-sum-exps ``(N, B, H, L)``."""
     _, heads, rows, dim = query.shape
     value_dim = sources[0].value.shape[3]
     lse = query.new_empty((1 if joint else len(sources), batch, heads, rows), dtype=torch.float32)
@@ -196,7 +178,8 @@ def forward(
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
     half = query.dtype != torch.float32
-    block = _block(query, 128 if half and layout["BD"] + layout["BV"] <= 128 else 64)
+    # One tile leaves registers for 128 queries in 8 warps; with several, half as many let more programs share a core.
+    block = _block(query, 128 if half and len(layout["OF"]) == 1 and layout["BD"] + layout["BV"] <= 128 else 64)
     chunks, blocks = _grid(query, batch, block, 8 * multiprocessors(query.device))
     if pool:
         out = query.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
@@ -206,12 +189,17 @@ def forward(
         query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, scale * LOG2E.value,
         HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, BLOCKS=blocks, BM=block,
-        num_warps=8 if block == 128 else 4, **layout, **dot_options(query.dtype),
+        num_warps=8 if block == 128 else 4, num_stages=2, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
 
 
 # ---- Backward
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):  # an element of a compile-time tuple is no shape until passed on
+    return tl.zeros([ROWS, WIDTH], tl.float32)
 
 
 @triton.jit
@@ -229,10 +217,10 @@ def _backward(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
     grad_query, grad_query_strides, grad_gates, partial, row_lengths, batch, heads, row_limit, dim, value_dim, chunks,
     scale, scale2,
-    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
-    JOINT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr, GRAD_GATE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, TOTAL: tl.constexpr,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
+    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -244,8 +232,8 @@ def _backward(
         ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
         vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
         limits = limits + (limit,)
-        dks = dks + (tl.zeros([WIDE[t], BD], tl.float32),)
-        dvs = dvs + (tl.zeros([WIDE[t], BV], tl.float32),)
+        dks = dks + (_zeros(WIDE[t], BD),)
+        dvs = dvs + (_zeros(WIDE[t], BV),)
     query += b * query_strides[0] + h * query_strides[1]
     grad_out += b * grad_out_strides[0] + h * grad_out_strides[1]
     grad_query += b * grad_query_strides[0] + h * grad_query_strides[1]
@@ -262,10 +250,7 @@ def _backward(
         for t in tl.static_range(len(OF)):
             src = sources[OF[t]]
             columns = START[t] + tl.arange(0, WIDE[t])
-            first = t == 0
-            if t > 0:
-                first = LAST[t] != LAST[t - 1]
-            if first:
+            if FIRST[t] == t:
                 at = b * lse_strides[1] + h * lse_strides[2] + rows
                 if not JOINT:
                     at += OF[t] * lse_strides[0]
@@ -288,7 +273,7 @@ def _backward(
                         g = g.to(tl.float32)
                     else:
                         g = g * src.factor
-                if JOINT:
+                if OUT:
                     o = load_tile(
                         out + b * out_strides[0] + h * out_strides[1], rows, row_limit, out_strides[2], value_dim,
                         out_strides[3], BV, tl.float32,
@@ -298,8 +283,8 @@ def _backward(
                     r = tl.zeros([BM], tl.float32)
                     for u in tl.static_range(t, LAST[t] + 1):
                         p, dp = _weights_and_gradient(
-                            q, scaled, ks[u], vs[u], src, b, h, rows, START[u] + tl.arange(0, WIDE[u]), row_limit,
-                            limits[u], scale2, shift, HAS[OF[u]], CAUSAL, PRECISION,
+                            q, scaled, ks[u], vs[u], sources[OF[u]], b, h, rows, START[u] + tl.arange(0, WIDE[u]),
+                            row_limit, limits[u], scale2, shift, HAS[OF[u]], CAUSAL, PRECISION,
                         )  # fmt: skip
                         r += tl.sum(p * dp, 1)
                 if GATE_WIDE & HAS[OF[t]]:
@@ -308,7 +293,7 @@ def _backward(
                 q, scaled, ks[t], vs[t], src, b, h, rows, columns, row_limit, limits[t], scale2, shift, HAS[OF[t]],
                 CAUSAL, PRECISION,
             )  # fmt: skip
-            if first and LAST[t] == t and not JOINT:
+            if FIRST[t] == t and LAST[t] == t and not OUT:
                 r = tl.sum(p * dp, 1)
             ds = (p * (g[:, None] * (dp - r[:, None]) + dlse[:, None])).to(DOT)
             new_dks = new_dks + (tl.dot(tl.trans(ds), q, dks[t], input_precision=PRECISION),)
@@ -354,7 +339,11 @@ def _add_up(
                 total = tl.zeros([BS, BW], tl.float32)
                 for i in range(COUNT[n]):
                     at = i % (ITEMS[n] * GROUP[n])
-                    of = ((i // (ITEMS[n] * GROUP[n])) * batch + b + at // GROUP[n]) * heads + h * GROUP[n] + at % GROUP[n]
+                    of = (
+                        ((i // (ITEMS[n] * GROUP[n])) * batch + b + at // GROUP[n]) * heads
+                        + h * GROUP[n]
+                        + at % GROUP[n]
+                    )
                     start = partial + of * (TOTAL * PITCH) + ROW[n] * PITCH + COLUMN[n]
                     total += load_tile(start, rows, out.rows, PITCH, out.width, 1, BW, tl.float32)
                 to = out.tensor + b * out.strides[0] + h * out.strides[1]
@@ -371,18 +360,12 @@ class _Sum(NamedTuple):
     strides: tuple[int, int, int, int]
 
 
-def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
-    batch, heads, rows, dim = shape
-    return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
-
-
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
     sources: Sequence[Source],
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     joint: bool,
     causal: bool,
@@ -390,7 +373,7 @@ def backward(
     gates: Sequence[bool],
     row_lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
-    """Gradients of query, keys, values and of the gates that ``gates`` asks for."""
+    """Gradients of query, keys, values and of the gates that ``gates`` asks for. ``out`` saves work, if joint."""
     _, batch, heads, rows = lse.shape
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)
@@ -402,16 +385,20 @@ def backward(
     shared = query.shape[0] != batch
     grad_query = heads_inside(query, (batch, heads, rows, dim), torch.float32 if shared else None)
     grad_gates = [
-        query.new_full((batch, heads, rows, value_dim if h & GATE_WIDE.value else 1), 0.0, dtype=torch.float32)
+        query.new_empty((batch, heads, rows, value_dim if h & GATE_WIDE.value else 1), dtype=torch.float32)
         if wanted
         else query
         for wanted, h in zip(gates, has, strict=True)
     ]
+    for grad, source, wanted in zip(grad_gates, sources, gates, strict=True):
+        if wanted and not source.key.shape[2]:
+            grad.zero_()
+    saved = query if out is None else out
     _backward[(batch * heads * chunks,)](
         grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
-        source_refs, out, out.stride(), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates), partial,
-        query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
-        scale * LOG2E.value, HAS=has, JOINT=joint, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
+        source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
+        partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
+        scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
         GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None, BLOCKS=blocks, BM=block, TOTAL=total,
         num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip

@@ -24,7 +24,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # What a source has, as bits.
 MASK, MASK_BOOL, BIAS, LENGTHS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
-GATE, GATE_WIDE = tl.constexpr(16), tl.constexpr(32)  # a gate that is a tensor; one that differs from feature to feature
+GATE, GATE_WIDE = (
+    tl.constexpr(16),
+    tl.constexpr(32),
+)  # a gate that is a tensor; one that differs from feature to feature
 
 
 class Ref(NamedTuple):
@@ -51,7 +54,11 @@ _NONE = (0, 0, 0, 0)
 
 def strides(x: Tensor | None) -> tuple[int, ...]:
     """Of a tensor that is broadcast along its dimensions of size 1."""
-    return _NONE if x is None else tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride()))
+    return (
+        _NONE
+        if x is None
+        else tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    )
 
 
 def refs(query: Tensor, sources: Sequence[Source]) -> tuple[tuple[Ref, ...], tuple[int, ...]]:
@@ -83,8 +90,10 @@ def refs(query: Tensor, sources: Sequence[Source]) -> tuple[tuple[Ref, ...], tup
     return tuple(made), tuple(has)
 
 
-def power_of_two(n: int, least: int = 16) -> int:
-    return max(least, 1 << max(n - 1, 0).bit_length())
+def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
+    batch, heads, rows, dim = shape
+    return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
 def few_values(n: int) -> int:
@@ -157,9 +166,21 @@ def _added(pointer, strides, b, h, rows, columns, there):
 
 @triton.jit
 def scores(
-    q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr
+    q,
+    k,
+    src,
+    b,
+    h,
+    rows,
+    columns,
+    row_limit,
+    limit,
+    scale2,
+    HAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREC: tl.constexpr,
 ):
-    """Of a tile, in units of exp2: −inf where a query may not attend. ``b`` and ``h`` one number, or one for each row."""
+    """Of a tile, in units of exp2: −inf where a query may not attend. ``b`` and ``h`` may differ from row to row."""
     s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale2
     may = columns[None, :] < limit
     if (MASK | MASK_BOOL | BIAS) & HAS:
