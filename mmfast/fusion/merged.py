@@ -1,8 +1,9 @@
 """Cross-attention to long sources by torch's own fused kernels, each source where it lies, merged exactly.
 
-For long keys cuDNN and FlashAttention are within a few percent of the hardware; what they lack is several
-sources in one softmax. Each source is attended to by itself, outputs and log-sum-exps are merged in one pass (`triton_split.merge`),
-and in the backward each source's own kernel is given the merged output and log-sum-exp in place of its own:
+For long keys cuDNN and FlashAttention are within a few percent of the hardware; what they lack is several sources in
+one softmax. Each source is attended to by itself, outputs and log-sum-exps are merged in one pass
+(`triton_split.merge`), and in the
+backward each source's own kernel is given the merged output and log-sum-exp in place of its own:
 
     P_j = exp(S_j − L),    dS_j = P_j ∘ (dO V_jᵀ − dO · O + dL)
 
@@ -26,12 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfast.fusion import reference, triton_split
+from mmfast.fusion import reference
 from mmfast.fusion._inputs import Source, compute_dtype
-from mmfast.fusion.triton_tiles import heads_inside
 
 ENGINES = ("flash", "efficient", "cudnn", "cpu")
 _aten = torch.ops.aten
+
+
+def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
+    batch, heads, rows, dim = shape
+    return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
 def pick(query: Tensor, source: Source, causal: bool, wish: str) -> str:
@@ -59,9 +65,14 @@ def forward(
         engine = pick(query, source, causal, wish)
         out, lse = _one(engine, query, key, value, added, causal, scale)
         parts.append((out, lse))
-    if len(parts) > 1:
+    if len(parts) == 1:
+        out, lse = parts[0]
+    elif query.device.type == "cpu":
+        out, lse = reference.merge(*zip(*parts, strict=True))
+    else:
+        from mmfast.fusion import triton_split
+
         return triton_split.merge(*zip(*parts, strict=True), query.dtype)
-    out, lse = parts[0]
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 

@@ -78,7 +78,7 @@ def attention(
 ) -> Attention:
     """`mmfast.fusion.reference.attention` of what `can` allows.
 
-    Without ``lse`` perhaps without log-sum-exps. ``weights``: means over the heads, ``(B, L, S)`` for each source.
+    Without ``lse`` perhaps without log-sum-exps. ``weights``: their means over the heads, ``(B, L, S_j)``.
     """
     engine = routes_cuda.choose(query, sources, fusion, lse or weights)
     result = run(engine, query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
@@ -140,7 +140,7 @@ def pool(
     dropout_p: float,
     softcap: float | None,
 ) -> Tensor | None:
-    """The sum of the outputs over the queries ``(B, H, D_v)``, float32, or None where the kernels cannot sum at once."""
+    """The sum of the outputs over the queries ``(B, H, D_v)``, float32; None where the kernels cannot sum at once."""
     if can(query, sources, dropout_p, softcap, False) is not None:
         return None
     if routes_cuda.choose(query, sources, fusion, True) != "short":

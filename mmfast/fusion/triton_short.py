@@ -1,7 +1,7 @@
 """Cross-attention to a few hundred keys: those of all sources stay on chip, the queries pass by once.
 
-A flash kernel is built for long keys: it pays a tile of 128 or more of them for each source, a launch for each, and
-in its backward an accumulator in memory for dQ. Here a program keeps the keys and values of every source, in tiles cut to
+A flash kernel is built for long keys: it pays for 128 or more of each source, a launch for each and, backward, for
+an accumulator in memory for dQ. Here a program keeps the keys and values of every source, in tiles cut to
 their number (`tiles_of`: 77 keys are 64 + 16), and takes block after block of queries. Bytes that no version can avoid:
 Q + O forward, Q + dO + dQ (+ O if joint) backward; the sources, some kilobytes, come from the second level cache.
 
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.fusion._inputs import Source
+from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     GATE,
@@ -36,7 +37,6 @@ from mmfast.fusion.triton_tiles import (
     LOG2E,
     dot_options,
     few_values,
-    heads_inside,
     keys_there,
     load_keys,
     load_tile,
@@ -374,6 +374,7 @@ def backward(
     row_lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
     """Gradients of query, keys, values and of the gates that ``gates`` asks for. ``out`` saves work, if joint."""
+    out = out if joint else None  # decoupled, it is a sum of what belongs to different softmaxes
     _, batch, heads, rows = lse.shape
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)

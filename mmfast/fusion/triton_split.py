@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.fusion._inputs import Source
+from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
     LOG2E,
     dot_options,
-    heads_inside,
     keys_there,
     load_tile,
     multiprocessors,

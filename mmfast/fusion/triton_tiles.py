@@ -90,12 +90,6 @@ def refs(query: Tensor, sources: Sequence[Source]) -> tuple[tuple[Ref, ...], tup
     return tuple(made), tuple(has)
 
 
-def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
-    batch, heads, rows, dim = shape
-    return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
-
-
 def few_values(n: int) -> int:
     """``n`` rounded up to 1, 2, 3, 4, 6, 8, 12, ...: what is compiled into a kernel takes few values."""
     power = 1 << max(n - 1, 0).bit_length()
