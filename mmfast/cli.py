@@ -1,4 +1,4 @@
-"""The command ``mmfast``: ``info`` and ``extract``."""
+"""The command ``mmfast``: ``info``, ``extract`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -55,11 +55,32 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--overwrite", action="store_true", help="do again what is already there")
     take.add_argument("--backend", choices=_backend.BACKENDS, help="who computes (default: the fastest that can)")
     take.set_defaults(run=_extract)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measures which engine is fastest for which shape on this GPU, and keeps it",
+        description="Times every engine of an operator on the shapes that stand for its kinds of calls, on the current "
+        "GPU, and keeps the table in the user's cache for this GPU, torch and Triton; it is read at import.",
+        epilog="Exit code: 0 measured, 2 no GPU or wrong usage.",
+    )
+    tune.add_argument("op", choices=["fusion"], help="the operator")
+    tune.set_defaults(run=_tune)
     return parser
 
 
 def _info(options) -> int:
     print(_backend.format_info(_backend.info()))
+    return 0
+
+
+def _tune(options) -> int:
+    from mmfast.fusion import routes_cuda
+
+    try:
+        print(f"wrote {routes_cuda.tune_here()}")
+    except RuntimeError as error:
+        print(f"mmfast tune: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

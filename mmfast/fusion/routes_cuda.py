@@ -251,6 +251,10 @@ def measure(case: Case, half: bool, gradients: bool, engine: str, rounds: int = 
     return sorted(times[3:])[rounds // 2]
 
 
+def to_json(device: str, table: list[dict]) -> str:
+    return json.dumps({"device": device, "table": table}, indent=1) + "\n"
+
+
 def tune_here(report: Callable[[str], None] = print) -> Path:
     """Measures the table on the current GPU and keeps it.
 
@@ -262,7 +266,7 @@ def tune_here(report: Callable[[str], None] = print) -> Path:
     path = cache_file()
     table = tune(measure, report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": torch.cuda.get_device_name(), "table": table}, indent=1) + "\n")
+    path.write_text(to_json(torch.cuda.get_device_name(), table))
     read(path)
     return path
 

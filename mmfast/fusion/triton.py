@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.fusion import reference, routes_cuda
+from mmfast.fusion import merged, reference, routes_cuda
 from mmfast.fusion._inputs import Source, batch_of
 from mmfast.fusion.reference import Attention
 
@@ -220,13 +220,15 @@ def _unpack(keys, values, masks, biases, lengths, gates, has, factors) -> list[S
 def _forward(
     query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal, pool, scale, engine
 ):
-    from mmfast.fusion import merged, triton_short, triton_split
-
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     batch = batch_of(query, sources)
     if engine == "short":
+        from mmfast.fusion import triton_short  # here, since Triton may be missing: `merged` does without it on the CPU
+
         return triton_short.forward(query, sources, joint, causal, scale, batch, pool, row_lengths)
     if engine == "split":
+        from mmfast.fusion import triton_split
+
         out, lse = triton_split.forward(query, sources, causal, scale, batch)
     else:
         out, lse = merged.forward(query, sources, causal, scale, batch, engine)
@@ -237,12 +239,12 @@ def _backward(
     grad_out, grad_lse, query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal,
     pool, scale, engine, out, lse, gate_gradients,
 ):  # fmt: skip
-    from mmfast.fusion import merged, triton_short
-
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     if engine != "short":
         of_lse = None if grad_lse is None else grad_lse[0]
         return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
+    from mmfast.fusion import triton_short
+
     wanted = [gate_gradients and isinstance(s.gate, Tensor) for s in sources]
     if pool:
         grad_out = grad_out[:, :, None].expand(-1, -1, query.shape[2], -1)
