@@ -227,20 +227,33 @@ def _call_backward(engine, args, bias, out, lse, rows, keys, causal, scale):
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
-    seed = torch.zeros((2,), dtype=torch.uint64, device=q.device)  # of the dropout that is not
-    offset = torch.zeros((), dtype=torch.uint64, device=q.device)
+    seed = q.new_empty((2,), dtype=torch.int64)  # of the dropout that is not: nobody reads it
     if engine == "flash":
         return _aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, out, lse.contiguous(), None, None, rows, keys, 0.0, causal, seed, offset, scale=scale
+            do,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            rows,
+            keys,
+            0.0,
+            causal,
+            seed.view(torch.uint64),
+            seed[0].view(torch.uint64),
+            scale=scale,
         )
     if engine == "efficient":
         lse = F.pad(lse, (0, -rows % 32), value=torch.inf).contiguous()
         wanted = [True, True, True, False]
         return _aten._scaled_dot_product_efficient_attention_backward(
-            do, q, k, v, bias, out, lse, seed[0], offset, 0.0, wanted, causal, scale=scale
+            do, q, k, v, bias, out, lse, seed[0], seed[1], 0.0, wanted, causal, scale=scale
         )[:3]
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, out, lse.contiguous()[..., None], seed[0], offset, bias, None, None, rows, keys, 0.0, causal,
+        do, q, k, v, out, lse.contiguous()[..., None], seed[0], seed[1], bias, None, None, rows, keys, 0.0, causal,
         scale=scale,
     )  # fmt: skip
 
