@@ -50,6 +50,8 @@ from mmfast.fusion.triton_tiles import (
     strides,
 )
 
+KEPT = 128  # keys of a softmax whose weights and gradients the backward keeps in registers until their sum is known
+
 
 def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
     """The tiles of all sources in a row: their source, start, width, and the first and last tile of their softmax."""
@@ -219,8 +221,8 @@ def _backward(
     scale, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
-    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
+    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -279,22 +281,25 @@ def _backward(
                         out_strides[3], BV, tl.float32,
                     )  # fmt: skip
                     r = tl.sum(do.to(tl.float32) * o, 1)
-                elif LAST[t] > t:  # several tiles: r is a sum over all of them, so twice over them
+                else:  # r is a sum over all tiles of the softmax: few stay in registers, many are computed twice
                     r = tl.zeros([BM], tl.float32)
+                    kept = ()
                     for u in tl.static_range(t, LAST[t] + 1):
                         p, dp = _weights_and_gradient(
                             q, scaled, ks[u], vs[u], sources[OF[u]], b, h, rows, START[u] + tl.arange(0, WIDE[u]),
                             row_limit, limits[u], scale2, shift, HAS[OF[u]], CAUSAL, PRECISION,
                         )  # fmt: skip
                         r += tl.sum(p * dp, 1)
+                        kept = kept + (p, dp)
                 if GATE_WIDE & HAS[OF[t]]:
                     unscaled = tl.zeros([BM, BV], tl.float32)
-            p, dp = _weights_and_gradient(
-                q, scaled, ks[t], vs[t], src, b, h, rows, columns, row_limit, limits[t], scale2, shift, HAS[OF[t]],
-                CAUSAL, PRECISION,
-            )  # fmt: skip
-            if FIRST[t] == t and LAST[t] == t and not OUT:
-                r = tl.sum(p * dp, 1)
+            if KEEP[t]:
+                p, dp = kept[2 * (t - FIRST[t])], kept[2 * (t - FIRST[t]) + 1]
+            else:
+                p, dp = _weights_and_gradient(
+                    q, scaled, ks[t], vs[t], src, b, h, rows, columns, row_limit, limits[t], scale2, shift,
+                    HAS[OF[t]], CAUSAL, PRECISION,
+                )  # fmt: skip
             ds = (p * (g[:, None] * (dp - r[:, None]) + dlse[:, None])).to(DOT)
             new_dks = new_dks + (tl.dot(tl.trans(ds), q, dks[t], input_precision=PRECISION),)
             weighted = (p * g[:, None]).to(DOT)
@@ -395,12 +400,16 @@ def backward(
         if wanted and not source.key.shape[2]:
             grad.zero_()
     saved = query if out is None else out
+    together = [
+        sum(w for w, f in zip(layout["WIDE"], layout["FIRST"], strict=True) if f == of) for of in layout["FIRST"]
+    ]
     _backward[(batch * heads * chunks,)](
         grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
         source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
         partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
         scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
-        GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None, BLOCKS=blocks, BM=block, TOTAL=total,
+        GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
+        KEEP=tuple(out is None and width <= KEPT for width in together), BLOCKS=blocks, BM=block, TOTAL=total,
         num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]

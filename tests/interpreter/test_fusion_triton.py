@@ -9,6 +9,7 @@ from fusion_cases import excluding, inputs, randn, replaced
 from mmfast.fusion import Source, attention_pool, cross_attention, reference, triton_short, triton_split
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import prepare
+from mmfast.fusion.epilogue import gated_residual
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -100,6 +101,11 @@ def _gate_of_a_feature():
 def _bias_causal():
     source = Source(*kv(1, 1, 12, 128), bias=randn(1, 1, 7, 12), mask=excluding(7, 12))
     return randn(1, 1, 7, 128), [source, Source(*kv(1, 1, 2, 128))], {"is_causal": True}
+
+
+def _more_keys_than_are_kept():
+    sources = [Source(*kv(1, 1, 150, 16), gate=randn(1)), Source(*kv(1, 1, 129, 16))]
+    return randn(1, 1, 5, 16), sources, {"fusion": "decoupled"}
 
 
 def _groups_shared_keys():
@@ -238,3 +244,29 @@ def test_rejects():
         cross_attention(query, sources, backend="triton")
     with pytest.raises(ValueError, match="dropout"):
         cross_attention(query.float(), [(sources[0][0].float(),) * 2], dropout_p=0.5, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm, activation, gated",
+    [(None, "tanh", True), ("layer", "sigmoid", True), ("rms", None, True), ("layer", None, False)],
+)
+def test_gated_residual(norm, activation, gated, dtype):
+    features = 24
+    x, y = (torch.randn(3, 5, features, dtype=dtype) for _ in range(2))
+    options = {"gate": torch.randn(1, dtype=dtype) if gated else None, "weight": None, "bias": None}
+    if norm:
+        options["weight"] = torch.randn(features, dtype=dtype)
+    if norm == "layer":
+        options["bias"] = torch.randn(features, dtype=dtype)
+    results = []
+    for backend, kind in (("triton", dtype), ("reference", torch.float64)):
+        of = [None if t is None else t.to(kind).requires_grad_() for t in (x, y, *options.values())]
+        given = dict(zip(options, of[2:], strict=True))
+        out = gated_residual(*of[:2], **given, activation=activation, norm=norm, backend=backend)
+        out = out if norm else (out,)
+        total = sum((o.double() * torch.linspace(-1, 1 + i, o.numel()).view(o.shape)).sum() for i, o in enumerate(out))
+        results.append((*out, *torch.autograd.grad(total, [t for t in of if t is not None])))
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == dtype
+        close(got.detach(), expected.detach(), dtype, "gated residual")
