@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from fusion_cases import CASES, inputs, replaced
@@ -91,10 +93,10 @@ def test_sdpa_only_without_lse_and_masks():
 
 
 def test_tiles_cover_the_keys():
-    for keys in (*range(1, 300), 500, 1000):
-        tiles = routes_cuda.tiles_of(keys)
+    for keys, dtype in itertools.product((*range(1, 300), 500, 1000), (torch.float32, torch.bfloat16)):
+        tiles = routes_cuda.tiles_of(keys, dtype)
         assert [start for start, _ in tiles] == [sum(w for _, w in tiles[:i]) for i in range(len(tiles))]
-        assert all(16 <= w <= 128 and w & (w - 1) == 0 for _, w in tiles)
+        assert all(16 <= w <= (64 if dtype == torch.float32 else 128) and w & (w - 1) == 0 for _, w in tiles)
         assert 0 <= sum(w for _, w in tiles) - keys < max(16, keys / 4)
 
 
@@ -120,3 +122,29 @@ def test_tuned_table(tmp_path, monkeypatch):
 def test_tune_needs_a_gpu():
     with pytest.raises(RuntimeError, match="GPU"):
         routes_cuda.tune_here()
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_opcheck(with_lse):
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.rand(2, 1, 3, 5) < 0.7
+    rest = ([mask], [], [], [], None, [1, 0], [1.0, 1.0], True, False, False, 0.3, "cpu")
+    args = (query, [key, key], [key, key], *rest)
+    torch.library.opcheck(torch.ops.mmfast.fusion_device_forward, args, test_utils=("test_schema", "test_faketensor"))
+    out, lse = torch.ops.mmfast.fusion_device_forward(*args)
+    backward = (out, lse if with_lse else None, *args, out, lse, False)
+    torch.library.opcheck(
+        torch.ops.mmfast.fusion_device_backward, backward, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_compiles(dynamic):
+    def f(query, key):
+        engine = routes_cuda.choose(query, [Source(key, key, gate=0.5), Source(key, key)], "decoupled", False)
+        return query + 1 if engine == "short" else query - 1
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
+    for rows, keys, expected in ((40, 77, 1), (40, 80, 1), (500, 4000, -1)):
+        query, key = torch.zeros(1, 2, rows, 64), torch.zeros(1, 2, keys, 64)
+        assert (compiled(query, key) == expected).all()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion._inputs import DTYPES, check_choice, compute_dtype
+from mmfast.fusion.merged import on_device_of
 
 _INPUTS = "Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? bias, float eps, str norm, str activation"
 torch.library.define("mmfast::fusion_residual_forward", f"({_INPUTS}) -> (Tensor total, Tensor normed)")
@@ -92,14 +93,17 @@ def reference(x, y, gate, weight, bias, eps, norm, activation) -> tuple[Tensor, 
 def _forward(x, y, gate, weight, bias, eps, norm, activation):
     from mmfast.fusion import triton_epilogue
 
-    return triton_epilogue.forward(x.contiguous(), y.contiguous(), gate, weight, bias, eps, norm, activation)
+    with on_device_of(x):
+        return triton_epilogue.forward(x.contiguous(), y.contiguous(), gate, weight, bias, eps, norm, activation)
 
 
 def _backward(grad_total, grad_normed, x, y, gate, weight, bias, eps, norm, activation):
     from mmfast.fusion import triton_epilogue
 
     of = (None if g is None else g.contiguous() for g in (grad_total, grad_normed))
-    grads = triton_epilogue.backward(*of, x.contiguous(), y.contiguous(), gate, weight, bias, eps, norm, activation)
+    given = x.contiguous(), y.contiguous(), gate, weight, bias, eps, norm, activation
+    with on_device_of(x):
+        grads = triton_epilogue.backward(*of, *given)
     return (*grads[:2], grads[2] if gate is None else grads[2].reshape(gate.shape), *grads[3:])
 
 

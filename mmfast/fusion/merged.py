@@ -21,6 +21,7 @@ As with scaled_dot_product_attention, whether flash and efficient add up dQ in a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,13 @@ def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None 
     """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
     batch, heads, rows, dim = shape
     return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels of Triton run on the current device: make it that of ``x``."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def pick(query: Tensor, source: Source, causal: bool, wish: str) -> str:
@@ -101,9 +109,9 @@ def backward(
         engine = pick(query, source, causal, wish)
         dq, dk, dv = _one_backward(engine, grad_out, grad_lse, query, key, value, added, out, lse, causal, scale)
         of_query = dq if of_query is None else of_query.float().add_(dq)
-        grad_keys.append(_sum_batch(dk, source.key.shape))
-        grad_values.append(_sum_batch(dv, source.value.shape))
-    return _sum_batch(of_query, shape).to(query.dtype), grad_keys, grad_values
+        grad_keys.append(sum_batch(dk, source.key.shape))
+        grad_values.append(sum_batch(dv, source.value.shape))
+    return sum_batch(of_query, shape).to(query.dtype), grad_keys, grad_values
 
 
 # ---- One source in the form that the kernels take
@@ -258,7 +266,7 @@ def _call_backward(engine, args, bias, out, lse, rows, keys, causal, scale):
     )  # fmt: skip
 
 
-def _sum_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
+def sum_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Over the batch where that was broadcast; in the layout that operators here promise."""
     dtype = x.dtype
     if x.shape[0] != shape[0]:

@@ -66,14 +66,21 @@ TABLE: dict[Key, tuple[str, ...]] = {
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    return max(least, 1 << max(n - 1, 0).bit_length())
+    power = least
+    while power < n:  # a compiler that traces this with unknown sizes knows no bit_length
+        power *= 2
+    return power
 
 
-def tiles_of(keys: int) -> list[tuple[int, int]]:
-    """(start, width) of tiles of 16 … 128 keys that cover them with little to spare: 77 → 64 + 16, 126 → 128."""
+def tiles_of(keys: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """(start, width) of tiles that cover the keys with little to spare: 77 → 64 + 16, 126 → 128; at most 64 in float32.
+
+    In float32, where a product is three, wider ones do not leave enough registers.
+    """
+    widest = 64 if dtype == torch.float32 else 128
     tiles, start = [], 0
     while start < keys:
-        width = min(128, power_of_two(keys - start))
+        width = min(widest, power_of_two(keys - start))
         if width > 16 and keys - start < 0.8 * width:
             width //= 2
         tiles.append((start, width))
@@ -86,7 +93,7 @@ def resident(query: Tensor, sources: Sequence[Source]) -> int:
     keys = [s.key.shape[2] for s in sources]
     if sum(keys) > RESIDENT // 32:  # a tile has at least 16 + 16 features
         return RESIDENT + 1
-    rows = sum(width for n in keys for _, width in tiles_of(n))
+    rows = sum(width for n in keys for _, width in tiles_of(n, query.dtype))
     return rows * (power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3]))
 
 

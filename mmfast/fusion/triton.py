@@ -222,16 +222,17 @@ def _forward(
 ):
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     batch = batch_of(query, sources)
-    if engine == "short":
-        from mmfast.fusion import triton_short  # here, since Triton may be missing: `merged` does without it on the CPU
+    with merged.on_device_of(query):
+        if engine == "short":
+            from mmfast.fusion import triton_short  # here: on the CPU `merged` does without Triton
 
-        return triton_short.forward(query, sources, joint, causal, scale, batch, pool, row_lengths)
-    if engine == "split":
-        from mmfast.fusion import triton_split
+            return triton_short.forward(query, sources, joint, causal, scale, batch, pool, row_lengths)
+        if engine == "split":
+            from mmfast.fusion import triton_split
 
-        out, lse = triton_split.forward(query, sources, causal, scale, batch)
-    else:
-        out, lse = merged.forward(query, sources, causal, scale, batch, engine)
+            out, lse = triton_split.forward(query, sources, causal, scale, batch)
+        else:
+            out, lse = merged.forward(query, sources, causal, scale, batch, engine)
     return out, lse[None]
 
 
@@ -242,15 +243,17 @@ def _backward(
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     if engine != "short":
         of_lse = None if grad_lse is None else grad_lse[0]
-        return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
+        with merged.on_device_of(query):
+            return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
     from mmfast.fusion import triton_short
 
     wanted = [gate_gradients and isinstance(s.gate, Tensor) for s in sources]
     if pool:
         grad_out = grad_out[:, :, None].expand(-1, -1, query.shape[2], -1)
-    grad_query, grad_keys, grad_values, grad_gates = triton_short.backward(
-        grad_out, grad_lse, query, sources, None if pool else out, lse, joint, causal, scale, wanted, row_lengths
-    )
+    with merged.on_device_of(query):
+        grad_query, grad_keys, grad_values, grad_gates = triton_short.backward(
+            grad_out, grad_lse, query, sources, None if pool else out, lse, joint, causal, scale, wanted, row_lengths
+        )
     return grad_query, grad_keys, grad_values, [g for g in grad_gates if g is not None]
 
 
@@ -258,7 +261,8 @@ def _mean_weights(query, keys, masks, biases, lengths, has, lses, causal, scale)
     from mmfast.fusion import triton_weights
 
     sources = _unpack(keys, keys, masks, biases, lengths, [], has, [1.0] * len(keys))
-    return triton_weights.mean_weights(query, sources, lses, causal, scale, lses[0].shape[0])
+    with merged.on_device_of(query):
+        return triton_weights.mean_weights(query, sources, lses, causal, scale, lses[0].shape[0])
 
 
 for _device in ("cuda", "cpu"):  # on the CPU by Triton's interpreter

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.fusion._inputs import Source
-from mmfast.fusion.merged import heads_inside
+from mmfast.fusion.merged import heads_inside, sum_batch
 from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     GATE,
@@ -57,7 +57,7 @@ def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
     """The tiles of all sources in a row: their source, start, width, and the first and last tile of their softmax."""
     of, start, width = [], [], []
     for j, source in enumerate(sources):
-        for s, w in tiles_of(source.key.shape[2]):
+        for s, w in tiles_of(source.key.shape[2], query.dtype):
             of.append(j)
             start.append(s)
             width.append(w)
@@ -328,17 +328,17 @@ def _backward(
 
 @triton.jit
 def _add_up(
-    partial, outs, batch, heads,
+    partial, outs, batch, heads, row_blocks,
     ROW: tl.constexpr, COLUMN: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
     TOTAL: tl.constexpr, PITCH: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: sums over chunks, the heads that share a key and, if it is shared, the batch."""
-    rows = tl.program_id(0) * BS + tl.arange(0, BS)
+    rows = tl.program_id(0) % row_blocks * BS + tl.arange(0, BS)
     for n in tl.static_range(len(ROW)):
         out = outs[n]
-        if tl.program_id(2) == n:
+        if tl.program_id(1) == n:
             key_heads = heads // GROUP[n]
-            item = tl.program_id(1).to(tl.int64)
+            item = (tl.program_id(0) // row_blocks).to(tl.int64)
             b, h = item // key_heads, item % key_heads
             if b < out.batch:
                 total = tl.zeros([BS, BW], tl.float32)
@@ -416,7 +416,7 @@ def backward(
     grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
     _sum_up(partial, sources, grad_keys, grad_values, layout)
     if shared:
-        grad_query = grad_query.sum(0, keepdim=True).to(query.dtype)
+        grad_query = sum_batch(grad_query, query.shape).to(query.dtype)
     of_gates = [
         _sum_to(full, s.gate) if wanted else None for full, s, wanted in zip(grad_gates, sources, gates, strict=True)
     ]
@@ -443,14 +443,11 @@ def _sum_up(partial, sources, grad_keys, grad_values, layout) -> None:
             items.append(batch if grad.shape[0] == 1 else 1)
             group.append(heads // grad.shape[1])
     rows = 16
-    grid = (
-        triton.cdiv(max(o.rows for o in outs), rows),
-        max(o.batch * heads // g for o, g in zip(outs, group, strict=True)),
-        len(outs),
-    )
+    row_blocks = triton.cdiv(max(o.rows for o in outs), rows)
+    grid = (row_blocks * max(o.batch * heads // g for o, g in zip(outs, group, strict=True)), len(outs))
     counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
     _add_up[grid](
-        partial, tuple(outs), batch, heads, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
+        partial, tuple(outs), batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
         GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"], layout["BV"]),
         num_warps=4,
     )  # fmt: skip

@@ -40,15 +40,15 @@ MOST_SPLITS = 256
 @triton.jit
 def _split(
     query, query_strides, sources, first, part, part_lse, batch, heads, length, dim, value_dim, folded, group,
-    key_heads, scale2,
+    key_heads, row_blocks, scale2,
     HAS: tl.constexpr, CAUSAL: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
-    item = tl.program_id(2).to(tl.int64)
+    item = (tl.program_id(0) // row_blocks).to(tl.int64)
     b0, h0 = item // key_heads, item % key_heads
     # Queries that share keys are rows of one product: all of a head, all heads of a group, perhaps all of a batch.
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = (tl.program_id(0) % row_blocks).to(tl.int64) * BM + tl.arange(0, BM)
     there = row < folded * group * length
     i = tl.where(there, row % length, length)
     h = h0 * group + tl.where(there, row // length % group, 0)
@@ -174,10 +174,11 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     splits = first[-1]
     part = query.new_empty((splits, batch, heads, length, value_dim), dtype=torch.float32)
     part_lse = query.new_empty((splits, batch, heads, length), dtype=torch.float32)
-    _split[(triton.cdiv(rows, block), splits, items)](
+    row_blocks = triton.cdiv(rows, block)
+    _split[(items * row_blocks, splits)](
         query, strides(query), source_refs, tuple(first), part, part_lse, batch, heads, length, dim, value_dim, folded,
-        group, heads // group, scale * LOG2E.value, HAS=has, CAUSAL=causal, TILES=tiles, BM=block, BN=width, BD=wide,
-        BV=wide_value, num_warps=4, num_stages=3, **dot_options(query.dtype),
+        group, heads // group, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, TILES=tiles, BM=block, BN=width,
+        BD=wide, BV=wide_value, num_warps=4, num_stages=3, **dot_options(query.dtype),
     )  # fmt: skip
     parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)
     return _merged(parts, query, part.shape[1:], query.dtype, splits, batch * heads * length)
