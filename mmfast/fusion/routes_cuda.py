@@ -91,7 +91,7 @@ def tiles_of(keys: int, dtype: torch.dtype) -> list[tuple[int, int]]:
 def resident(query: Tensor, sources: Sequence[Source]) -> int:
     """Elements of keys and values in their tiles, to compare with `RESIDENT`."""
     keys = [s.key.shape[2] for s in sources]
-    if sum(keys) > RESIDENT // 32:  # a tile has at least 16 + 16 features
+    if sum(keys) > RESIDENT // 32:  # a tile has at least 16 + 16 features: no need to cut them
         return RESIDENT + 1
     rows = sum(width for n in keys for _, width in tiles_of(n, query.dtype))
     return rows * (power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3]))
@@ -112,9 +112,10 @@ def kind_of(query: Tensor, sources: Sequence[Source], fusion: str) -> str:
         if decoupled:
             return "few keys, decoupled"
         return "few keys, several sources" if several else "few keys, one source"
-    shared, group = folds(query, sources, batch_of(query, list(sources)))
-    if query.shape[2] * shared * group <= FEW_QUERIES:
-        return "few queries"
+    if query.shape[2] <= FEW_QUERIES:
+        shared, group = folds(query, sources, batch_of(query, list(sources)))
+        if query.shape[2] * shared * group <= FEW_QUERIES:
+            return "few queries"
     if any(x is not None for s in sources for x in (s.mask, s.bias, s.lengths)):
         return "long, masked"
     return "long, several sources" if several else "long, one source"
@@ -135,8 +136,11 @@ def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse
 
 def choose(query: Tensor, sources: Sequence[Source], fusion: str, lse: bool) -> str:
     """The engine for a call; ``lse``: its log-sum-exp is asked for."""
-    tensors = [query, *(x for s in sources for x in (s.key, s.value, s.gate) if isinstance(x, Tensor))]
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    gradients = torch.is_grad_enabled() and (
+        query.requires_grad
+        or any(s.key.requires_grad or s.value.requires_grad for s in sources)
+        or any(isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources)
+    )
     key = Key(kind_of(query, sources, fusion), query.dtype != torch.float32, gradients)
     for engine in TABLE[key]:
         if able(engine, query, sources, fusion, lse):

@@ -55,7 +55,7 @@ def can(
         return f"more than {WIDEST} features a head"
     if len(sources) > MOST_SOURCES:
         return f"more than {MOST_SOURCES} sources"
-    if not query.shape[1] * query.shape[2] * batch_of(query, list(sources)) * sum(s.key.shape[2] for s in sources):
+    if not query.numel() or not any(s.key.numel() for s in sources):
         return "nothing to compute"
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for s in sources for x in (s.mask, s.bias)):
         return "the gradient of a mask or bias"
