@@ -35,6 +35,7 @@ from mmfast.fusion.triton_tiles import (
     GATE,
     GATE_WIDE,
     LOG2E,
+    capability,
     dot_options,
     few_values,
     keys_there,
@@ -89,12 +90,25 @@ def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.c
 
 
 @triton.jit
+def _tile(
+    ks, vs, src, b, h, columns, limit, dim, value_dim,
+    T: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tile T: those that are held, or read again."""
+    if HOLD:
+        return ks[T], vs[T]
+    else:
+        k = load_keys(src, b, h, columns, limit, dim, BD, DOT)
+        return k, load_values(src, b, h, columns, limit, value_dim, BV, DOT)
+
+
+@triton.jit
 def _forward(
     query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
     chunks, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    HOLD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
@@ -104,8 +118,9 @@ def _forward(
     for t in tl.static_range(len(OF)):
         limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
         columns = START[t] + tl.arange(0, WIDE[t])
-        ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
-        vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+        if HOLD:
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
         limits = limits + (limit,)
     query += b * query_strides[0] + h * query_strides[1]
     pooled = tl.zeros([BV], tl.float32)
@@ -122,11 +137,13 @@ def _forward(
         o = tl.zeros([BM, BV], tl.float32)
         for t in tl.static_range(len(OF)):
             columns = START[t] + tl.arange(0, WIDE[t])
-            s = scores(
-                q, ks[t], sources[OF[t]], b, h, rows, columns, row_limit, limits[t], scale2, HAS[OF[t]], CAUSAL,
-                PRECISION,
+            k, v = _tile(
+                ks, vs, sources[OF[t]], b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD
             )  # fmt: skip
-            top, total, o = softmax_step(s, vs[t], top, total, o, DOT, PRECISION)
+            s = scores(
+                q, k, sources[OF[t]], b, h, rows, columns, row_limit, limits[t], scale2, HAS[OF[t]], CAUSAL, PRECISION
+            )
+            top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
             if LAST[t] == t:
                 o, one = softmax_end(top, total, o)
                 to = lse + b * lse_strides[1] + h * lse_strides[2]
@@ -155,6 +172,15 @@ def _grid(query: Tensor, batch: int, block: int, programs: int) -> tuple[int, in
     of = triton.cdiv(rows, block)
     blocks = few_values(max(1, min(of, of * batch * heads // max(programs, 1))))
     return triton.cdiv(of, blocks), blocks
+
+
+def _hold(query: Tensor, block: int) -> bool:
+    """Whether a program holds keys and values, or reads them for each block of queries, from a cache.
+
+    Matrix units that read their operands from shared memory (Hopper's, in half precisions, of 64 rows at least) leave
+    them there; others want them in registers, in each warp, where there is no room for all of them.
+    """
+    return query.dtype != torch.float32 and block >= 64 and capability(query.device) >= (9, 0)
 
 
 def _block(query: Tensor, largest: int) -> int:
@@ -190,8 +216,9 @@ def forward(
     _forward[(batch * heads * chunks,)](
         query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, scale * LOG2E.value,
-        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, BLOCKS=blocks, BM=block,
-        num_warps=8 if block == 128 else 4, num_stages=2, **layout, **dot_options(query.dtype),
+        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None,
+        HOLD=_hold(query, block), BLOCKS=blocks, BM=block, num_warps=8 if block == 128 else 4, num_stages=2, **layout,
+        **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
 
@@ -221,8 +248,9 @@ def _backward(
     scale, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
-    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
+    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr, BLOCKS: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -231,8 +259,9 @@ def _backward(
     for t in tl.static_range(len(OF)):
         limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
         columns = START[t] + tl.arange(0, WIDE[t])
-        ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
-        vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+        if HOLD:
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
         limits = limits + (limit,)
         dks = dks + (_zeros(WIDE[t], BD),)
         dvs = dvs + (_zeros(WIDE[t], BV),)
@@ -285,30 +314,35 @@ def _backward(
                     r = tl.zeros([BM], tl.float32)
                     kept = ()
                     for u in tl.static_range(t, LAST[t] + 1):
+                        others = START[u] + tl.arange(0, WIDE[u])
+                        k, v = _tile(
+                            ks, vs, sources[OF[u]], b, h, others, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD
+                        )  # fmt: skip
                         p, dp = _weights_and_gradient(
-                            q, scaled, ks[u], vs[u], sources[OF[u]], b, h, rows, START[u] + tl.arange(0, WIDE[u]),
-                            row_limit, limits[u], scale2, shift, HAS[OF[u]], CAUSAL, PRECISION,
+                            q, scaled, k, v, sources[OF[u]], b, h, rows, others, row_limit, limits[u], scale2, shift,
+                            HAS[OF[u]], CAUSAL, PRECISION,
                         )  # fmt: skip
                         r += tl.sum(p * dp, 1)
                         kept = kept + (p, dp)
                 if GATE_WIDE & HAS[OF[t]]:
                     unscaled = tl.zeros([BM, BV], tl.float32)
+            k, v = _tile(ks, vs, src, b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD)
             if KEEP[t]:
                 p, dp = kept[2 * (t - FIRST[t])], kept[2 * (t - FIRST[t]) + 1]
             else:
                 p, dp = _weights_and_gradient(
-                    q, scaled, ks[t], vs[t], src, b, h, rows, columns, row_limit, limits[t], scale2, shift,
+                    q, scaled, k, v, src, b, h, rows, columns, row_limit, limits[t], scale2, shift,
                     HAS[OF[t]], CAUSAL, PRECISION,
                 )  # fmt: skip
             ds = (p * (g[:, None] * (dp - r[:, None]) + dlse[:, None])).to(DOT)
             new_dks = new_dks + (tl.dot(tl.trans(ds), q, dks[t], input_precision=PRECISION),)
             weighted = (p * g[:, None]).to(DOT)
             new_dvs = new_dvs + (tl.dot(tl.trans(weighted), scaled, dvs[t], input_precision=PRECISION),)
-            dq = tl.dot(ds, ks[t], dq, input_precision=PRECISION)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
             if GRAD_GATE[OF[t]]:
                 to = grad_gates[OF[t]]
                 if GATE_WIDE & HAS[OF[t]]:
-                    unscaled = tl.dot(p.to(DOT), vs[t], unscaled, input_precision=PRECISION)
+                    unscaled = tl.dot(p.to(DOT), v, unscaled, input_precision=PRECISION)
                     if LAST[t] == t:
                         to += (b * heads + h) * row_limit * value_dim
                         store_tile(to, do.to(tl.float32) * unscaled, rows, row_limit, value_dim, value_dim, 1, BV)
@@ -409,7 +443,8 @@ def backward(
         partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
         scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
         GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
-        KEEP=tuple(out is None and width <= KEPT for width in together), BLOCKS=blocks, BM=block, TOTAL=total,
+        KEEP=tuple(out is None and width <= KEPT for width in together), HOLD=_hold(query, block), BLOCKS=blocks,
+        BM=block, TOTAL=total,
         num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]

@@ -24,6 +24,7 @@ from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
     LOG2E,
     dot_options,
+    few_values,
     keys_there,
     load_tile,
     multiprocessors,
@@ -143,7 +144,7 @@ def _merged(parts, like, shape, dtype, splits, split_stride) -> tuple[Tensor, Te
     out = heads_inside(like, shape, dtype)
     lse = like.new_empty((batch, heads, length), dtype=torch.float32)
     rows, wide = batch * heads * length, power_of_two(value_dim)
-    block = min(max(1, 4096 // wide), power_of_two(rows, 1))
+    block = min(max(1, 4096 // wide), power_of_two(triton.cdiv(rows, 2 * multiprocessors(like.device)), 1))
     _merge[(triton.cdiv(rows, block),)](
         parts, out, out.stride(), lse, batch * heads, heads, length, value_dim, split_stride, SPLITS=splits, BM=block,
         BV=wide, num_warps=4,
@@ -168,6 +169,9 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
         tiles *= 2
     while sum(triton.cdiv(s.key.shape[2], width * tiles) for s in sources) > MOST_SPLITS:
         tiles *= 2
+    # As many splits of the longest source with less difference between them: 24 tiles are 12 + 12, not 16 + 8.
+    longest = triton.cdiv(max(s.key.shape[2] for s in sources), width)
+    tiles = min(tiles, few_values(triton.cdiv(longest, triton.cdiv(longest, tiles))))
     first = [0]
     for source in sources:
         first.append(first[-1] + triton.cdiv(source.key.shape[2], width * tiles))
