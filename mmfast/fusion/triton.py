@@ -55,8 +55,6 @@ def can(
         return f"more than {WIDEST} features a head"
     if len(sources) > MOST_SOURCES:
         return f"more than {MOST_SOURCES} sources"
-    if not query.numel() or not any(s.key.numel() for s in sources):
-        return "nothing to compute"
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for s in sources for x in (s.mask, s.bias)):
         return "the gradient of a mask or bias"
     return None
@@ -80,6 +78,8 @@ def attention(
 
     Without ``lse`` perhaps without log-sum-exps. ``weights``: their means over the heads, ``(B, L, S_j)``.
     """
+    if _nothing(query, sources):
+        return reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=weights)
     engine = routes_cuda.choose(query, sources, fusion, lse or weights)
     result = run(engine, query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
     return result._replace(weights=mean_weights(query, sources, result.lses, scale, is_causal)) if weights else result
@@ -97,6 +97,10 @@ def mean_weights(
             query, keys, masks, biases, lengths, has, [lse.detach() for lse in lses], is_causal, scale
         )
     )
+
+
+def _nothing(query: Tensor, sources: Sequence[Source]) -> bool:
+    return not query.numel() or not any(s.key.numel() for s in sources)
 
 
 def run(
@@ -141,7 +145,7 @@ def pool(
     softcap: float | None,
 ) -> Tensor | None:
     """The sum of the outputs over the queries ``(B, H, D_v)``, float32; None where the kernels cannot sum at once."""
-    if can(query, sources, dropout_p, softcap, False) is not None:
+    if can(query, sources, dropout_p, softcap, False) is not None or _nothing(query, sources):
         return None
     if routes_cuda.choose(query, sources, fusion, True) != "short":
         return None

@@ -239,6 +239,14 @@ def test_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
+@pytest.mark.parametrize("rows, keys", [(0, 3), (2, 0)])
+def test_nothing_to_compute(rows, keys):
+    query, key = torch.randn(2, 1, rows, 8), torch.randn(2, 1, keys, 8)
+    got = cross_attention(query, [(key, key)], return_lse=True, return_weights="mean", backend="triton")
+    expected = cross_attention(query, [(key, key)], return_lse=True, return_weights="mean", backend="reference")
+    torch.testing.assert_close(got, expected)
+
+
 def test_rejects():
     query, sources = torch.randn(1, 1, 2, 8, dtype=torch.float64), [(torch.randn(1, 1, 2, 8).double(),) * 2]
     with pytest.raises(ValueError, match="float64"):
