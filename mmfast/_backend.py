@@ -22,7 +22,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 OPS: dict[str, dict[str, tuple[str, ...]]] = {
     "mel": {"cpu": ("cpu",)},
     "mmd": {"cpu": ("cpu",)},
-    "fusion": {"cpu": ("cpu",)},
+    "fusion": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 
 _REBUILD = "install mmfast again from its source: pip install --no-build-isolation --force-reinstall --no-deps ."

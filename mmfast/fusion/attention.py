@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion import op, reference, routes, streamed
+from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import Source, Sources, check_choice, check_options, check_tensor, prepare
 from mmfast.fusion.reference import Attention
 
 WEIGHTS = (False, True, "mean")
-_ENGINES = {"cpu": op, "torch": streamed}
+_ENGINES = {"cpu": op, "torch": streamed, "triton": fused}
 
 
 def cross_attention(
@@ -63,8 +64,10 @@ def cross_attention(
             each source, or with ``"mean"`` their means over the heads, ``(B, L, S_j)``. Differentiable.
         backend: ``"reference"``: plain PyTorch, which writes the scores. ``"cpu"``: the native kernels, all sources in
             one pass. ``"torch"``: torch's flash attention, source by source, merged through L. Both for CPU tensors,
-            without dropout, softcap, weights and gradients of masks and biases. By default the faster of them for the
-            shape at hand (`mmfast.fusion.routes`), else the reference.
+            without dropout, softcap, weights and gradients of masks and biases. ``"triton"``: on the GPU, the kernels of
+            `mmfast.fusion.triton` or torch's, whichever `routes_cuda` says; in half precisions and float32, without
+            dropout, softcap, weights but their means, and gradients of masks and biases. By default the fastest of
+            them for the device and the shape at hand (`mmfast.fusion.routes`), else the reference.
 
     Returns:
         ``(B, H, L, D_v)`` in the dtype of the query, or a tuple of it, L and the weights, as asked for.
@@ -103,10 +106,12 @@ def cross_attention(
         raise ValueError(f"query must have at least one feature, got {tuple(query.shape)}")
     scale, dropout_p, softcap = check_options(fusion, scale, dropout_p, softcap, query.shape[3])
     query, sources = prepare(query, sources, fusion)
-    result = attend(query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, bool(return_weights), backend)
+    result = attend(
+        query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, return_weights, backend, bool(return_lse)
+    )
     weights = result.weights
     if return_weights == "mean":
-        weights = tuple(w.mean(1) for w in weights)
+        weights = tuple(w.mean(1) if w.dim() == 4 else w for w in weights)
     lse = result.lses[0] if fusion == "joint" else result.lses
     extra = (lse,) * bool(return_lse) + (weights,) * bool(return_weights)
     return (result.out, *extra) if extra else result.out
@@ -132,10 +137,14 @@ def attend(
     is_causal: bool,
     dropout_p: float,
     softcap: float | None,
-    weights: bool,
+    weights: bool | str,
     backend: str | None,
+    lse: bool = True,
 ) -> Attention:
-    """Checked arguments to the engine that computes them, outside autocast."""
+    """Checked arguments to the engine that computes them, outside autocast.
+
+    Weights may come as their means over the heads where ``weights`` is ``"mean"``, and no log-sum-exp without ``lse``.
+    """
     engine = choose_engine(query.device, backend)
     if engine in _ENGINES:
         reason = _ENGINES[engine].can(query, sources, dropout_p, softcap, weights)
@@ -149,6 +158,10 @@ def attend(
             engine = routes.choose(query, sources, fusion)
 
     def compute() -> Attention:
+        if engine == "triton":
+            return fused.attention(
+                query, sources, fusion=fusion, scale=scale, is_causal=is_causal, lse=lse, weights=weights == "mean"
+            )
         if engine in _ENGINES:
             return _ENGINES[engine].attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
         return reference.attention(
@@ -159,7 +172,7 @@ def attend(
             is_causal=is_causal,
             dropout_p=dropout_p,
             softcap=softcap,
-            weights=weights,
+            weights=bool(weights),
         )
 
     kind = query.device.type

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import (
     Source,
     batch_of,
@@ -15,7 +16,7 @@ from mmfast.fusion._inputs import (
     compute_dtype,
     prepare,
 )
-from mmfast.fusion.attention import attend
+from mmfast.fusion.attention import attend, choose_engine
 
 _BLOCK = 512
 
@@ -42,6 +43,11 @@ def attention_pool(
     if query_lengths is not None:
         query_lengths = check_lengths("query_lengths", query_lengths, query.device, batch, rows)
 
+    if choose_engine(query.device, backend) == "triton":
+        total = fused.pool(query, sources, query_lengths, fusion, scale, bool(is_causal), dropout_p, softcap)
+        if total is not None:
+            return _mean(total, query_lengths, rows).to(query.dtype)
+
     def block(start: int, stop: int) -> Tensor:
         part = [_rows(s, start, stop, is_causal) for s in sources]
         causal = bool(is_causal) and start == 0
@@ -62,9 +68,11 @@ def attention_pool(
             args = start, min(start + _BLOCK, rows)
             one = checkpoint(block, *args, use_reentrant=False) if torch.is_grad_enabled() else block(*args)
             total = one if total is None else total + one
-    if query_lengths is None:
-        return (total / max(rows, 1)).to(query.dtype)
-    return (total / query_lengths.clamp(min=1)[:, None, None]).to(query.dtype)
+    return _mean(total, query_lengths, rows).to(query.dtype)
+
+
+def _mean(total: Tensor, lengths: Tensor | None, rows: int) -> Tensor:
+    return total / (max(rows, 1) if lengths is None else lengths.clamp(min=1)[:, None, None])
 
 
 def _rows(source: Source, start: int, stop: int, is_causal: bool) -> Source:

@@ -1,0 +1,488 @@
+"""Cross-attention to a few hundred keys: those of all sources stay on chip, the queries pass by once.
+
+A flash kernel is built for long keys: it pays for 128 or more of each source, a launch for each and, backward, for
+an accumulator in memory for dQ. Here a program keeps the keys and values of every source, in tiles cut to
+their number (`tiles_of`: 77 keys are 64 + 16), and takes block after block of queries. Bytes that no version can avoid:
+Q + O forward, Q + dO + dQ (+ O if joint) backward; the sources, some kilobytes, come from the second level cache.
+
+In the units of exp2, with P_j = exp(S_j − L_j), U_j = dO V_jᵀ and a factor g_j for each row,
+
+    r_j = Σ_k P_jk U_jk (which is dO · O_j: the gradient of g_j)      dS_j = P_j ∘ (g_j (U_j − r_j) + dL_j)
+
+so gates and the log-sum-exp's gradient cost nothing, and O_j is not saved. With one softmax for all sources r = dO · O.
+A gate with a value for each feature is multiplied into dO instead, and costs one more product.
+
+dQ is summed in registers. dK and dV are summed in registers over the blocks of one program, written once by each, and
+added up by a second small kernel in a fixed order: the result is the same, bit for bit, each time.
+"""
+
+# Triton knows no unpacking, and no conditional expression that picks code:
+# ruff: noqa: RUF005, SIM108
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.fusion._inputs import Source
+from mmfast.fusion.merged import heads_inside, sum_batch
+from mmfast.fusion.routes_cuda import power_of_two, tiles_of
+from mmfast.fusion.triton_tiles import (
+    GATE,
+    GATE_WIDE,
+    LOG2E,
+    capability,
+    dot_options,
+    few_values,
+    keys_there,
+    load_keys,
+    load_tile,
+    load_values,
+    multiprocessors,
+    refs,
+    scores,
+    softmax_end,
+    softmax_step,
+    store_tile,
+    strides,
+)
+
+KEPT = 128  # keys of a softmax whose weights and gradients the backward keeps in registers until their sum is known
+
+
+def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
+    """The tiles of all sources in a row: their source, start, width, and the first and last tile of their softmax."""
+    of, start, width = [], [], []
+    for j, source in enumerate(sources):
+        for s, w in tiles_of(source.key.shape[2], query.dtype):
+            of.append(j)
+            start.append(s)
+            width.append(w)
+    together = [list(range(len(of))) if joint else [t for t, other in enumerate(of) if other == j] for j in of]
+    return {
+        "OF": tuple(of),
+        "START": tuple(start),
+        "WIDE": tuple(width),
+        "FIRST": tuple(tiles[0] for tiles in together),
+        "LAST": tuple(tiles[-1] for tiles in together),
+        "BD": power_of_two(query.shape[3]),
+        "BV": power_of_two(sources[0].value.shape[3]),
+    }
+
+
+# ---- Forward
+
+
+@triton.jit
+def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.constexpr):
+    gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
+    if GATE_WIDE & HAS:
+        return o * load_tile(gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32)
+    elif GATE & HAS:
+        g = tl.load(gate + rows.to(tl.int64) * src.gate_strides[2], mask=rows < row_limit, other=0.0)
+        return o * g.to(tl.float32)[:, None]
+    else:
+        return o * src.factor
+
+
+@triton.jit
+def _tile(
+    ks, vs, src, b, h, columns, limit, dim, value_dim,
+    T: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tile T: those that are held, or read again."""
+    if HOLD:
+        return ks[T], vs[T]
+    else:
+        k = load_keys(src, b, h, columns, limit, dim, BD, DOT)
+        return k, load_values(src, b, h, columns, limit, value_dim, BV, DOT)
+
+
+@triton.jit
+def _forward(
+    query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
+    chunks, scale2,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr,
+    HOLD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0) % chunks
+    item = (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = item // heads, item % heads
+    ks, vs, limits = (), (), ()
+    for t in tl.static_range(len(OF)):
+        limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
+        columns = START[t] + tl.arange(0, WIDE[t])
+        if HOLD:
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+        limits = limits + (limit,)
+    query += b * query_strides[0] + h * query_strides[1]
+    pooled = tl.zeros([BV], tl.float32)
+    if ROWS:
+        counted = tl.load(row_lengths + b)
+    else:
+        counted = row_limit
+    for i in range(BLOCKS):
+        rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
+        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT)
+        result = tl.zeros([BM, BV], tl.float32)
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        o = tl.zeros([BM, BV], tl.float32)
+        for t in tl.static_range(len(OF)):
+            columns = START[t] + tl.arange(0, WIDE[t])
+            k, v = _tile(
+                ks, vs, sources[OF[t]], b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD
+            )  # fmt: skip
+            s = scores(
+                q, k, sources[OF[t]], b, h, rows, columns, row_limit, limits[t], scale2, HAS[OF[t]], CAUSAL, PRECISION
+            )
+            top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
+            if LAST[t] == t:
+                o, one = softmax_end(top, total, o)
+                to = lse + b * lse_strides[1] + h * lse_strides[2]
+                if not JOINT:
+                    o = _gated(o, sources[OF[t]], b, h, rows, row_limit, value_dim, BV, HAS[OF[t]])
+                    to += OF[t] * lse_strides[0]
+                tl.store(to + rows, one, mask=rows < row_limit)
+                result += o
+                top = tl.full([BM], float("-inf"), tl.float32)
+                total = tl.zeros([BM], tl.float32)
+                o = tl.zeros([BM, BV], tl.float32)
+        if POOL:
+            pooled += tl.sum(tl.where((rows < counted)[:, None], result, 0.0), 0)
+        else:
+            to = out + b * out_strides[0] + h * out_strides[1]
+            store_tile(to, result, rows, row_limit, out_strides[2], value_dim, out_strides[3], BV)
+    if POOL:
+        columns = tl.arange(0, BV)
+        to = out + b * out_strides[0] + h * out_strides[1] + chunk.to(tl.int64) * out_strides[2]
+        tl.store(to + columns, pooled, mask=columns < value_dim)
+
+
+def _grid(query: Tensor, batch: int, block: int, programs: int) -> tuple[int, int]:
+    """(chunks, blocks in each) of the queries of one head: about ``programs`` programs in all, if they are so many."""
+    heads, rows = query.shape[1:3]
+    of = triton.cdiv(rows, block)
+    blocks = few_values(max(1, min(of, of * batch * heads // max(programs, 1))))
+    return triton.cdiv(of, blocks), blocks
+
+
+def _hold(query: Tensor, block: int) -> bool:
+    """Whether a program holds keys and values, or reads them for each block of queries, from a cache.
+
+    Matrix units that read their operands from shared memory (Hopper's, in half precisions, of 64 rows at least) leave
+    them there; others want them in registers, in each warp, where there is no room for all of them.
+    """
+    return query.dtype != torch.float32 and block >= 64 and capability(query.device) >= (9, 0)
+
+
+def _block(query: Tensor, largest: int) -> int:
+    return min(largest, power_of_two(query.shape[2]))
+
+
+def forward(
+    query: Tensor,
+    sources: Sequence[Source],
+    joint: bool,
+    causal: bool,
+    scale: float,
+    batch: int,
+    pool: bool = False,
+    row_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``(B, H, L, D_v)``, or its sum over the first ``row_lengths`` queries; log-sum-exps ``(N, B, H, L)``."""
+    _, heads, rows, dim = query.shape
+    value_dim = sources[0].value.shape[3]
+    lse = query.new_empty((1 if joint else len(sources), batch, heads, rows), dtype=torch.float32)
+    if any(not s.key.shape[2] for s in sources):
+        lse.fill_(-torch.inf)
+    source_refs, has = refs(query, sources)
+    layout = _layout(query, sources, joint)
+    half = query.dtype != torch.float32
+    # One tile leaves registers for 128 queries in 8 warps; with several, half as many let more programs share a core.
+    block = _block(query, 128 if half and len(layout["OF"]) == 1 and layout["BD"] + layout["BV"] <= 128 else 64)
+    chunks, blocks = _grid(query, batch, block, 8 * multiprocessors(query.device))
+    if pool:
+        out = query.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
+    else:
+        out = query.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
+    _forward[(batch * heads * chunks,)](
+        query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
+        query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, scale * LOG2E.value,
+        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None,
+        HOLD=_hold(query, block), BLOCKS=blocks, BM=block, num_warps=8 if block == 128 else 4, num_stages=2, **layout,
+        **dot_options(query.dtype),
+    )  # fmt: skip
+    return (out.sum(2) if pool else out), lse
+
+
+# ---- Backward
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):  # an element of a compile-time tuple is no shape until passed on
+    return tl.zeros([ROWS, WIDTH], tl.float32)
+
+
+@triton.jit
+def _weights_and_gradient(
+    q, do, k, v, src, b, h, rows, columns, row_limit, limit, scale2, shift,
+    HAS: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """P and U of a tile."""
+    s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS, CAUSAL, PREC)
+    return tl.exp2(s - shift[:, None]), tl.dot(do, tl.trans(v), input_precision=PREC)
+
+
+@triton.jit
+def _backward(
+    grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
+    grad_query, grad_query_strides, grad_gates, partial, row_lengths, batch, heads, row_limit, dim, value_dim, chunks,
+    scale, scale2,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
+    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr, BLOCKS: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TOTAL: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0) % chunks
+    item = (tl.program_id(0) // chunks).to(tl.int64)
+    b, h = item // heads, item % heads
+    ks, vs, limits, dks, dvs = (), (), (), (), ()
+    for t in tl.static_range(len(OF)):
+        limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
+        columns = START[t] + tl.arange(0, WIDE[t])
+        if HOLD:
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+        limits = limits + (limit,)
+        dks = dks + (_zeros(WIDE[t], BD),)
+        dvs = dvs + (_zeros(WIDE[t], BV),)
+    query += b * query_strides[0] + h * query_strides[1]
+    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1]
+    grad_query += b * grad_query_strides[0] + h * grad_query_strides[1]
+    if ROWS:
+        counted = tl.minimum(tl.load(row_lengths + b), row_limit)
+    else:
+        counted = row_limit
+    for i in range(BLOCKS):
+        rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
+        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT)
+        do = load_tile(grad_out, rows, counted, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT)
+        dq = tl.zeros([BM, BD], tl.float32)
+        new_dks, new_dvs = (), ()
+        for t in tl.static_range(len(OF)):
+            src = sources[OF[t]]
+            columns = START[t] + tl.arange(0, WIDE[t])
+            if FIRST[t] == t:
+                at = b * lse_strides[1] + h * lse_strides[2] + rows
+                if not JOINT:
+                    at += OF[t] * lse_strides[0]
+                shift = tl.load(lse + at, mask=rows < row_limit, other=0.0) * LOG2E
+                shift = tl.where(shift == float("-inf"), 0.0, shift)
+                dlse = tl.zeros([BM], tl.float32)
+                if GRAD_LSE:
+                    dlse = tl.load(grad_lse + at, mask=rows < row_limit, other=0.0)
+                g = tl.full([BM], 1.0, tl.float32)
+                scaled = do
+                if not JOINT:
+                    gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
+                    if GATE_WIDE & HAS[OF[t]]:
+                        wide = load_tile(
+                            gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32
+                        )
+                        scaled = (do.to(tl.float32) * wide).to(DOT)
+                    elif GATE & HAS[OF[t]]:
+                        g = tl.load(gate + rows.to(tl.int64) * src.gate_strides[2], mask=rows < row_limit, other=0.0)
+                        g = g.to(tl.float32)
+                    else:
+                        g = g * src.factor
+                if OUT:
+                    o = load_tile(
+                        out + b * out_strides[0] + h * out_strides[1], rows, row_limit, out_strides[2], value_dim,
+                        out_strides[3], BV, tl.float32,
+                    )  # fmt: skip
+                    r = tl.sum(do.to(tl.float32) * o, 1)
+                else:  # r is a sum over all tiles of the softmax: few stay in registers, many are computed twice
+                    r = tl.zeros([BM], tl.float32)
+                    kept = ()
+                    for u in tl.static_range(t, LAST[t] + 1):
+                        others = START[u] + tl.arange(0, WIDE[u])
+                        k, v = _tile(
+                            ks, vs, sources[OF[u]], b, h, others, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD
+                        )  # fmt: skip
+                        p, dp = _weights_and_gradient(
+                            q, scaled, k, v, sources[OF[u]], b, h, rows, others, row_limit, limits[u], scale2, shift,
+                            HAS[OF[u]], CAUSAL, PRECISION,
+                        )  # fmt: skip
+                        r += tl.sum(p * dp, 1)
+                        kept = kept + (p, dp)
+                if GATE_WIDE & HAS[OF[t]]:
+                    unscaled = tl.zeros([BM, BV], tl.float32)
+            k, v = _tile(ks, vs, src, b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD)
+            if KEEP[t]:
+                p, dp = kept[2 * (t - FIRST[t])], kept[2 * (t - FIRST[t]) + 1]
+            else:
+                p, dp = _weights_and_gradient(
+                    q, scaled, k, v, src, b, h, rows, columns, row_limit, limits[t], scale2, shift,
+                    HAS[OF[t]], CAUSAL, PRECISION,
+                )  # fmt: skip
+            ds = (p * (g[:, None] * (dp - r[:, None]) + dlse[:, None])).to(DOT)
+            new_dks = new_dks + (tl.dot(tl.trans(ds), q, dks[t], input_precision=PRECISION),)
+            weighted = (p * g[:, None]).to(DOT)
+            new_dvs = new_dvs + (tl.dot(tl.trans(weighted), scaled, dvs[t], input_precision=PRECISION),)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            if GRAD_GATE[OF[t]]:
+                to = grad_gates[OF[t]]
+                if GATE_WIDE & HAS[OF[t]]:
+                    unscaled = tl.dot(p.to(DOT), v, unscaled, input_precision=PRECISION)
+                    if LAST[t] == t:
+                        to += (b * heads + h) * row_limit * value_dim
+                        store_tile(to, do.to(tl.float32) * unscaled, rows, row_limit, value_dim, value_dim, 1, BV)
+                elif LAST[t] == t:
+                    tl.store(to + (b * heads + h) * row_limit + rows, r, mask=rows < row_limit)
+        dks, dvs = new_dks, new_dvs
+        store_tile(grad_query, dq * scale, rows, row_limit, grad_query_strides[2], dim, grad_query_strides[3], BD)
+    # partial: (chunks, B, H, TOTAL, BD + BV)
+    partial += (chunk.to(tl.int64) * batch * heads + item) * (TOTAL * (BD + BV))
+    offset = 0
+    for t in tl.static_range(len(OF)):
+        rows = offset + tl.arange(0, WIDE[t])
+        store_tile(partial, dks[t] * scale, rows, TOTAL, BD + BV, BD, 1, BD)
+        store_tile(partial + BD, dvs[t], rows, TOTAL, BD + BV, BV, 1, BV)
+        offset += WIDE[t]
+
+
+@triton.jit
+def _add_up(
+    partial, outs, batch, heads, row_blocks,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
+    TOTAL: tl.constexpr, PITCH: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values: sums over chunks, the heads that share a key and, if it is shared, the batch."""
+    rows = tl.program_id(0) % row_blocks * BS + tl.arange(0, BS)
+    for n in tl.static_range(len(ROW)):
+        out = outs[n]
+        if tl.program_id(1) == n:
+            key_heads = heads // GROUP[n]
+            item = (tl.program_id(0) // row_blocks).to(tl.int64)
+            b, h = item // key_heads, item % key_heads
+            if b < out.batch:
+                total = tl.zeros([BS, BW], tl.float32)
+                for i in range(COUNT[n]):
+                    at = i % (ITEMS[n] * GROUP[n])
+                    of = (
+                        ((i // (ITEMS[n] * GROUP[n])) * batch + b + at // GROUP[n]) * heads
+                        + h * GROUP[n]
+                        + at % GROUP[n]
+                    )
+                    start = partial + of * (TOTAL * PITCH) + ROW[n] * PITCH + COLUMN[n]
+                    total += load_tile(start, rows, out.rows, PITCH, out.width, 1, BW, tl.float32)
+                to = out.tensor + b * out.strides[0] + h * out.strides[1]
+                store_tile(to, total, rows, out.rows, out.strides[2], out.width, out.strides[3], BW)
+
+
+class _Sum(NamedTuple):
+    """A gradient to write, and its size."""
+
+    tensor: Tensor
+    batch: int
+    rows: int
+    width: int
+    strides: tuple[int, int, int, int]
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    sources: Sequence[Source],
+    out: Tensor | None,
+    lse: Tensor,
+    joint: bool,
+    causal: bool,
+    scale: float,
+    gates: Sequence[bool],
+    row_lengths: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Gradients of query, keys, values and of the gates that ``gates`` asks for. ``out`` saves work, if joint."""
+    out = out if joint else None  # decoupled, it is a sum of what belongs to different softmaxes
+    _, batch, heads, rows = lse.shape
+    dim, value_dim = query.shape[3], sources[0].value.shape[3]
+    source_refs, has = refs(query, sources)
+    layout = _layout(query, sources, joint)
+    block = _block(query, 64 if layout["BD"] + layout["BV"] <= 256 and query.dtype != torch.float32 else 32)
+    chunks, blocks = _grid(query, batch, block, 2 * multiprocessors(query.device))
+    total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
+    partial = query.new_empty((chunks, batch, heads, total, pitch), dtype=torch.float32)
+    shared = query.shape[0] != batch
+    grad_query = heads_inside(query, (batch, heads, rows, dim), torch.float32 if shared else None)
+    grad_gates = [
+        query.new_empty((batch, heads, rows, value_dim if h & GATE_WIDE.value else 1), dtype=torch.float32)
+        if wanted
+        else query
+        for wanted, h in zip(gates, has, strict=True)
+    ]
+    for grad, source, wanted in zip(grad_gates, sources, gates, strict=True):
+        if wanted and not source.key.shape[2]:
+            grad.zero_()
+    saved = query if out is None else out
+    together = [
+        sum(w for w, f in zip(layout["WIDE"], layout["FIRST"], strict=True) if f == of) for of in layout["FIRST"]
+    ]
+    _backward[(batch * heads * chunks,)](
+        grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
+        source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
+        partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
+        scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
+        GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
+        KEEP=tuple(out is None and width <= KEPT for width in together), HOLD=_hold(query, block), BLOCKS=blocks,
+        BM=block, TOTAL=total,
+        num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
+    )  # fmt: skip
+    grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
+    grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
+    _sum_up(partial, sources, grad_keys, grad_values, layout)
+    if shared:
+        grad_query = sum_batch(grad_query, query.shape).to(query.dtype)
+    of_gates = [
+        _sum_to(full, s.gate) if wanted else None for full, s, wanted in zip(grad_gates, sources, gates, strict=True)
+    ]
+    return grad_query, grad_keys, grad_values, of_gates
+
+
+def _sum_to(full: Tensor, gate: Tensor) -> Tensor:
+    """Over what the gate was broadcast along."""
+    along = [d for d in range(4) if gate.shape[d] == 1 and full.shape[d] != 1]
+    return (full.sum(along, keepdim=True) if along else full).to(gate.dtype)
+
+
+def _sum_up(partial, sources, grad_keys, grad_values, layout) -> None:
+    chunks, batch, heads, total, pitch = partial.shape
+    outs, row, column, items, group = [], [], [], [], []
+    for j, source in enumerate(sources):
+        if not source.key.shape[2]:
+            continue
+        start = sum(w for w, of in zip(layout["WIDE"], layout["OF"], strict=True) if of < j)
+        for grad, first in ((grad_keys[j], 0), (grad_values[j], layout["BD"])):
+            outs.append(_Sum(grad, grad.shape[0], grad.shape[2], grad.shape[3], grad.stride()))
+            row.append(start)
+            column.append(first)
+            items.append(batch if grad.shape[0] == 1 else 1)
+            group.append(heads // grad.shape[1])
+    rows = 16
+    row_blocks = triton.cdiv(max(o.rows for o in outs), rows)
+    grid = (row_blocks * max(o.batch * heads // g for o, g in zip(outs, group, strict=True)), len(outs))
+    counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
+    _add_up[grid](
+        partial, tuple(outs), batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
+        GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"], layout["BV"]),
+        num_warps=4,
+    )  # fmt: skip

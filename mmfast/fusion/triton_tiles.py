@@ -1,0 +1,215 @@
+"""What the Triton kernels of the fusion slice share: how they are given sources, how they read tiles and scores.
+
+Loads are converted at once, to the dtype of the products: on the device that is the dtype they have, in Triton's
+interpreter float32, since it knows no bfloat16. Indices are 64-bit before they are multiplied by a stride.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.fusion._inputs import Source
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# What a source has, as bits.
+MASK, MASK_BOOL, BIAS, LENGTHS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+GATE, GATE_WIDE = (
+    tl.constexpr(16),
+    tl.constexpr(32),
+)  # a gate that is a tensor; one that differs from feature to feature
+
+
+class Ref(NamedTuple):
+    """One source as the kernels get it: pointers, sizes and strides (0 where broadcast); what it lacks is not read."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    bias: Tensor
+    lengths: Tensor
+    gate: Tensor
+    factor: float  # the gate that is a number
+    keys: int
+    group: int  # query heads for each key head
+    key_strides: tuple[int, int, int, int]
+    value_strides: tuple[int, int, int, int]
+    mask_strides: tuple[int, int, int, int]
+    bias_strides: tuple[int, int, int, int]
+    gate_strides: tuple[int, int, int, int]
+
+
+_NONE = (0, 0, 0, 0)
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """Of a tensor that is broadcast along its dimensions of size 1."""
+    return (
+        _NONE
+        if x is None
+        else tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    )
+
+
+def refs(query: Tensor, sources: Sequence[Source]) -> tuple[tuple[Ref, ...], tuple[int, ...]]:
+    """The sources for a kernel, and what each of them has."""
+    made, has = [], []
+    for key, value, mask, lengths, bias, gate in sources:
+        bits = 0
+        if mask is not None:
+            boolean = mask.dtype == torch.bool
+            bits |= MASK_BOOL.value if boolean else MASK.value
+            mask = mask.view(torch.uint8) if boolean else mask
+        bits |= BIAS.value * (bias is not None) | LENGTHS.value * (lengths is not None)
+        tensor = isinstance(gate, Tensor)
+        if tensor:
+            bits |= GATE.value | GATE_WIDE.value * (gate.shape[3] != 1)
+        made.append(
+            Ref(
+                key,
+                value,
+                *(query if x is None else x for x in (mask, bias, lengths)),
+                gate if tensor else query,
+                1.0 if tensor or gate is None else float(gate),
+                key.shape[2],
+                query.shape[1] // key.shape[1],
+                *(strides(x) for x in (key, value, mask, bias, gate if tensor else None)),
+            )
+        )
+        has.append(bits)
+    return tuple(made), tuple(has)
+
+
+def few_values(n: int) -> int:
+    """``n`` rounded up to 1, 2, 3, 4, 6, 8, 12, ...: what is compiled into a kernel takes few values."""
+    power = 1 << max(n - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def dot_options(dtype: torch.dtype) -> dict:
+    """Float32 as three products of tf32: the accuracy of float32, at a third of the tensor cores' rate."""
+    of = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return {
+        "DOT": tl.float32 if INTERPRETED else of[dtype],
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+# ---- In the kernels
+
+
+@triton.jit
+def load_tile(pointer, rows, limit, row_stride, width, column_stride, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    """``rows`` × WIDTH, zero from row ``limit`` and column ``width`` on."""
+    columns = tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    there = (rows[:, None] < limit) & (columns[None, :] < width)
+    return tl.load(pointer + offsets, mask=there, other=0.0).to(DOT)
+
+
+@triton.jit
+def store_tile(pointer, tile, rows, limit, row_stride, width, column_stride, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    there = (rows[:, None] < limit) & (columns[None, :] < width)
+    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def keys_there(src, b, HAS: tl.constexpr):
+    """How many keys of the source item ``b`` has."""
+    if LENGTHS & HAS:
+        return tl.load(src.lengths + b)
+    else:
+        return src.keys
+
+
+@triton.jit
+def load_keys(src, b, h, columns, limit, width, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    start = src.key + b * src.key_strides[0] + (h // src.group) * src.key_strides[1]
+    return load_tile(start, columns, limit, src.key_strides[2], width, src.key_strides[3], WIDTH, DOT)
+
+
+@triton.jit
+def load_values(src, b, h, columns, limit, width, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    start = src.value + b * src.value_strides[0] + (h // src.group) * src.value_strides[1]
+    return load_tile(start, columns, limit, src.value_strides[2], width, src.value_strides[3], WIDTH, DOT)
+
+
+@triton.jit
+def _added(pointer, strides, b, h, rows, columns, there):
+    start = pointer + b * strides[0] + h * strides[1]
+    offsets = rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
+    return tl.load(start + offsets, mask=there, other=0)
+
+
+@triton.jit
+def scores(
+    q,
+    k,
+    src,
+    b,
+    h,
+    rows,
+    columns,
+    row_limit,
+    limit,
+    scale2,
+    HAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Of a tile, in units of exp2: −inf where a query may not attend. ``b`` and ``h`` may differ from row to row."""
+    s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale2
+    may = columns[None, :] < limit
+    if (MASK | MASK_BOOL | BIAS) & HAS:
+        there = (rows[:, None] < row_limit) & (columns[None, :] < src.keys)
+        if MASK & HAS:
+            s += _added(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if BIAS & HAS:
+            s += _added(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if MASK_BOOL & HAS:
+            may = may & (_added(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
+    if CAUSAL:
+        may = may & (columns[None, :] <= rows[:, None])
+    return tl.where(may, s, float("-inf"))
+
+
+@triton.jit
+def softmax_step(s, v, top, total, out, DOT: tl.constexpr, PREC: tl.constexpr):
+    """One tile more: the largest score so far, the sum of exp2 and the product with the values, relative to it."""
+    new = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - shift[:, None])
+    old = tl.exp2(top - shift)
+    total = total * old + tl.sum(p, 1)
+    out = tl.dot(p.to(DOT), v, out * old[:, None], input_precision=PREC)
+    return new, total, out
+
+
+@triton.jit
+def softmax_end(top, total, out):
+    """Normalised, and the natural log-sum-exp; 0 and −inf where there was nothing to attend to."""
+    nothing = total == 0.0
+    out = out * tl.where(nothing, 0.0, 1.0 / total)[:, None]
+    return out, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)

@@ -1,0 +1,296 @@
+"""The Triton kernels of the fusion slice against the reference in float64: values, log-sum-exps and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusion_cases import excluding, inputs, randn, replaced
+
+from mmfast.fusion import Source, attention_pool, cross_attention, reference, triton_short, triton_split
+from mmfast.fusion import triton as fused
+from mmfast.fusion._inputs import prepare
+from mmfast.fusion.epilogue import gated_residual
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def make(query, sources, options, dtype):
+    """Inputs in ``dtype``, leaves of the gradient, and the same in float64; masks and biases have none."""
+    options = {"fusion": "joint", "scale": query.shape[3] ** -0.5, "is_causal": False} | options
+    query, sources = prepare(query, sources, options["fusion"])
+    rounded = [x.to(dtype) for x in inputs(query, sources)]
+    sources = replaced(sources, rounded[1:])
+    gold = replaced(sources, [x.double() for x in rounded[1:]])
+    return (rounded[0], sources), (rounded[0].double(), gold), options
+
+
+def leaves(query, sources):
+    tensors = [query]
+    for s in sources:
+        tensors += [s.key, s.value] + ([s.gate] if isinstance(s.gate, torch.Tensor) else [])
+    return [x.requires_grad_() for x in tensors]
+
+
+def run(engine, query, sources, options, of_out, of_lse):
+    of = leaves(query, sources)
+    result = engine(query, sources, **options)
+    lse = torch.stack(result.lses)
+    total = (result.out.to(of_out.dtype) * of_out).sum()
+    if of_lse is not None:
+        total = total + torch.where(lse == -torch.inf, 0.0, lse.double() * of_lse).sum()
+    return result.out.detach(), lse.detach(), torch.autograd.grad(total, of, materialize_grads=True)
+
+
+def check(engine, query, sources, options, dtype=torch.float32, with_lse=True):
+    ours, gold, options = make(query, sources, options, dtype)
+    with torch.no_grad():
+        plain = reference.attention(*gold, **options)
+    of_out = torch.randn(plain.out.shape, dtype=torch.float64).to(dtype).double()
+    of_lse = torch.randn(len(plain.lses), *plain.lses[0].shape, dtype=torch.float64) if with_lse else None
+    out, lse, grads = run(engine, *ours, options, of_out, of_lse)
+    gold_out, gold_lse, gold_grads = run(reference.attention, *gold, options, of_out, of_lse)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    close(out, gold_out, dtype, "out")
+    assert torch.equal(lse.isinf(), gold_lse.isinf())
+    close(lse.nan_to_num(neginf=0), gold_lse.nan_to_num(neginf=0), dtype, "lse")
+    for i, (grad, expected) in enumerate(zip(grads, gold_grads, strict=True)):
+        assert grad.shape == expected.shape and grad.dtype == dtype
+        close(grad, expected, dtype, f"gradient {i}")
+
+
+def close(got, expected, dtype, what):
+    assert got.isfinite().all(), what
+    error, size = (got.double() - expected).abs(), expected.abs()
+    limit = TOLERANCE[dtype] * (1 + size.amax() if size.numel() else 1)
+    assert (error <= limit).all(), f"{what}: {error.max():.2e}, allowed {limit:.2e}"
+
+
+def kv(batch=1, heads=2, keys=5, dim=8, value_dim=None):
+    return randn(batch, heads, keys, dim), randn(batch, heads, keys, value_dim or dim)
+
+
+def _six_features():
+    return randn(2, 1, 20, 6), [Source(*kv(2, 1, 7, 6)), Source(*kv(2, 1, 18, 6))], {"scale": -0.7}
+
+
+def _ip_adapter():
+    return randn(1, 2, 65, 40), [Source(*kv(1, 2, 77, 40)), Source(*kv(1, 2, 4, 40), gate=0.6)], {"fusion": "decoupled"}
+
+
+def _gate_of_a_head_lengths():
+    sources = [
+        Source(*kv(2, 2, 20, 64), lengths=torch.tensor([0, 7])),
+        Source(*kv(2, 2, 16, 64), gate=randn(2), lengths=torch.tensor([16, 1], dtype=torch.int32)),
+    ]
+    return randn(2, 2, 5, 64), sources, {"fusion": "decoupled"}
+
+
+def _gate_of_a_query_masks():
+    sources = [
+        Source(*kv(1, 2, 9, 80, 24), gate=randn(1, 2, 18, 1), mask=torch.rand(1, 2, 18, 9) < 0.4),
+        Source(*kv(1, 2, 3, 80, 24), gate=randn(1, 1, 18, 1), mask=torch.rand(1, 1, 18, 1) < 0.5),
+    ]
+    return randn(1, 2, 18, 80), sources, {"fusion": "decoupled"}
+
+
+def _gate_of_a_feature():
+    sources = [Source(*kv(1, 2, 37, 96), gate=randn(1, 2, 1, 96)), Source(*kv(1, 2, 0, 96), gate=randn(2))]
+    return randn(1, 2, 3, 96), sources, {"fusion": "decoupled", "is_causal": True}
+
+
+def _bias_causal():
+    source = Source(*kv(1, 1, 12, 128), bias=randn(1, 1, 7, 12), mask=excluding(7, 12))
+    return randn(1, 1, 7, 128), [source, Source(*kv(1, 1, 2, 128))], {"is_causal": True}
+
+
+def _more_keys_than_are_kept():
+    sources = [Source(*kv(1, 1, 150, 16), gate=randn(1)), Source(*kv(1, 1, 129, 16))]
+    return randn(1, 1, 5, 16), sources, {"fusion": "decoupled"}
+
+
+def _groups_shared_keys():
+    return randn(2, 4, 3, 16), [Source(*kv(1, 2, 5, 16)), Source(*kv(1, 1, 3, 16), bias=randn(2, 4, 3, 3))], {}
+
+
+def _shared_queries():
+    return randn(1, 2, 3, 16), [Source(*kv(2, 2, 5, 16)), Source(kv(2, 2, 6, 16)[0], kv(1, 2, 6, 16)[1])], {}
+
+
+def _nothing_to_attend_to():
+    source = Source(*kv(1, 2, 5, 16), mask=torch.arange(4)[:, None] % 2 == 0)
+    return randn(1, 2, 4, 16), [source, Source(*kv(1, 2, 3, 16), lengths=torch.tensor([0]))], {}
+
+
+def _strided():
+    key = randn(1, 6, 16, 2).permute(0, 3, 1, 2)
+    return randn(1, 5, 2, 16).transpose(1, 2), [Source(key, randn(1, 2, 16, 6).transpose(2, 3))], {}
+
+
+SMALL = {name[1:]: build for name, build in list(globals().items()) if name.startswith("_") and name[1:2].isalpha()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_matches_gold(name):
+    check(fused.short, *SMALL[name]())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ip_adapter", "groups_shared_keys"])
+def test_half_precision(name, dtype, monkeypatch):
+    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
+    check(fused.short, *SMALL[name](), dtype, with_lse=dtype == torch.float16)
+
+
+def test_many_blocks(monkeypatch):
+    """Programs that take several blocks of queries, several programs for a head, and the last block not full."""
+    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 2)
+    query, sources = randn(2, 1, 200, 16), [Source(*kv(2, 1, 5, 16)), Source(*kv(1, 1, 17, 16))]
+    assert triton_short._grid(query, 2, 32, 4) == (3, 3)
+    check(fused.short, query, sources, {}, with_lse=False)
+
+
+@pytest.mark.parametrize("name", ["six_features", "bias_causal", "groups_shared_keys", "shared_queries"])
+def test_split_matches_gold(name):
+    check(lambda *args, **options: fused.long(*args, engine="split", **options), *SMALL[name]())
+
+
+@pytest.mark.parametrize("name", ["gate_of_a_head_lengths", "nothing_to_attend_to"])
+def test_split_decoupled_and_empty(name):
+    check(lambda *args, **options: fused.long(*args, engine="split", **options), *SMALL[name]())
+
+
+def test_split_in_many_parts(monkeypatch):
+    """More splits than one, the last not full, of two sources, for a batch of queries that share the keys."""
+    monkeypatch.setattr(triton_split, "multiprocessors", lambda device: 5)
+    query, sources = randn(3, 2, 2, 16), [Source(*kv(1, 1, 150, 16)), Source(*kv(1, 1, 40, 16))]
+    check(lambda *args, **options: fused.long(*args, engine="split", **options), query, sources, {})
+
+
+def test_merge():
+    outs = [torch.randn(2, 3, 7, 5), torch.randn(2, 7, 3, 5).transpose(1, 2), torch.randn(2, 3, 7, 5)]
+    lses = [torch.where(torch.rand(2, 3, 7) < 0.3, -torch.inf, torch.randn(2, 3, 7)) for _ in outs]
+    expected = reference.merge([x.double() for x in outs], [x.double() for x in lses])
+    got = triton_split.merge(outs, lses, torch.float32)
+    torch.testing.assert_close(tuple(x.double() for x in got), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["groups_shared_keys", "bias_causal", "gate_of_a_feature"])
+def test_mean_weights(name):
+    query, sources, options = SMALL[name]()
+    sources = replaced(sources, [x.float() for x in inputs(query, sources)[1:]])
+    out, weights = cross_attention(query.float(), sources, **options, return_weights="mean", backend="triton")
+    expected = cross_attention(query.float(), sources, **options, return_weights="mean", backend="reference")
+    torch.testing.assert_close((out, *weights), (expected[0], *expected[1]), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, lengths",
+    [("groups_shared_keys", None), ("gate_of_a_head_lengths", (0, 3)), ("gate_of_a_query_masks", (11,))],
+)
+def test_pooled_matches_gold(name, lengths):
+    query, sources, options = SMALL[name]()
+    lengths = None if lengths is None else torch.tensor(lengths)
+    of_out = torch.randn(max(query.shape[0], 1), query.shape[1], sources[0].value.shape[3], dtype=torch.float64)
+    results = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        some = replaced(sources, [x.to(dtype) for x in inputs(query, sources)[1:]])
+        of = leaves(query.to(dtype), some)
+        out = attention_pool(of[0], some, query_lengths=lengths, backend=backend, **options)
+        results.append((out, *torch.autograd.grad((out.double() * of_out).sum(), of, materialize_grads=True)))
+    for got, expected in zip(*results, strict=True):
+        close(got.detach(), expected.detach(), torch.float32, "pooled")
+
+
+def test_double_backward():
+    """Second derivatives are the reference's."""
+    query, sources, options = _gate_of_a_head_lengths()
+    (query, sources), _, options = make(query[:, :, :2], sources, options, torch.float32)
+    seconds = []
+    for engine in (fused.short, reference.attention):
+        of = [x.detach().requires_grad_() for x in inputs(query, sources)]
+        out = engine(of[0], replaced(sources, of[1:]), **options).out
+        first = torch.autograd.grad(out.square().sum(), of, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), of))
+    for got, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+def test_opcheck():
+    query, sources, _ = _groups_shared_keys()
+    query, sources = query.float().requires_grad_(), replaced(sources, [x.float() for x in inputs(query, sources)[1:]])
+    query, sources = prepare(query, sources, "joint")
+    packed = fused._pack(sources)
+    args = (query, *packed[0], None, *packed[1], True, False, False, 0.25)
+    for engine in ("short", "split"):
+        torch.library.opcheck(
+            torch.ops.mmfast.fusion_device_forward, (*args, engine), test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_same_bits():
+    query, sources, options = _ip_adapter()
+    results = []
+    for _ in range(2):
+        ours, _, full = make(query, sources, options, torch.float32)
+        of_out = torch.ones(query.shape, dtype=torch.float64)
+        results.append(run(fused.short, *ours, full, of_out, None))
+    (out, lse, grads), (again, lse_again, grads_again) = results
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("rows, keys", [(0, 3), (2, 0)])
+def test_nothing_to_compute(rows, keys):
+    query, key = torch.randn(2, 1, rows, 8), torch.randn(2, 1, keys, 8)
+    got = cross_attention(query, [(key, key)], return_lse=True, return_weights="mean", backend="triton")
+    expected = cross_attention(query, [(key, key)], return_lse=True, return_weights="mean", backend="reference")
+    torch.testing.assert_close(got, expected)
+
+
+def test_rejects():
+    query, sources = torch.randn(1, 1, 2, 8, dtype=torch.float64), [(torch.randn(1, 1, 2, 8).double(),) * 2]
+    with pytest.raises(ValueError, match="float64"):
+        cross_attention(query, sources, backend="triton")
+    with pytest.raises(ValueError, match="dropout"):
+        cross_attention(query.float(), [(sources[0][0].float(),) * 2], dropout_p=0.5, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm, activation, gated",
+    [(None, "tanh", True), ("layer", "sigmoid", True), ("rms", None, True), ("layer", None, False)],
+)
+def test_gated_residual(norm, activation, gated, dtype):
+    features = 24
+    x, y = (torch.randn(3, 5, features, dtype=dtype) for _ in range(2))
+    options = {"gate": torch.randn(1, dtype=dtype) if gated else None, "weight": None, "bias": None}
+    if norm:
+        options["weight"] = torch.randn(features, dtype=dtype)
+    if norm == "layer":
+        options["bias"] = torch.randn(features, dtype=dtype)
+    results = []
+    for backend, kind in (("triton", dtype), ("reference", torch.float64)):
+        of = [None if t is None else t.to(kind).requires_grad_() for t in (x, y, *options.values())]
+        given = dict(zip(options, of[2:], strict=True))
+        out = gated_residual(*of[:2], **given, activation=activation, norm=norm, backend=backend)
+        out = out if norm else (out,)
+        total = sum((o.double() * torch.linspace(-1, 1 + i, o.numel()).view(o.shape)).sum() for i, o in enumerate(out))
+        results.append((*out, *torch.autograd.grad(total, [t for t in of if t is not None])))
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == dtype
+        close(got.detach(), expected.detach(), dtype, "gated residual")
+
+
+def test_compile_fullgraph():
+    query, sources, options = _more_keys_than_are_kept()
+    query = query.float().requires_grad_()
+    sources = [s._replace(key=s.key.float(), value=s.value.float()) for s in sources]
+    compiled = torch.compile(
+        lambda q: cross_attention(q, sources, **options, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    results = []
+    for f in (compiled, lambda q: cross_attention(q, sources, **options, backend="triton")):
+        out = f(query)
+        results.append((out, *torch.autograd.grad(out.square().sum(), query)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)

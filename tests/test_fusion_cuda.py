@@ -1,0 +1,219 @@
+"""Attention on the GPU: every engine against the reference, graphs, no waiting, compiled, and sdpa where it is sdpa."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusion_cases import CASES, inputs, replaced
+from numerics import assert_no_worse_than_eager
+
+from mmfast.fusion import Source, attention_pool, cross_attention, reference, routes_cuda
+from mmfast.fusion import triton as fused
+from mmfast.fusion._inputs import prepare
+
+pytestmark = pytest.mark.cuda
+
+NAMES = [name for name in CASES if name not in ("softcap", "without_any_keys")]
+ENGINES = ("short", "split", "flash", "efficient")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def to_cuda(sources):
+    return [Source(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in s)) for s in sources]
+
+
+def with_gradients(query, sources):
+    """Leaves: query, keys, values and gates; masks and biases have no gradient here."""
+    of = [query]
+    for s in sources:
+        of += [s.key, s.value] + ([s.gate] if isinstance(s.gate, torch.Tensor) else [])
+    return [x.requires_grad_() for x in of]
+
+
+def results(engine, query, sources, options, of_out, of_lse):
+    of = with_gradients(query, sources)
+    result = engine(query, sources, **options)
+    lse = torch.stack(result.lses)
+    total = (result.out.double() * of_out).sum()
+    if of_lse is not None:
+        total = total + torch.where(lse == -torch.inf, 0.0, lse.double() * of_lse).sum()
+    return [result.out, lse, *torch.autograd.grad(total, of, materialize_grads=True)]
+
+
+def agrees(engine, query, sources, options, dtype, of_lse=True):
+    """Value, log-sum-exp and gradients: no worse than a reference that rounds its intermediates to ``dtype``."""
+    options = {"fusion": "joint", "scale": query.shape[3] ** -0.5} | options
+    query, sources = prepare(query.cuda(), to_cuda(sources), options["fusion"])
+    rounded = [x.to(dtype) for x in inputs(query, sources)]
+
+    def at(kind):
+        x = [t.detach().to(kind) for t in rounded]
+        return x[0], replaced(sources, x[1:])
+
+    with torch.no_grad():
+        plain = reference.attention(*at(torch.float64), **options)
+    of_out = torch.randn_like(plain.out).to(dtype).double()
+    of_lse = torch.randn_like(torch.stack(plain.lses)) if of_lse else None
+    gold = results(reference.attention, *at(torch.float64), options, of_out, of_lse)
+    eager = results(reference.attention, *at(dtype), options, of_out, of_lse)
+
+    def ours(query, sources, **options):
+        return fused.run(engine, query, sources, **({"is_causal": False} | options))
+
+    got = results(ours, *at(dtype), options, of_out, of_lse)
+    # Weights and dS are rounded to the dtype before a product, in every fused kernel.
+    floor = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 5e-2}[dtype]
+    for i, (x, y, z) in enumerate(zip(got, eager, gold, strict=True)):
+        assert_no_worse_than_eager(x, y, z, floor=floor, what=f"{engine}, result {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NAMES)
+def test_matches_gold(name, engine, dtype):
+    agrees(engine, *CASES[name](), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [6, 40, 64, 80, 96, 128, (40, 72), (64, 24)])
+def test_head_dims(dim, dtype):
+    dim, value_dim = dim if isinstance(dim, tuple) else (dim, dim)
+
+    def kv(n):
+        return torch.randn(2, 4, n, dim).double(), torch.randn(2, 4, n, value_dim).double()
+
+    sources = [Source(*kv(77), lengths=torch.tensor([77, 9])), Source(*kv(4), gate=torch.randn(4).double())]
+    agrees("short", torch.randn(2, 4, 1000, dim).double(), sources, {"fusion": "decoupled"}, dtype)
+    sources = [s._replace(gate=None) for s in sources]
+    agrees("short", torch.randn(2, 4, 1000, dim).double(), sources, {}, dtype)
+
+
+@pytest.mark.parametrize("engine", ["split", "flash", "efficient", "cudnn"])
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_long_keys(engine, of_lse):
+    def kv(n):
+        return torch.randn(2, 2, n, 64).double(), torch.randn(2, 2, n, 64).double()
+
+    sources = [Source(*kv(1501)), Source(*kv(333))]
+    agrees(engine, torch.randn(2, 4, 33, 64).double(), sources, {}, torch.bfloat16, of_lse)
+
+
+# ---- The public function
+
+
+def bf16(*shape, requires_grad=True):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_(requires_grad)
+
+
+def adapter(requires_grad=True):
+    query = bf16(2, 8, 1024, 40, requires_grad=requires_grad)
+    text, image = (bf16(2, 8, n, 40, requires_grad=requires_grad) for n in (77, 4))
+    gate = torch.full((8,), 0.6, device="cuda", requires_grad=requires_grad)
+    return query, [Source(text, text), Source(image, image, gate=gate)], {"fusion": "decoupled"}
+
+
+def few_queries(requires_grad=True):
+    query = bf16(2, 8, 5, 64, requires_grad=requires_grad)
+    audio = bf16(2, 8, 1500, 64, requires_grad=requires_grad)
+    return query, [Source(audio, audio, lengths=torch.tensor([1500, 7], device="cuda"))], {}
+
+
+def several(requires_grad=True):
+    query = bf16(2, 8, 300, 64, requires_grad=requires_grad)
+    sources = [bf16(2, 8, n, 64, requires_grad=requires_grad) for n in (700, 333)]
+    return query, [Source(x, x) for x in sources], {}
+
+
+BUILDS = (adapter, few_queries, several)
+
+
+def step(query, sources, options):
+    out = cross_attention(query, sources, **options)
+    return (out.detach(), *torch.autograd.grad(out.sum(), [query, sources[0].key]))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_no_waiting(build):
+    args = build()
+    step(*args)  # kernels are compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_same_bits(build):
+    torch.use_deterministic_algorithms(True)
+    args = build()
+    first = step(*args)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(*args), strict=True))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_graph(build):
+    args = build()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*args)
+    with torch.no_grad():
+        args[0].copy_(torch.randn_like(args[0]))
+    graph.replay()
+    torch.testing.assert_close(captured, step(*args))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_compile_fullgraph(build):
+    query, sources, options = build()
+    compiled = torch.compile(lambda q, s: cross_attention(q, s, **options), fullgraph=True)
+    torch.testing.assert_close(compiled(query, sources), cross_attention(query, sources, **options))
+
+
+def test_autocast():
+    query, sources, options = adapter(requires_grad=False)
+    as_float = [s._replace(key=s.key.float(), value=s.value.float()) for s in sources]
+    with torch.autocast("cuda", torch.bfloat16):
+        out = cross_attention(query.float(), as_float, **options)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, cross_attention(query, sources, **options))
+
+
+def test_sdpa_is_sdpa():
+    query, key = bf16(2, 8, 2000, 64), bf16(2, 8, 3000, 64)
+    assert routes_cuda.choose(query, [Source(key, key)], "joint", lse=False) == "sdpa"
+    out = cross_attention(query, [(key, key)])
+    assert torch.equal(out, F.scaled_dot_product_attention(query, key, key))
+
+
+def test_mean_weights_and_pool():
+    query, sources, options = adapter(requires_grad=False)
+    _, weights = cross_attention(query, sources, **options, return_weights="mean")
+    _, expected = cross_attention(query, sources, **options, return_weights="mean", backend="reference")
+    torch.testing.assert_close(weights, expected, atol=2e-3, rtol=2e-2)
+    lengths = torch.tensor([1024, 3], device="cuda")
+    pooled = attention_pool(query, sources, query_lengths=lengths, **options)
+    expected = attention_pool(query, sources, query_lengths=lengths, **options, backend="reference")
+    torch.testing.assert_close(pooled, expected, atol=2e-3, rtol=2e-2)
+
+
+def test_offsets_beyond_32_bits():
+    """Queries that lie more than 2**31 elements into their storage and apart."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    query = torch.empty(3, 1, 2**30 // 16 + 5, 16, device="cuda", dtype=torch.bfloat16)
+    query[2] = torch.randn(query.shape[1:], device="cuda", dtype=torch.bfloat16)
+    query[:2] = 0
+    key = bf16(1, 1, 20, 16, requires_grad=False)
+    out = fused.short(query, [Source(key, key)], fusion="joint", scale=0.25).out
+    tail = reference.attention(query[2:, :, -40:], [Source(key, key)], fusion="joint", scale=0.25).out
+    torch.testing.assert_close(out[2:, :, -40:], tail, atol=2e-2, rtol=2e-2)

@@ -1,0 +1,150 @@
+"""Attention to long sources one by one, merged: on the CPU by its flash kernel, as on the GPU by those of the GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fusion_cases import CASES, inputs, replaced
+
+from mmfast.fusion import reference, routes_cuda
+from mmfast.fusion import triton as fused
+from mmfast.fusion._inputs import Source, prepare
+
+
+def by_cpu(query, sources, **options):
+    return fused.long(query, sources, engine="cpu", **options)
+
+
+def results(engine, query, sources, options, of_lse):
+    of = [query, *(x for s in sources for x in (s.key, s.value) + ((s.gate,) if torch.is_tensor(s.gate) else ()))]
+    of = [x.requires_grad_() for x in of]
+    result = engine(query, sources, **options)
+    lse = torch.stack(result.lses)
+    total = (result.out.double() * torch.linspace(-1, 1, result.out.numel()).view(result.out.shape)).sum()
+    if of_lse:
+        total = total + torch.where(lse == -torch.inf, 0.0, lse).double().square().sum()
+    return [result.out, lse.nan_to_num(neginf=-7), *torch.autograd.grad(total, of, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("softcap", "without_any_keys")])
+def test_matches_gold(name, of_lse):
+    query, sources, options = CASES[name]()
+    options = {"fusion": "joint", "scale": query.shape[3] ** -0.5} | options
+    query, sources = prepare(query, sources, options["fusion"])
+    rounded = [x.float() for x in inputs(query, sources)]
+    got = results(by_cpu, rounded[0], replaced(sources, rounded[1:]), options, of_lse)
+    gold = [x.double() for x in rounded]
+    expected = results(reference.attention, gold[0], replaced(sources, gold[1:]), options, of_lse)
+    for x, gold in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), gold, atol=5e-6, rtol=1e-5)
+
+
+def test_double_backward():
+    query, key = torch.randn(2, 2, 3, 4).requires_grad_(), torch.randn(2, 1, 5, 4).requires_grad_()
+    seconds = []
+    for engine in (by_cpu, reference.attention):
+        out = engine(query, [Source(key, key)], fusion="joint", scale=0.4).out
+        first = torch.autograd.grad(out.square().sum(), (query, key), create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), (query, key)))
+    torch.testing.assert_close(*seconds, atol=1e-4, rtol=1e-3)
+
+
+def of_shape(batch, heads, rows, keys, dim=64, key_heads=None, dtype=torch.bfloat16, **options):
+    query = torch.empty(batch, heads, rows, dim, dtype=dtype, device="meta")
+    made = [torch.empty(batch, key_heads or heads, n, dim, dtype=dtype, device="meta") for n in keys]
+    return query, [Source(x, x, **options) for x in made]
+
+
+@pytest.mark.parametrize(
+    "shape, fusion, kind",
+    [
+        (of_shape(16, 8, 4096, (77,), 40), "joint", "few keys, one source"),
+        (of_shape(16, 8, 4096, (77, 4), 40), "joint", "few keys, several sources"),
+        (of_shape(16, 8, 4096, (77, 4), 40), "decoupled", "few keys, decoupled"),
+        (of_shape(1, 32, 6144, (126,), gate=0.5), "decoupled", "few keys, decoupled"),
+        (of_shape(8, 20, 1, (1500,)), "joint", "few queries"),
+        (of_shape(4, 32, 8, (6404,), 128, key_heads=8), "joint", "few queries"),
+        (of_shape(4, 32, 1024, (6404,), 128, mask=torch.empty(1, device="meta")), "joint", "long, masked"),
+        (of_shape(2, 24, 4096, (4429,)), "joint", "long, one source"),
+        (of_shape(2, 24, 4096, (4096, 333)), "joint", "long, several sources"),
+        (of_shape(1, 1, 1, (2**40,)), "joint", "few queries"),
+    ],
+)
+def test_kind(shape, fusion, kind):
+    assert routes_cuda.kind_of(*shape, fusion) == kind
+
+
+def test_table_knows_every_kind():
+    assert {case.kind for case in routes_cuda.CASES} == {key.kind for key in routes_cuda.TABLE}
+    for case in routes_cuda.CASES:
+        options = {"lengths": torch.empty(case.batch, device="meta")} if case.masked else {}
+        shape = of_shape(case.batch, case.heads, case.rows, case.keys, case.dim, **options)
+        assert routes_cuda.kind_of(*shape, case.fusion) == case.kind
+
+
+def test_sdpa_only_without_lse_and_masks():
+    query, sources = of_shape(2, 24, 4096, (4429,))
+    assert routes_cuda.choose(query, sources, "joint", lse=False) == "sdpa"
+    assert routes_cuda.choose(query, sources, "joint", lse=True) != "sdpa"
+    assert not routes_cuda.able("sdpa", query, [sources[0]._replace(gate=2.0)], "decoupled", False)
+
+
+def test_tiles_cover_the_keys():
+    for keys, dtype in itertools.product((*range(1, 300), 500, 1000), (torch.float32, torch.bfloat16)):
+        tiles = routes_cuda.tiles_of(keys, dtype)
+        assert [start for start, _ in tiles] == [sum(w for _, w in tiles[:i]) for i in range(len(tiles))]
+        assert all(16 <= w <= (64 if dtype == torch.float32 else 128) and w & (w - 1) == 0 for _, w in tiles)
+        assert 0 <= sum(w for _, w in tiles) - keys < max(16, keys / 4)
+
+
+def test_tuned_table(tmp_path, monkeypatch):
+    """The fastest comes first, then who can do what it cannot; a file that holds nonsense changes nothing."""
+    monkeypatch.setattr(routes_cuda, "TABLE", dict(routes_cuda.TABLE))
+    times = {"short": 3.0, "split": 1.0, "flash": 2.0, "sdpa": None, "efficient": None, "cudnn": None}
+    lines = []
+    table = routes_cuda.tune(lambda case, half, gradients, engine: times[engine], lines.append)
+    assert len(table) == len(lines) == len(routes_cuda.TABLE)
+    path = tmp_path / "table.json"
+    path.write_text(routes_cuda.to_json("a device", table))
+    routes_cuda.read(path)
+    key = routes_cuda.Key("long, one source", True, False)
+    assert routes_cuda.TABLE[key] == ("split", "flash", "short", "sdpa")
+    before = dict(routes_cuda.TABLE)
+    path.write_text('{"table": [{"kind": "long, one source", "half": true, "gradients": false, "engines": ["magic"]}]}')
+    routes_cuda.read(path)
+    assert before == routes_cuda.TABLE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="GPU"):
+        routes_cuda.tune_here()
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_opcheck(with_lse):
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.rand(2, 1, 3, 5) < 0.7
+    rest = ([mask], [], [], [], None, [1, 0], [1.0, 1.0], True, False, False, 0.3, "cpu")
+    args = (query, [key, key], [key, key], *rest)
+    torch.library.opcheck(torch.ops.mmfast.fusion_device_forward, args, test_utils=("test_schema", "test_faketensor"))
+    out, lse = torch.ops.mmfast.fusion_device_forward(*args)
+    backward = (out, lse if with_lse else None, *args, out, lse, False)
+    torch.library.opcheck(
+        torch.ops.mmfast.fusion_device_backward, backward, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choice_compiles(dynamic):
+    def f(query, key):
+        engine = routes_cuda.choose(query, [Source(key, key, gate=0.5), Source(key, key)], "decoupled", False)
+        return query + 1 if engine == "short" else query - 1
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
+    for rows, keys, expected in ((40, 77, 1), (40, 80, 1), (500, 4000, -1)):
+        query, key = torch.zeros(1, 2, rows, 64), torch.zeros(1, 2, keys, 64)
+        assert (compiled(query, key) == expected).all()
