@@ -83,20 +83,25 @@ def test_links_no_runtime_of_its_own():
 
 @pytest.mark.native
 def test_instruction_sets():
-    x86 = os.uname().machine == "x86_64"
-    assert _backend._C.build_info()["isa_built"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
+    built = _backend._C.build_info()["isa_built"]
+    if os.uname().machine == "x86_64":
+        assert built in (["baseline", "avx2", "avx512"], ["baseline", "avx2", "avx512", "amx"])  # as the compiler can
+    else:
+        assert built == ["baseline"]
 
 
 @pytest.mark.native
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
-@pytest.mark.parametrize("limit", ["baseline", "avx2", "avx512", ""])
+@pytest.mark.parametrize("limit", ["baseline", "avx2", "avx512", "amx", ""])
 def test_best_instruction_set_up_to_the_limit(limit):
     """It is chosen, and it computes what the reference does."""
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text() + "flags:")[1].split())
     best = 0
     if {"avx2", "fma", "f16c"} <= flags:
         best = 2 if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else 1
-    names = ["baseline", "avx2", "avx512"]
+    if best == 2 and {"amx_tile", "amx_bf16"} <= flags and "amx" in _backend._C.build_info()["isa_built"]:
+        best = 3
+    names = ["baseline", "avx2", "avx512", "amx"]
     code = """
 import torch
 from mmfast import _backend
@@ -107,7 +112,7 @@ for dtype in (torch.float32, torch.float64):
     torch.testing.assert_close(extract(x.to(dtype), config, backend="cpu").double(), expected, rtol=1e-4, atol=1e-4)
 print(_backend._C.build_info()["isa_used"])
 """
-    assert python(code, MMFAST_CPU_ISA=limit) == names[min(best, names.index(limit) if limit else 2)]
+    assert python(code, MMFAST_CPU_ISA=limit) == names[min(best, names.index(limit) if limit else 3)]
 
 
 @pytest.mark.native
@@ -133,7 +138,7 @@ except ValueError as error:
     print(str(error) in b.format_info(b.info()))
 """
     message, shown = python(code, MMFAST_CPU_ISA="sse9").splitlines()
-    assert message == "MMFAST_CPU_ISA must be 'baseline', 'avx2' or 'avx512', got 'sse9'"
+    assert message == "MMFAST_CPU_ISA must be 'baseline', 'avx2', 'avx512' or 'amx', got 'sse9'"
     assert shown == "True"
 
 

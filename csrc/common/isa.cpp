@@ -4,10 +4,32 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(MMFAST_AMX) && !defined(MMFAST_EMULATE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MMFAST_ASK_FOR_AMX
+#endif
+
 namespace mmfast {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+
+// The matrix unit for bfloat16, which the operating system lends to a process that asks.
+bool amx_granted() {
+#if defined(MMFAST_EMULATE_AMX)
+    return true;
+#elif defined(MMFAST_ASK_FOR_AMX)
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux 5.16
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBFloat16 | kTiles))) return false;
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Isa supported() {
 #if defined(MMFAST_X86)
@@ -17,6 +39,7 @@ Isa supported() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512cd");
+    if (avx512 && amx_granted()) return Isa::amx;
     return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 #else
     return Isa::baseline;
@@ -29,13 +52,13 @@ Isa limited() {
     if (limit == nullptr || *limit == '\0') {
         return best;
     }
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
         if (std::string(limit) == isa_name(isa)) {
             return isa < best ? isa : best;
         }
     }
-    throw std::invalid_argument("MMFAST_CPU_ISA must be 'baseline', 'avx2' or 'avx512', got '" + std::string(limit) +
-                                "'");
+    throw std::invalid_argument("MMFAST_CPU_ISA must be 'baseline', 'avx2', 'avx512' or 'amx', got '" +
+                                std::string(limit) + "'");
 }
 
 }  // namespace
@@ -50,7 +73,9 @@ const char* isa_name(Isa isa) {
 }
 
 const char* isa_built() {
-#if defined(MMFAST_X86)
+#if defined(MMFAST_AMX)
+    return "baseline avx2 avx512 amx";
+#elif defined(MMFAST_X86)
     return "baseline avx2 avx512";
 #else
     return "baseline";

@@ -8,10 +8,10 @@
 
 namespace mmfast {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, amx };  // amx: AVX-512 and the matrix unit for bfloat16, of use to some kernels
 
 // Best instruction set that was built and that the processor and the operating system support, but none above the
-// environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512"). Read once.
+// environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512", "amx"). Read once.
 // Throws std::invalid_argument for another value of the variable.
 Isa best_isa();
 
@@ -25,7 +25,7 @@ const char* isa_built();
 // name's variant for isa: MMFAST_FOR_ISA(isa, mel, tile_f32) is mmfast::mel::<isa>::tile_f32.
 #if defined(MMFAST_X86)
 #define MMFAST_FOR_ISA(isa, slice, name)                             \
-    ((isa) == ::mmfast::Isa::avx512 ? &::mmfast::slice::avx512::name \
+    ((isa) >= ::mmfast::Isa::avx512 ? &::mmfast::slice::avx512::name \
      : (isa) == ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name   \
                                     : &::mmfast::slice::baseline::name)
 #else

@@ -30,6 +30,10 @@ namespace mmd {
 template <class T>
 const TileKernels<T>& tiles() {
     static const TileKernels<T> t = [] {
+#if defined(MMFAST_AMX)
+        if constexpr (sizeof(T) == 4)
+            if (best_isa() == Isa::amx) return amx::mmd_tiles_float();
+#endif
         if constexpr (sizeof(T) == 4) return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_float)();
         else return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_double)();
     }();
@@ -161,8 +165,9 @@ public:
 
 private:
     struct Part {  // offsets in a thread's scratch, of one layer
-        size_t a_rows, a_norms, b_rows, b_panels, b_norms, z, k, h, a_gradient, b_gradient;
+        size_t a_rows, a_norms, a_split, b_rows, b_panels, b_norms, b_split, z, k, h, a_gradient, b_gradient;
         int64_t stride;
+        int passes;  // of split products, or 0
     };
 
     void make_blocks() {
@@ -251,7 +256,10 @@ private:
                 p.a_rows = take(block_size_ * p.stride);
                 p.a_norms = take(block_size_);
                 p.b_rows = take(kTile * p.stride);
-                p.b_panels = take(kTile * p.stride);
+                p.passes = passes(l, groups_[q].x->type);
+                p.a_split = p.passes ? take(block_size_ * split_row_stride(l.dimension) / 2) : 0;
+                p.b_split = p.passes ? take(kTile * split_depth(l.dimension)) : 0;
+                p.b_panels = p.passes ? 0 : take(kTile * p.stride);
                 p.b_norms = take(kTile);
                 p.z = take(kTile * kTile);
                 p.k = take(kTile * kTile);
@@ -266,6 +274,13 @@ private:
         sizes_ = at;
     }
 
+    // How the products of a layer are split for the matrix unit, see Note: [Split products]; 0 where they are not.
+    static int passes(const Layer& l, ScalarType type) {
+        if (!tiles<T>().splits || l.metric == Metric::l1) return 0;
+        if (l.metric == Metric::l2) return l.dimension > kFewDimensions ? 3 : 0;
+        return type == ScalarType::bfloat16 ? 1 : type == ScalarType::float16 ? 4 : 0;
+    }
+
     double task_cost() const {
         double pair = 0;
         for (const auto& g : groups_)
@@ -276,11 +291,15 @@ private:
     }
 
     Points<T> a_points(const Part& p, char* s) const {
-        return {reinterpret_cast<T*>(s + p.a_rows), nullptr, reinterpret_cast<T*>(s + p.a_norms), p.stride};
+        Points<T> a{at(s, p.a_rows), nullptr, at(s, p.a_norms), p.stride};
+        if (p.passes) a.split_rows = reinterpret_cast<uint16_t*>(s + p.a_split);
+        a.passes = p.passes;
+        return a;
     }
     Points<T> b_points(const Part& p, char* s) const {
-        return {reinterpret_cast<T*>(s + p.b_rows), reinterpret_cast<T*>(s + p.b_panels),
-                reinterpret_cast<T*>(s + p.b_norms), p.stride};
+        Points<T> b{at(s, p.b_rows), p.passes ? nullptr : at(s, p.b_panels), at(s, p.b_norms), p.stride};
+        if (p.passes) b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
+        return b;
     }
     static T* at(char* scratch, size_t offset) { return reinterpret_cast<T*>(scratch + offset); }
 
@@ -420,6 +439,9 @@ private:
         const Metric metric = programs_[q][l].metric;
         if (metric == Metric::l1)
             return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
+        if (metric == Metric::l2 && groups_[q].kernel.layers[l].dimension <= kFewDimensions)
+            return t.differences(tile.rows, tile.columns, groups_[q].kernel.layers[l].dimension, w, from_a,
+                                 b_points(p, s), to_a, to_b);
         if (metric == Metric::l2) t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
         if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
         if (gradient(q, tile.a)) t.product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);

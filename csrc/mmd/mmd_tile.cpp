@@ -9,6 +9,9 @@
 
 #include "common/simd.h"
 #include "mmd/mmd_tile.h"
+#if defined(MMFAST_AMX_TILES)
+#include "mmd/mmd_amx.h"
+#endif
 
 namespace mmfast {
 namespace mmd {
@@ -73,10 +76,15 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
             to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre,
                                    to.stride, to.rows + i * to.stride);
     });
+#if defined(MMFAST_AMX_TILES)
+    if (to.split_rows) split_rows(count, from.dimension, to);
+    if (to.split_columns) split_columns(count, from.dimension, to);
+#endif
+    if (to.panels || to.split_columns)
+        for (int64_t i = count; i < kTile; ++i) to.norms[i] = to.norms[count - 1];
     if (!to.panels) return;
     // A panel is kStrip vectors wide; what has no point repeats the last one.
     constexpr int64_t N = Simd<T>::lanes, W = N * kStrip;
-    for (int64_t i = count; i < kTile; ++i) to.norms[i] = to.norms[count - 1];
     for (int64_t j = 0; j < kTile && j / W * W < count; j += N) {
         const T* rows[N];
         for (int64_t i = 0; i < N; ++i) rows[i] = to.rows + (j + i < count ? j + i : count - 1) * to.stride;
@@ -139,6 +147,9 @@ template <class T>
 void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride,
              T* c, int64_t c_stride) {
     constexpr int64_t N = Simd<T>::lanes;
+#if defined(MMFAST_AMX_TILES)
+    if (width >= 2 * N) return product_split(transposed, rows, depth, width, a, b, b_stride, c, c_stride);
+#endif
     int64_t at = 0;
     for (; at + kStrip * N <= width; at += kStrip * N) {
         if (transposed) product_strip<T, true, kStrip>(rows, depth, a, b + at, b_stride, c + at, c_stride);
@@ -207,15 +218,15 @@ MMFAST_INLINE void compare_differences(int64_t dimension, const Points<T>& a, in
 
 // Squared distances that are small beside the norms have lost their digits: these are computed again from differences.
 template <class T>
-MMFAST_INLINE void compare_again(const Points<T>& a, int64_t first, int64_t rows, const Points<T>& b, int64_t columns,
-                                 T* z) {
+MMFAST_INLINE void compare_again(T share, const Points<T>& a, int64_t first, int64_t rows, const Points<T>& b,
+                                 int64_t columns, T* z) {
     constexpr int64_t N = Simd<T>::lanes;
     for (int64_t i = 0; i < rows; ++i) {
         const T* const x = a.rows + (first + i) * a.stride;
         const T norm = a.norms[first + i];
         for (int64_t j = 0; j < columns; j += N) {
             T* const at = z + i * kTile + j;
-            const auto small = Simd<T>::load(at) < (Simd<T>::load(b.norms + j) + norm) * T(1.0 / 128);
+            const auto small = Simd<T>::load(at) < (Simd<T>::load(b.norms + j) + norm) * share;
             typename Simd<T>::Int any = 0;
             for (int64_t v = 0; v < N; ++v) any |= small[v];
             if (!any) continue;
@@ -240,8 +251,15 @@ void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, i
     const bool l2 = metric == Metric::l2;
     if (l2 && dimension <= kFewDimensions)
         return compare_differences<T, true>(dimension, a, first, rows, b, columns, z);
-    compare_products(l2, dimension, a, first, rows, b, columns, z);
-    if (l2 && roots) compare_again(a, first, rows, b, columns, z);
+    T share = T(1.0 / 128);
+#if defined(MMFAST_AMX_TILES)
+    if (a.split_rows && b.split_columns) {
+        compare_split(l2, dimension, a, first, rows, b, columns, z);
+        share = T(1.0 / 8);
+    } else
+#endif
+        compare_products(l2, dimension, a, first, rows, b, columns, z);
+    if (l2 && roots) compare_again(share, a, first, rows, b, columns, z);
 }
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
@@ -382,6 +400,34 @@ void scale(int64_t rows, T c, const T* u, const T* v, T* h) {
     }
 }
 
+// Lanes are points of b: with few dimensions most of a vector of features would be padding.
+template <class T>
+void differences(int64_t rows, int64_t columns, int64_t dimension, const T* w, const T* a, const Points<T>& b,
+                 T* a_gradient, T* b_gradient) {
+    constexpr int64_t N = Simd<T>::lanes, C = kTile / N, W = N * kStrip;
+    const int64_t stride = b.stride;
+    for (int64_t k = 0; k < dimension; ++k) {
+        Vec<T> column[C], below[C] = {};
+        for (int64_t c = 0; c < C; ++c) {
+            const int64_t j = c * N, panel = j / W * W;  // w is 0 where there is no point
+            column[c] = panel < columns ? Simd<T>::load(b.panels + panel * stride + k * W + j - panel) : Vec<T>{};
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const T x = a[i * stride + k];
+            Vec<T> sum{};
+            for (int64_t c = 0; c < C; ++c) {
+                const Vec<T> d = x - column[c], f = Simd<T>::load(w + i * kTile + c * N);
+                sum += f * d;
+                below[c] += f * d;
+            }
+            a_gradient[i * stride + k] -= Simd<T>::sum(sum);
+        }
+        alignas(64) T sums[kTile];
+        for (int64_t c = 0; c < C; ++c) Simd<T>::store(sums + c * N, below[c]);
+        for (int64_t j = 0; j < columns; ++j) b_gradient[j * stride + k] += sums[j];
+    }
+}
+
 template <class T>
 void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
            T* a_gradient, T* b_gradient) {
@@ -403,8 +449,13 @@ void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a,
 
 template <class T>
 MMFAST_INLINE TileKernels<T> tiles_of() {
-    return {Simd<T>::lanes, pack<T>,     compare<T>, evaluate<T>, parameters<T>, reduce<T>,
-            inner<T>,       multiply<T>, scale<T>,   product<T>,  signs<T>};
+#if defined(MMFAST_AMX_TILES)
+    constexpr bool splits = true;
+#else
+    constexpr bool splits = false;
+#endif
+    return {Simd<T>::lanes, splits,      pack<T>,  compare<T>, evaluate<T>,    parameters<T>, reduce<T>,
+            inner<T>,       multiply<T>, scale<T>, product<T>, differences<T>, signs<T>};
 }
 
 }  // namespace
@@ -412,9 +463,11 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 TileKernels<float> mmd_tiles_float() {
     return tiles_of<float>();
 }
+#if !defined(MMFAST_AMX_TILES)
 TileKernels<double> mmd_tiles_double() {
     return tiles_of<double>();
 }
+#endif
 
 }  // namespace MMFAST_ISA
 }  // namespace mmd

@@ -1,4 +1,5 @@
-// What the sweeps of mmd_cpu.cpp ask of one tile; mmd_tile.cpp implements it once per instruction set.
+// What the sweeps of mmd_cpu.cpp ask of one tile; mmd_tile.cpp implements it once per instruction set, and for float also
+// with the matrix unit (amx).
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,18 @@ struct Points {
     T* panels;  // the same with the point along the lanes, for each kTile points; or null
     T* norms;   // [n] |row|^2
     int64_t stride;
+    // For the matrix unit (mmd_amx.h), else null: parts of bfloat16, of rows on the left and of columns on the right.
+    uint16_t *split_rows = nullptr, *split_columns = nullptr;
+    int passes = 0;  // products of parts: 1 is high high, 3 all but low low, 4 all
 };
+
+// bfloat16 values of a part of a row; from a row of both parts to the next: lines of the cache that do not coincide.
+constexpr int64_t split_depth(int64_t dimension) {
+    return (dimension + 31) / 32 * 32;
+}
+constexpr int64_t split_row_stride(int64_t dimension) {
+    return 2 * split_depth(dimension) + 32;
+}
 
 struct Source {
     const void* data;
@@ -55,6 +67,7 @@ struct Source {
 template <class T>
 struct TileKernels {
     int64_t lanes;
+    bool splits;  // has a use for Points::split_rows and split_columns
     // Points `first` .. of a source. With panels, at most kTile of them.
     void (*pack)(const Source& from, int64_t first, int64_t count, const T* centre, const Points<T>& to);
     // z[i][j] for `rows` points of a (from `first` on) and the kTile of b's panels.
@@ -72,6 +85,10 @@ struct TileKernels {
     // c[i][:] += sum_k a_ik b[k][:] (a_ki if transposed), `width` values a row, a whole number of vectors.
     void (*product)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b,
                     int64_t b_stride, T* c, int64_t c_stride);
+    // a_gradient[i][:] -= sum_j w_ij (a_i - b_j), b_gradient[j][:] += sum_i w_ij (a_i - b_j), for few dimensions. The rows
+    // of both gradients are b.stride apart.
+    void (*differences)(int64_t rows, int64_t columns, int64_t dimension, const T* w, const T* a, const Points<T>& b,
+                        T* a_gradient, T* b_gradient);
     // a_gradient[i][:] += sum_j w_ij sign(a_i - b_j), b_gradient[j][:] -= sum_i w_ij sign(a_i - b_j)
     void (*signs)(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
                   T* a_gradient, T* b_gradient);
@@ -86,6 +103,9 @@ MMFAST_DECLARE_TILES(baseline)
 #if defined(MMFAST_X86)
 MMFAST_DECLARE_TILES(avx2)
 MMFAST_DECLARE_TILES(avx512)
+#endif
+#if defined(MMFAST_AMX)
+MMFAST_DECLARE_TILES(amx)  // of float only
 #endif
 #undef MMFAST_DECLARE_TILES
 

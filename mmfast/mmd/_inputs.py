@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,15 +15,12 @@ Features = "Tensor | Sequence[Tensor]"
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-@functools.lru_cache(maxsize=1)
-def default_kernel() -> Kernel:
-    """DAN's five Gaussians."""
-    return MultiGaussian()
+_DEFAULT = MultiGaussian()  # DAN's five Gaussians
 
 
 def check_kernel(kernel: Kernel | None) -> Kernel:
     if kernel is None:
-        return default_kernel()
+        return _DEFAULT
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel must be a kernel of mmfast.kernels, got {type(kernel).__name__}")
     return kernel

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.mmd import reference
+from mmfast.mmd import _vmap, reference
 from mmfast.mmd.reference import aligned, compute_dtype, diagonal, matrix
 from mmfast.mmd.terms import Terms
 
@@ -37,10 +37,14 @@ _SCHEMAS = {
     "pair_backward": "(Tensor grad_rows_x, Tensor grad_rows_y, Tensor grad_products,"
     f" Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, bool[] need)"
     " -> (Tensor grad_x, Tensor grad_params, Tensor grad_y, Tensor grad_params_y)",
+    "permutations": f"(Tensor z, {_KERNEL}, Tensor members) -> (Tensor inside, Tensor rows)",
+    "select": "(Tensor x, Tensor? y, Tensor ranks, bool skip_diagonal, bool lower_triangle)"
+    " -> (Tensor values, Tensor pairs)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"mmfast::mmd_{_name}", _schema)
 _ops = torch.ops.mmfast
+_Transform = torch._C._functorch.TransformType
 
 
 # ---- The primitives
@@ -55,10 +59,17 @@ def _kernel(x: Sequence[Tensor], terms: Terms) -> tuple:
 
 
 def _fits(*kernels: Terms) -> bool:
-    """False for what the kernels have no room for: 8 layers, 64 terms each."""
-    return all(
+    """False for what the kernels have no room for, 8 layers of 64 terms each, or no rule for: see `_is_differentiated`."""
+    room = all(
         max(t.layers, default=0) < 8 and all(t.layers.count(layer) <= 64 for layer in set(t.layers)) for t in kernels
     )
+    return room and (torch.compiler.is_compiling() or not _is_differentiated())
+
+
+def _is_differentiated() -> bool:
+    """True inside ``torch.func.grad``, ``jvp`` and their like, which see no formula of a registered operator."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (_Transform.Grad, _Transform.Jvp) for level in stack)
 
 
 def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -110,30 +121,14 @@ def pair(x, terms_x: Terms, y, terms_y: Terms) -> tuple[Tensor, Tensor, Tensor]:
 def permutations(z, terms: Terms, members: Tensor) -> tuple[Tensor, Tensor]:
     if not _fits(terms):
         return reference.permutations(z, terms, members)
-    return _backend._C.mmd_permutations(_joined(z), _native(*_kernel(z, terms)), members)
+    return _ops.mmd_permutations.default(_joined(z), *_kernel(z, terms), members)
 
 
 @torch.no_grad()
 def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool) -> tuple[Tensor, Tensor]:
-    """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
     if y is not None and (lower_triangle or skip_diagonal):
         return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched
-    if y is not None:
-        pairs = _backend._C.mmd_select(x[None], y[None], ranks.tolist())[1]
-    else:
-        # The diagonal comes before all others, or among those at distance 0.
-        zeros, each = 0 if skip_diagonal else x.shape[0], 1 if lower_triangle else 2
-        places = [(rank - zeros) // each for rank in ranks.tolist()]
-        asked = sorted({p for p in places if p >= 0})
-        found = _backend._C.mmd_select(x[None], None, asked)[1].flip(1) if asked else None
-        pairs = [
-            found[asked.index(p)].tolist() if p >= 0 else [rank] * 2
-            for p, rank in zip(places, ranks.tolist(), strict=True)
-        ]
-        pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    # Chosen by what the kernels see, which is rounded once more than the points.
-    other = x if y is None else y
-    return (x[pairs[:, 0]].double() - other[pairs[:, 1]].double()).square().sum(1), pairs
+    return _ops.mmd_select.default(x, y, ranks, skip_diagonal, lower_triangle)
 
 
 # ---- Implementations
@@ -157,7 +152,7 @@ def _quadratic_backward_cpu(
 
     def scaled(unit, like):
         if not unit.numel():
-            return unit
+            return unit.new_empty(unit.shape)  # a result of an operator is not one of its arguments
         key = unit.dtype, unit.dim()
         if key not in factors:
             factors[key] = grad.to(unit.dtype).view(-1, *[1] * (unit.dim() - 1))
@@ -215,6 +210,30 @@ def _pair_backward_cpu(
     return by_x, by_params, by_y, by_params_y
 
 
+def _permutations_cpu(z, params, dims, families, layers, members):
+    return _backend._C.mmd_permutations(z, _native(params, dims, families, layers), members)
+
+
+def _select_cpu(x, y, ranks, skip_diagonal, lower_triangle):
+    """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
+    if y is not None:
+        pairs = _backend._C.mmd_select(x[None], y[None], ranks.tolist())[1]
+    else:
+        # The diagonal comes before all others, or among those at distance 0.
+        zeros, each = 0 if skip_diagonal else x.shape[0], 1 if lower_triangle else 2
+        places = [(rank - zeros) // each for rank in ranks.tolist()]
+        asked = sorted({p for p in places if p >= 0})
+        found = _backend._C.mmd_select(x[None], None, asked)[1].flip(1) if asked else None
+        pairs = [
+            found[asked.index(p)].tolist() if p >= 0 else [rank] * 2
+            for p, rank in zip(places, ranks.tolist(), strict=True)
+        ]
+        pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    # Chosen by what the kernels see, which is rounded once more than the points.
+    other = x if y is None else y
+    return (x[pairs[:, 0]].double() - other[pairs[:, 1]].double()).square().sum(1), pairs
+
+
 for _name, _function in (
     ("quadratic", _quadratic_cpu),
     ("quadratic_backward", _quadratic_backward_cpu),
@@ -224,6 +243,8 @@ for _name, _function in (
     ("matmul_backward", _matmul_backward_cpu),
     ("pair", _pair_cpu),
     ("pair_backward", _pair_backward_cpu),
+    ("permutations", _permutations_cpu),
+    ("select", _select_cpu),
 ):
     torch.library.impl(f"mmfast::mmd_{_name}", "cpu", _function)
 
@@ -306,6 +327,16 @@ def _(rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, 
         _like(y, need[1], y),
         _like(params_y, need[3], params_y),
     )
+
+
+@torch.library.register_fake("mmfast::mmd_permutations")
+def _(z, params, dims, families, layers, members):
+    return _double(z, members.shape[0]), _double(z, z.shape[1])
+
+
+@torch.library.register_fake("mmfast::mmd_select")
+def _(x, y, ranks, skip_diagonal, lower_triangle):
+    return _double(x, ranks.shape[0]), x.new_empty((ranks.shape[0], 2), dtype=torch.int64)
 
 
 # ---- Gradients
@@ -549,3 +580,6 @@ for _name, _backward, _save in (
     ("pair_backward", _differentiate_pair_twice, _save_pair_backward),
 ):
     torch.library.register_autograd(f"mmfast::mmd_{_name}", _backward, setup_context=_save)
+
+for _name in _SCHEMAS:
+    _vmap.register(_name)
