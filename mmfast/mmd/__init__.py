@@ -4,6 +4,7 @@ from mmfast.mmd import reference
 from mmfast.mmd.dependence import cka, hsic, kernel_alignment
 from mmfast.mmd.estimators import lmmd, mmd2, witness
 from mmfast.mmd.kid import KID, kid
+from mmfast.mmd._precision import precision
 from mmfast.mmd.products import KernelSums, kernel_matmul, kernel_matrix, kernel_sum
 from mmfast.mmd.testing import TwoSampleTest, mmd2_power, mmd2_variance, two_sample_test
 
@@ -22,6 +23,7 @@ __all__ = [
     "mmd2",
     "mmd2_power",
     "mmd2_variance",
+    "precision",
     "reference",
     "two_sample_test",
     "witness",

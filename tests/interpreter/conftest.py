@@ -1,7 +1,7 @@
 """Tests of the Triton kernels on CPU tensors, by Triton's interpreter: `make triton-test` runs them in two versions.
 
-A test asks for ``backend="triton"`` and compares with a definition in float64, as on the GPU. Sizes and blocks are small:
-the interpreter runs one program of the grid after the other.
+A test asks for ``backend="triton"`` and compares with a definition in float64, as on the GPU. Sizes and blocks are
+small, since the interpreter runs one program of the grid after the other.
 """
 
 from __future__ import annotations
