@@ -19,7 +19,11 @@ import torch
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 # Which backends each operator has besides the reference, best first, for the device the tensors are on.
-OPS: dict[str, dict[str, tuple[str, ...]]] = {"mel": {"cpu": ("cpu",)}, "mmd": {"cpu": ("cpu",), "cuda": ("triton",)}, "fusion": {}}
+OPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mel": {"cpu": ("cpu",)},
+    "mmd": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "fusion": {},
+}
 
 _REBUILD = "install mmfast again from its source: pip install --no-build-isolation --force-reinstall --no-deps ."
 

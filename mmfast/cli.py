@@ -1,4 +1,4 @@
-"""The command ``mmfast``: ``info`` and ``extract``."""
+"""The command ``mmfast``: ``info``, ``extract`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,30 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--overwrite", action="store_true", help="do again what is already there")
     take.add_argument("--backend", choices=_backend.BACKENDS, help="who computes (default: the fastest that can)")
     take.set_defaults(run=_extract)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure tile sizes on this machine's GPU and keep the fastest",
+        description="Measures a training step for several sizes of tiles, widths and precisions on the current GPU, and "
+        "keeps the fastest in mmfast/tune-mmd.json of the user's cache directory (or in MMFAST_TUNE_CACHE), by the name of "
+        "the GPU. Later runs on such a GPU take them; delete the file to return to the built-in table.",
+        epilog="Exit code: 0 measured, 1 there is no GPU or no Triton, 2 wrong usage.",
+    )
+    tune.add_argument("slice", choices=["mmd"], help="whose kernels")
+    tune.add_argument("--quick", action="store_true", help="small samples: a minute instead of several")
+    tune.set_defaults(run=_tune)
     return parser
+
+
+def _tune(options) -> int:
+    from mmfast.mmd import tune
+
+    try:
+        print(f"written to {tune.tune(options.quick)}")
+    except tune.CannotTune as error:
+        print(f"mmfast tune: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info(options) -> int:

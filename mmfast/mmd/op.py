@@ -126,9 +126,7 @@ def permutations(z, terms: Terms, members: Tensor, by: str = "") -> tuple[Tensor
 
 
 @torch.no_grad()
-def select(
-    x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool, by: str = ""
-) -> tuple[Tensor, Tensor]:
+def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool, by: str = "") -> tuple[Tensor, Tensor]:
     """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
     if y is not None and (lower_triangle or skip_diagonal):
         return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched

@@ -288,14 +288,14 @@ def _pair_problem(x, kernel_x, y, kernel_y, precision) -> Problem:
         scales = scales_of([t], dims, how, kind, sizes)
         fill(points, t, 0, scales, dims, kind, sizes, (layers.start, column))
         parts.append(scales)
-    joined = Scales(*(torch.cat([getattr(p, f) for p in parts], 1) for f in ("mean", "scales", "inverses", "factors")), ())
+    joined = Scales(
+        *(torch.cat([getattr(p, f) for p in parts], 1) for f in ("mean", "scales", "inverses", "factors")), ()
+    )
     both = _ordered(torch.cat((params.detach().double(), params_y.detach().double().to(params.device))), plan.order)
     return Problem(plan, both, kind, sizes, joined, points, points, True, kind)
 
 
-def pair_forward(
-    x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, precision="float32"
-):
+def pair_forward(x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, precision="float32"):
     kernels = (params, dims, families, layers), (params_y, dims_y, families_y, layers_y)
     problem = _pair_problem(x, kernels[0], y, kernels[1], precision)
     n = x.shape[1]

@@ -68,7 +68,7 @@ def prepare(x, mean, scales, hi, lo, norms, cols, n, stride_b, stride_n, stride_
         total += DIMS[layer]
     to = item * rows_out + first + rows
     for layer in tl.static_range(len(DIMS)):
-        scale = tl.load(scales + item * layers_out + first_layer + layer).to(ACC)
+        scale = tl.load(scales + item * len(DIMS) + layer).to(ACC)
         norm = tl.zeros((BLOCK,), tl.float64)
         for c in range(0, WIDTHS[layer], STEP):
             inside = c + k < DIMS[layer]
@@ -99,11 +99,17 @@ def prepare(x, mean, scales, hi, lo, norms, cols, n, stride_b, stride_n, stride_
 
 
 @triton.jit
+def _rate(at, ACC: tl.constexpr):
+    """-γ log2 e of a term, rounded once: an error here is the same for all pairs, and no sum averages it out."""
+    return (tl.load(at + 1) * -LOG2E).to(ACC)
+
+
+@triton.jit
 def _gaussians(z, params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
     """Σ w exp(-γ z) and its derivative: one exponential and squarings where each γ is twice the next one's."""
     last = params + (FIRST + COUNT - 1) * 4
     w, g = tl.load(last).to(ACC), tl.load(last + 1).to(ACC)
-    u = tl.exp2(z * (-g * LOG2E))
+    u = tl.exp2(z * _rate(last, ACC))
     v = w * u
     h = (-g * w) * u
     if COUNT > 1:
@@ -122,7 +128,7 @@ def _gaussians(z, params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.cons
             for i in tl.static_range(COUNT - 1):
                 at = params + (FIRST + i) * 4
                 w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
-                u = tl.exp2(z * (-g * LOG2E))
+                u = tl.exp2(z * _rate(at, ACC))
                 v += w * u
                 h += (-g * w) * u
     return v, h
@@ -144,7 +150,7 @@ def _term(z, at, FAMILY: tl.constexpr, ACC: tl.constexpr):
     """One term at the measure ``z`` and its derivative; see `mmfast.mmd.terms` for the families."""
     w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
     if FAMILY == 0 or FAMILY == 6:
-        v = w * tl.exp2(z * (-g * LOG2E))
+        v = w * tl.exp2(z * _rate(at, ACC))
         h = -g * v
     elif FAMILY == 2:
         e = tl.load(at + 3).to(ACC)
@@ -165,7 +171,7 @@ def _term(z, at, FAMILY: tl.constexpr, ACC: tl.constexpr):
             h = -0.5 * w * apart
         else:
             a = g * d
-            e = w * tl.exp2(a * -LOG2E)
+            e = w * tl.exp2(d * _rate(at, ACC))
             if FAMILY == 1:
                 v = e
                 h = -0.5 * g * e * apart
@@ -206,7 +212,7 @@ def _parameter_sums(z, u, params, place, T, FAMILY: tl.constexpr, ACC: tl.conste
     w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
     found = tl.zeros_like(place).to(tl.float64)
     if FAMILY == 0 or FAMILY == 6:
-        k = tl.exp2(z * (-g * LOG2E))
+        k = tl.exp2(z * _rate(at, ACC))
         by = -w * z * k
     elif FAMILY == 2:
         e = tl.load(at + 3).to(ACC)
@@ -225,7 +231,7 @@ def _parameter_sums(z, u, params, place, T, FAMILY: tl.constexpr, ACC: tl.conste
     else:
         d = tl.sqrt(z)
         a = g * d
-        e = tl.exp2(a * -LOG2E)
+        e = tl.exp2(d * _rate(at, ACC))
         if FAMILY == 5:
             k = -d
             by = d * 0
@@ -339,7 +345,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
           coefs, x_weights, y_weights, up_rows, up_cols, up_products, u_hi, u_lo, v_hi, v_lo, u_factor,
           totals, row_sums, col_sums, by_params, kept_hi, kept_lo, kept_scales,
           rows_x, rows_y, width, u_width, n_x, second_x, m_x, n_y, second_y, m_y,
-          first_row, row_tiles, col_tiles, split_tiles, strips, first_strips, items,
+          first_row, row_tiles, col_tiles, split_tiles, strips, first_strips, items, kept_rows,
           DIMS: tl.constexpr, WIDTHS: tl.constexpr, HOW: tl.constexpr, LADDERS: tl.constexpr, FAMILIES: tl.constexpr,
           BEGINS: tl.constexpr, SECOND: tl.constexpr, SYMMETRIC: tl.constexpr, MODE: tl.constexpr,
           TOTALS: tl.constexpr, SUMS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
@@ -392,8 +398,9 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
         c_xx, c_yy, c_xy = tl.load(coefs).to(ACC), tl.load(coefs + 1).to(ACC), tl.load(coefs + 2).to(ACC)
         in_y = row.to(tl.int64) * BLOCK >= second_x
         scalar = tl.where(in_y, tl.where(strip >= first_strips, 2 * c_yy, c_xy), 2 * c_xx)
+        last = end
         if not ALL:
-            end = tl.where(scalar == 0, begin, end)
+            end = tl.where(scalar == 0, begin, end)  # what a coefficient leaves out may even be NaN
     if WEIGHTED:
         a = tl.load(x_weights + item * rows_x + i)
     if MODE == "sums":
@@ -411,12 +418,22 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
     place = tl.arange(0, PARAMS)
     param_sums = tl.zeros((PARAMS,), tl.float64)
 
+    at = tl.arange(0, BLOCK)
+    if MODE == "quadratic" and KEEP == "gradient" and not ALL:
+        for tile in range(end, last):
+            nothing = tl.zeros((BLOCK, BLOCK), ACC)
+            inside = (local.to(tl.int64) * BLOCK + at)[:, None] * rows_y + (tile * BLOCK + at)[None, :]
+            for layer in tl.static_range(layers):
+                _split(nothing, kept_hi, kept_lo, kept_scales,
+                       (item * layers + layer) * kept_rows * rows_y + inside,
+                       (item * layers + layer) * row_tiles * col_tiles + local * col_tiles + tile, KEEP_SPLIT, TYPE,
+                       ACC)  # fmt: skip
     for tile in range(begin, end):
-        j = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        j = tile * BLOCK + at.to(tl.int64)
         j_there = (j < n_y) | ((j >= second_y) & (j < second_y + m_y))
         seen = i_there[:, None] & j_there[None, :]
         if SYMMETRIC:
-            seen = seen & (i[:, None] > j[None, :])
+            seen = seen & (((row - tile) * BLOCK + at)[:, None] > at[None, :])
         k = tl.full((BLOCK, BLOCK), 1.0, ACC)
         k_2 = tl.full((BLOCK, BLOCK), 1.0, ACC)
         for layer in tl.static_range(layers):
@@ -455,20 +472,20 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             part = k
             if WEIGHTED:
                 part = k * a[:, None]
-            at = (item * row_tiles + local) * rows_y + j
-            tl.store(col_sums + at, tl.sum(part, 0) * scalar)
+            to = (item * row_tiles + local) * rows_y + j
+            tl.store(col_sums + to, tl.sum(part, 0) * scalar)
             if SECOND < layers:
-                tl.store(col_sums + at + items.to(tl.int64) * row_tiles * rows_y, tl.sum(k_2, 0))
+                tl.store(col_sums + to + items.to(tl.int64) * row_tiles * rows_y, tl.sum(k_2, 0))
         inside = (local.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None] * rows_y + j[None, :]
-        panel = row_tiles.to(tl.int64) * BLOCK * rows_y
+        panel = kept_rows.to(tl.int64) * rows_y
         tile_at = local.to(tl.int64) * col_tiles + tile
         tile_count = row_tiles.to(tl.int64) * col_tiles
         if KEEP == "kernel":
             _split(k, kept_hi, kept_lo, kept_scales, item * panel + inside, item * tile_count + tile_at, KEEP_SPLIT,
                    TYPE, ACC)  # fmt: skip
         if KEEP == "gradient" or PARAMS > 1:
-            u = k * 0 + scalar
-            u_2 = u
+            u = scalar
+            u_2 = scalar
             if MODE == "sums":
                 by_col = tl.load(up_cols + item * rows_y + j).to(ACC)
                 u = by_row[:, None] + by_col[None, :] + (2 if SYMMETRIC else 1) * by_square * k
@@ -508,8 +525,9 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                 if PARAMS > 1:
                     masked = tl.where(seen, w, 0)
                     z_seen = tl.where(seen, z, 0)
-                    for t in tl.static_range(BEGINS[layer], BEGINS[layer + 1]):
-                        param_sums += _parameter_sums(z_seen, masked, params, place, t, FAMILIES[t], ACC)
+                    for t in tl.static_range(len(FAMILIES)):
+                        if t >= BEGINS[layer] and t < BEGINS[layer + 1]:
+                            param_sums += _parameter_sums(z_seen, masked, params, place, t, FAMILIES[t], ACC)
                 if KEEP == "gradient":
                     _split(tl.where(seen, w * h, 0), kept_hi, kept_lo, kept_scales,
                            (item * layers + layer) * panel + inside, (item * layers + layer) * tile_count + tile_at,
@@ -521,10 +539,10 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
         tl.store(totals + out * 3 + 1, squares)
         tl.store(totals + out * 3 + 2, cross)
     if SUMS:
-        at = ((item * row_tiles + local) * strips + strip) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(row_sums + at, rows_sum)
+        to = ((item * row_tiles + local) * strips + strip) * BLOCK + at
+        tl.store(row_sums + to, rows_sum)
         if SECOND < layers:
-            tl.store(row_sums + at + items.to(tl.int64) * row_tiles * strips * BLOCK, rows_sum_2)
+            tl.store(row_sums + to + items.to(tl.int64) * row_tiles * strips * BLOCK, rows_sum_2)
     if PARAMS > 1:
         tl.store(by_params + out * PARAMS + place, param_sums)
 

@@ -23,7 +23,7 @@ from mmfast.mmd.triton_points import (
 from mmfast.mmd.triton_tuning import Sizes
 
 NEAR = 2.0**-8  # squared distances below this share of the squared norms are summed again, difference by difference
-_PANEL = 2**26  # bytes of kept tiles at a time, at least
+_PANEL, _POINTS_SHARE = 2**26, 4  # bytes of kept tiles at a time: at least, and for each feature
 
 
 @dataclass
@@ -102,7 +102,7 @@ def sweep(
     kept_layers = {"none": 0, "kernel": 1, "gradient": layers}[keep]
     # Kept tiles take no more than the points do, or a fixed size where these are few.
     row_bytes = y.rows * b * (kept_layers * kept.kept_parts * kept.type.itemsize + cols * kind.compute.itemsize)
-    limit = max(_PANEL, b * (x.rows + y.rows) * x.width * 4)
+    limit = max(_PANEL, _POINTS_SHARE * b * (x.rows + y.rows) * x.width)
     each = row_tiles
     if keep != "none" or cols:
         each = max(1, min(row_tiles, limit // (row_bytes * (block if keep != "none" else 1))))
@@ -140,7 +140,7 @@ def sweep(
             *((nothing,) * 4 if u is None else (u.hi, u.lo, v.hi, v.lo)), given(up.factor),
             given(out_totals), given(out_rows), given(out_cols), given(out_params), hi, lo, scales,
             x.rows, y.rows, x.width, 0 if u is None else u.width, *x.segments, *y.segments,
-            first, tiles, col_tiles, split, strips, first_strips, b,
+            first, tiles, col_tiles, split, strips, first_strips, b, each * block,
             DIMS=problem.layout.dims, WIDTHS=x.widths, HOW=problem.layout.how, LADDERS=problem.layout.ladders,
             FAMILIES=problem.layout.families, BEGINS=problem.layout.begins, SECOND=problem.layout.second,
             SYMMETRIC=problem.symmetric, MODE=up.mode, TOTALS=totals, SUMS=sums, COLS=cols,
@@ -206,7 +206,9 @@ def add_product(
         out[:, first_out : first_out + out_tiles * block, out_column : out_column + dim] += target.sum(0)
 
 
-def _add_signs(problem: Problem, panel: Panel, layer: int, column: int, dim: int, z: Points, own: Points, out, transposed):
+def _add_signs(
+    problem: Problem, panel: Panel, layer: int, column: int, dim: int, z: Points, own: Points, out, transposed
+):
     block, b = problem.sizes.block, problem.items
     col_tiles = problem.y.rows // block
     out_tiles = col_tiles if transposed else panel.tiles
@@ -241,4 +243,3 @@ def add_gradients(problem: Problem, panel: Panel, grad_x: Tensor | None, grad_y:
             )  # fmt: skip
         column += dim
         start += x.widths[layer]
-

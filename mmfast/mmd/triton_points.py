@@ -190,7 +190,9 @@ def padded(count: int, block: int) -> int:
     return -(-count // block) * block
 
 
-def allocate(b: int, n: int, m: int, dims: Sequence[int], how: Sequence[int], kind: Format, sizes: Sizes, device) -> Points:
+def allocate(
+    b: int, n: int, m: int, dims: Sequence[int], how: Sequence[int], kind: Format, sizes: Sizes, device
+) -> Points:
     """Room for rows of one sample, or of two with m > 0."""
     widths = tuple(padded(max(d, 1), sizes.step) for d in dims)
     second = padded(n, sizes.block)
@@ -210,24 +212,33 @@ def allocate(b: int, n: int, m: int, dims: Sequence[int], how: Sequence[int], ki
 
 def fill(
     points: Points, x: Tensor, first: int, scales: Scales, dims: Sequence[int], kind: Format, sizes: Sizes,
-    layers: tuple[int, int] = (0, 1),
+    before: tuple[int, int] = (0, 0),
 ) -> None:  # fmt: skip
-    """Prepares the rows of ``x`` from row ``first`` on: its layers stand behind ``layers[0]`` others of ``layers[1]``."""
+    """Prepares the rows of ``x`` from row ``first`` on: ``before``: the layers and the columns that others take."""
     b, n = x.shape[:2]
     if not n:
         return
-    before, all_dims = layers[0], points.cols.shape[1]
-    widths = points.widths[before : before + len(dims)]
+    layer, column = before
+    widths = points.widths[layer : layer + len(dims)]
     blocks = triton.cdiv(n, sizes.block)
     cols = points.cols is not points.norms
     triton_kernels.prepare[(blocks * b,)](
         x, scales.mean, scales.scales, points.hi, points.lo, points.norms, points.cols, n, *x.stride(), first,
-        points.rows, points.width, sum(points.widths[:before]), all_dims, layers[1] if cols else 0, points.norms.shape[1],
-        before, blocks,
+        points.rows, points.width, sum(points.widths[:layer]), points.cols.shape[1], column, points.norms.shape[1],
+        layer, blocks,
         DIMS=tuple(dims), WIDTHS=widths, CENTRED=scales.centred, SPLIT=kind.parts, OWN=kind.rounds, COLS=cols,
         BLOCK=sizes.block, STEP=sizes.step, TYPE=triton_type(kind.type), ACC=triton_type(kind.compute),
     )  # fmt: skip
 
 
+_forced: Sizes | None = None
+
+
+def use(sizes: Sizes | None) -> None:
+    """These sizes for everything, or again those of the table: for `mmfast tune mmd` and tests."""
+    global _forced
+    _forced = sizes
+
+
 def sizes_for(x: Tensor, width: int, kind: Format) -> Sizes:
-    return triton_tuning.sizes(x.device, width, kind.type, kind.parts)
+    return _forced or triton_tuning.sizes(x.device, width, kind.type, kind.parts)
