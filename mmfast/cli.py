@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="measure tile sizes on this machine's GPU and keep the fastest",
-        description="Measures a training step for several sizes of tiles, widths and precisions on the current GPU, and "
-        "keeps the fastest in mmfast/tune-mmd.json of the user's cache directory (or in MMFAST_TUNE_CACHE), by the name of "
-        "the GPU. Later runs on such a GPU take them; delete the file to return to the built-in table.",
+        description="Measures a training step for several sizes of tiles, widths and precisions on the current GPU, "
+        "and keeps the fastest in mmfast/tune-mmd.json of the user's cache directory (or in MMFAST_TUNE_CACHE), by the "
+        "name of the GPU. Later runs on such a GPU take them; delete the file to return to the built-in table.",
         epilog="Exit code: 0 measured, 1 there is no GPU or no Triton, 2 wrong usage.",
     )
     tune.add_argument("slice", choices=["mmd"], help="whose kernels")

@@ -1,7 +1,7 @@
 """Cases of the mmd slice that hold on any backend: in Triton's interpreter on the CPU, and on the GPU.
 
-Each function takes the backend and the device its tensors are to be on, computes in that backend, in the reference in the
-same dtype and in the reference in float64, and compares.
+Each function takes the backend and the device its tensors are to be on, computes in that backend, in the reference in
+the same dtype and in the reference in float64, and compares.
 """
 
 from __future__ import annotations

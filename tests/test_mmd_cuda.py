@@ -10,7 +10,7 @@ from mmfast import kernels as k
 from mmfast import mmd
 
 pytestmark = pytest.mark.cuda
-BACKENDS = ["triton"]
+BACKENDS = ["cuda", "triton"]
 DEVICE = "cuda"
 CHECKS = [getattr(cases, name) for name in dir(cases) if name.startswith("check_") and name != "check_kernel"]
 

@@ -2,8 +2,8 @@
 
 Each primitive is a forward and a backward operator. Layers of features are columns of one tensor, whose widths are
 ``dims``; without ``y`` the pairs are those of x, each point's with itself left out. Second derivatives are those of the
-reference. ``precision`` is a name of `mmfast.mmd.precision`, behind ``interpreted:`` where Triton's interpreter is to run
-on CPU tensors.
+reference. ``precision`` is a name of `mmfast.mmd.precision`, behind ``triton:`` where Triton's kernels are asked for,
+which are interpreted for CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.mmd import _precision, reference
+from mmfast.mmd import _precision, cuda, reference
 from mmfast.mmd.reference import aligned, compute_dtype, diagonal, matrix
 from mmfast.mmd.terms import Terms
 
@@ -37,7 +37,8 @@ _SCHEMAS = {
     "matmul": f"(Tensor x, Tensor? y, Tensor v, {_KERNEL}, {_PRECISION}) -> Tensor",
     "matmul_backward": f"(Tensor grad, Tensor x, Tensor? y, Tensor v, {_KERNEL}, bool[] need, {_PRECISION})"
     " -> (Tensor grad_v, Tensor grad_x, Tensor grad_y, Tensor grad_params)",
-    "pair": f"(Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, {_PRECISION}) -> (Tensor rows_x, Tensor rows_y, Tensor products)",
+    "pair": f"(Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, {_PRECISION})"
+    " -> (Tensor rows_x, Tensor rows_y, Tensor products)",
     "pair_backward": "(Tensor grad_rows_x, Tensor grad_rows_y, Tensor grad_products,"
     f" Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, bool[] need, {_PRECISION})"
     " -> (Tensor grad_x, Tensor grad_params, Tensor grad_y, Tensor grad_params_y)",
@@ -197,6 +198,9 @@ def _by_triton(function: Callable) -> Callable:
 
 def _on_cuda(name: str) -> Callable:
     def compute(*args):
+        by_triton = args[-1].startswith(_TRITON)
+        if name == "quadratic_forward" and not by_triton and cuda.fits(*args[:-1]):
+            return cuda.quadratic_forward(*args[:-1])
         return getattr(_triton(), name)(*args[:-1], args[-1].removeprefix(_TRITON))
 
     return compute

@@ -1,8 +1,7 @@
 """The operators ``mmfast::mmd_*`` by Triton: on CUDA tensors, and on the CPU in Triton's interpreter.
 
-As a backend (`mmfast.mmd._primitives`) it exports what `mmfast.mmd.op` does. A sweep over tiles gives sums; gradients and
-products keep the tiles of a panel of rows, no more than the points take, and multiply them with the points. Nothing here
-looks at what the device has computed, and each sum is taken in one order.
+A sweep over tiles gives sums; gradients and products keep the tiles of a panel of rows, no more than the points take,
+and multiply them with the points. Nothing here looks at what the device has computed, and each sum has its order.
 """
 
 from __future__ import annotations
@@ -372,7 +371,7 @@ _DIGIT = 11  # bits that a sweep counts
 
 
 def select(x: Tensor, y: Tensor | None, places: Sequence[int]) -> Tensor:
-    """Pairs (R, 2) that have the squared distances at ``places`` among those of all pairs of x and y, or of x with i < j.
+    """Pairs (R, 2) with the squared distances at ``places`` among those of all pairs of x and y, or of x with i > j.
 
     A radix selection on the bits of the distances: each sweep counts the next 11 of those that agree so far, a last one
     finds the pair. Whole numbers are counted, so that the order of programs does not matter.

@@ -1,12 +1,12 @@
 """Triton kernels of the mmd slice: tiles of a kernel matrix that are reduced, or kept for a product that follows.
 
-Points come prepared (`prepare`): rows padded with zeros to whole tiles, each layer's columns to whole steps, and float32
-as the sum of two float16 parts of 11 bits, scaled by a power of two to the top of float16's range. The three products
-hi·hi + hi·lo + lo·hi are then good to 22 bits, the same as float32 within a bit, in three passes of the tensor cores; two
-bfloat16 parts would give 16 bits for the same work, and three TF32 products 22 bits for twice as much.
+Points come prepared (`prepare`): rows padded with zeros to whole tiles, each layer's columns to whole steps, and
+float32 as the sum of two float16 parts of 11 bits, scaled by a power of two to the top of float16's range. The three
+products hi·hi + hi·lo + lo·hi are then good to 22 bits, the same as float32 within a bit, in three passes of the tensor
+cores; two bfloat16 parts would give 16 bits for the same work, and three TF32 products 22 bits for twice as much.
 
-A tile of the gradient's weights is kept as two parts in the same way, scaled by the largest of its entries, and multiplied
-with the points by `multiply`.
+A tile of the gradient's weights is kept as two parts in the same way, scaled by the largest of its entries, and
+multiplied with the points by `multiply`.
 
 Loads are upcast at once where `UPCAST` says that Triton interprets: its bfloat16 is an integer there.
 """
@@ -23,8 +23,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def extents(x, mean, out, n, stride_b, stride_n, stride_d, blocks, DIMS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-            ACC: tl.constexpr):  # fmt: skip
+def extents(x, mean, out, n, stride_b, stride_n, stride_d, blocks,
+            DIMS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The largest finite |x - mean| of a block of rows, for each layer: ``out`` (b, layers, blocks)."""
     pid = tl.program_id(0).to(tl.int64)
     block, item = pid % blocks, pid // blocks
@@ -207,7 +207,7 @@ def _total(x):
 
 @triton.jit
 def _parameter_sums(z, u, params, place, T, FAMILY: tl.constexpr, ACC: tl.constexpr):
-    """Σ u · (derivatives of term ``T`` by its weight, γ, offset and exponent) where those stand in ``place``, else 0."""
+    """Σ u · (derivatives of term ``T`` by weight, γ, offset and exponent) where those stand in ``place``, else 0."""
     at = params + T * 4
     w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
     found = tl.zeros_like(place).to(tl.float64)
@@ -294,7 +294,7 @@ def _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, 
              LAYER: tl.constexpr, DIMS: tl.constexpr, WIDTHS: tl.constexpr, HOW: tl.constexpr, NEAR: tl.constexpr,
              SPLIT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
-    """s, d1 or p of a layer. ``HOW``: 0 squares by products, 1 by products but exact near 0, 2 by differences, 3 L1, 4 p."""
+    """s, d1 or p of a layer. ``HOW``: 0 s by products, 1 the same but exact near 0, 2 by differences, 3 d1, 4 p."""
     start, column = 0, 0
     for layer in tl.static_range(LAYER):
         start += WIDTHS[layer]
@@ -325,7 +325,7 @@ def _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, 
 @triton.jit
 def _split(value, hi, lo, scales, at, scale_at, SPLIT: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr):
     """Keeps a tile as one or two parts in `TYPE`, about the largest of its entries; float64 as it is."""
-    if TYPE == tl.float64:
+    if tl.float64 == TYPE:
         tl.store(hi + at, value)
         tl.store(scales + scale_at, 1.0)
     else:
@@ -445,13 +445,13 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             else:
                 k_2 = k_2 * v
         k = tl.where(seen, k, 0)
-        if SECOND < layers:
+        if layers > SECOND:
             k_2 = tl.where(seen, k_2, 0)
         if WEIGHTED:
             b = tl.load(y_weights + item * rows_y + j)
 
         if TOTALS:
-            if MODE == "pair" or SECOND < layers:
+            if MODE == "pair" or layers > SECOND:
                 total += _total(k * k_2)
                 squares += _total(k * k)
                 cross += _total(k_2 * k_2)
@@ -466,7 +466,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             if WEIGHTED:
                 part = k * b[None, :]
             rows_sum += tl.sum(part, 1).to(tl.float64) * scalar.to(tl.float64)
-            if SECOND < layers:
+            if layers > SECOND:
                 rows_sum_2 += tl.sum(k_2, 1).to(tl.float64)
         if COLS:
             part = k
@@ -474,7 +474,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                 part = k * a[:, None]
             to = (item * row_tiles + local) * rows_y + j
             tl.store(col_sums + to, tl.sum(part, 0) * scalar)
-            if SECOND < layers:
+            if layers > SECOND:
                 tl.store(col_sums + to + items.to(tl.int64) * row_tiles * rows_y, tl.sum(k_2, 0))
         inside = (local.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None] * rows_y + j[None, :]
         panel = kept_rows.to(tl.int64) * rows_y
@@ -541,7 +541,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
     if SUMS:
         to = ((item * row_tiles + local) * strips + strip) * BLOCK + at
         tl.store(row_sums + to, rows_sum)
-        if SECOND < layers:
+        if layers > SECOND:
             tl.store(row_sums + to + items.to(tl.int64) * row_tiles * strips * BLOCK, rows_sum_2)
     if PARAMS > 1:
         tl.store(by_params + out * PARAMS + place, param_sums)
@@ -617,10 +617,7 @@ def multiply(kept_hi, kept_lo, kept_scales, z_hi, z_lo, own_hi, own_lo, inverses
         acc += part * scale
 
     if DIFFERENCES:
-        if TRANSPOSED:
-            own = r
-        else:
-            own = first_row.to(tl.int64) * BLOCK + r
+        own = r if TRANSPOSED else first_row.to(tl.int64) * BLOCK + r
         at = (item * own_rows + own)[:, None] * width + (own_column + d)[None, :]
         point = tl.load(own_hi + at, mask=inside[None, :], other=0).to(ACC)
         if SPLIT == 2:

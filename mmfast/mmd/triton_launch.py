@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +169,7 @@ def add_product(
     local: bool = False,
     parts: int | None = None,
 ) -> None:
-    """Adds ``alpha`` · G z of kept tiles to ``out`` (b, rows, D), or of their transpose; with ``own`` Σ_j G_ij (own_i − z_j).
+    """Adds ``alpha`` · G z of kept tiles, or of their transpose, to ``out`` (b, rows, D); with ``own`` Σ_j G_ij (own_i − z_j).
 
     ``inverses`` (b, L) turns z back to its own scale; ``column`` is where its columns begin, ``parts`` how many it has.
     ``local``: the rows of ``out`` are the panel's only.

@@ -75,7 +75,7 @@ def key(device_name: str, width: int, dtype: torch.dtype, parts: int) -> str:
     return f"{device_name}/{bucket}/{str(dtype).removeprefix('torch.')}x{parts}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def measured(path: str) -> dict[str, Sizes]:
     """What the cache file holds; nothing where there is none or it was written by another version."""
     try:
@@ -112,7 +112,7 @@ def _number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sizes(device: torch.device, width: int, dtype: torch.dtype, parts: int, path: str) -> Sizes:
     name = key(torch.cuda.get_device_name(device), width, dtype, parts)
     return measured(path).get(name) or default(architecture(device), width, dtype, parts)
