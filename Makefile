@@ -16,7 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 export MAX_JOBS
 
-.PHONY: test bench speech setup lint format docs native-test sanitize cuda-compile cuda-report gpu clean
+.PHONY: test bench speech setup lint format docs native-test triton-test sanitize cuda-compile cuda-report gpu clean
 
 test: setup native-test
 	MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest $(PYTEST_ARGS)
@@ -77,6 +77,19 @@ native-test: $(VENV)/torch.stamp
 	cmake -S . -B $(BUILD)/native -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_WERROR=ON
 	cmake --build $(BUILD)/native $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	ctest --test-dir $(BUILD)/native --output-on-failure --no-tests=error
+
+# The Triton kernels in Triton's interpreter, on the CPU: in the version of the oldest torch and in the newest one, each
+# beside the environment and not in it, where torch would find it in every other test.
+TRITON_VERSIONS ?= 3.6.0 3.9.0
+triton-test: setup $(TRITON_VERSIONS:%=$(BUILD)/triton-%.stamp)
+	for version in $(TRITON_VERSIONS); do \
+	    PYTHONPATH="$(BUILD)/triton-$$version$${PYTHONPATH:+:$$PYTHONPATH}" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	        $(PY) -m pytest tests/interpreter $(PYTEST_ARGS) || exit 1; \
+	done
+
+$(BUILD)/triton-%.stamp: | $(VENV)/venv.stamp
+	$(PIP) --no-deps --upgrade --target $(BUILD)/triton-$* triton==$*
+	touch $@
 
 sanitize: $(VENV)/torch.stamp
 	cmake -S . -B $(BUILD)/sanitize -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_SANITIZE=ON

@@ -21,7 +21,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # Which backends each operator has besides the reference, best first, for the device the tensors are on.
 OPS: dict[str, dict[str, tuple[str, ...]]] = {
     "mel": {"cpu": ("cpu",)},
-    "mmd": {"cpu": ("cpu",)},
+    "mmd": {"cpu": ("cpu",), "cuda": ("triton",)},
     "fusion": {"cpu": ("cpu",), "cuda": ("triton",)},
 }
 
@@ -68,6 +68,7 @@ def _series(version: str) -> list[str]:
 _C, LOAD_ERROR = _load()  # the error is kept: `mmfast info` and a request for backend="cpu" show it
 if _C is not None and _C.with_cuda:
     OPS["mel"]["cuda"] = ("cuda",)
+    OPS["mmd"]["cuda"] = ("cuda", "triton")  # CUDA C++ for few features, Triton for the rest
 
 
 def choose(op: str, device: torch.device, requested: str | None = None) -> tuple[str, str]:

@@ -78,12 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser(
         "tune",
-        help="measures which engine is fastest for which shape on this GPU, and keeps it",
-        description="Times every engine of an operator on the shapes that stand for its kinds of calls, on the current "
-        "GPU, and keeps the table in the user's cache for this GPU, torch and Triton; it is read at import.",
-        epilog="Exit code: 0 measured, 2 no GPU or wrong usage.",
+        help="measure on this machine's GPU what the kernels have tables of, and keep the fastest",
+        description="mmd: a training step for several sizes of tiles, widths and precisions. fusion: every engine on the "
+        "shapes that stand for its kinds of calls. What is fastest on the current GPU is kept in the user's cache "
+        "directory and taken from then on; delete the file to return to the built-in table.",
+        epilog="Exit code: 0 measured, 1 there is no GPU or no Triton, 2 wrong usage.",
     )
-    tune.add_argument("op", choices=["fusion"], help="the operator")
+    tune.add_argument("slice", choices=["mmd", "fusion"], help="whose kernels")
+    tune.add_argument("--quick", action="store_true", help="mmd: small samples, a minute instead of several")
     tune.set_defaults(run=_tune)
     return parser
 
@@ -95,12 +97,14 @@ def _info(options) -> int:
 
 def _tune(options) -> int:
     from mmfast.fusion import routes_cuda
+    from mmfast.mmd import tune
 
     try:
-        print(f"wrote {routes_cuda.tune_here()}")
+        written = tune.tune(options.quick) if options.slice == "mmd" else routes_cuda.tune_here()
     except RuntimeError as error:
-        print(f"mmfast tune: error: {error}", file=sys.stderr)
-        return 2
+        print(f"mmfast tune: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {written}")
     return 0
 
 

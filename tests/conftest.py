@@ -21,6 +21,10 @@ else:
     settings.load_profile(os.environ.get("MMFAST_FUZZ", "repeatable"))
 
 
+# Triton decides at import whether it compiles or interprets: those tests are a run of their own (`make triton-test`).
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         _missing("MMFAST_REQUIRE_CUDA", "no GPU that torch can use")

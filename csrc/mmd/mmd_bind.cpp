@@ -14,6 +14,13 @@
 #include "mmd/mmd.h"
 #include "mmd/mmd_tile.h"
 
+#if defined(MMFAST_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "mmd/mmd_cuda.h"
+#endif
+
 namespace py = pybind11;
 
 namespace mmfast {
@@ -311,6 +318,55 @@ std::tuple<Tensor, Tensor> select(const Tensor& x, const optional<Tensor>& y, co
     return {values, pairs};
 }
 
+#if defined(MMFAST_WITH_CUDA)
+
+// Few features on the GPU: sums over the columns of x and of y, and the gradient, for x and y (b, n, d) of the
+// compute type, contiguous: (b, shares, 2, n + m) and (b, shares, n + m, d), the shares still to be added up.
+std::tuple<Tensor, Tensor> quadratic_few(const Tensor& x, const Tensor& y, const optional<Tensor>& wx,
+                                         const optional<Tensor>& wy, const Tensor& coefs, const Tensor& parameters,
+                                         const vector<int64_t>& families, bool need_gradient, bool all_sums) {
+    const int64_t b = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
+    const auto same = [&](const Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
+        return t.is_cuda() && t.device() == x.device() && t.is_contiguous() && t.sizes() == sizes &&
+               t.scalar_type() == type;
+    };
+    const at::ScalarType type = x.scalar_type();
+    TORCH_CHECK_VALUE(d <= mmd::kFewFeatures && families.size() >= 1 && families.size() <= mmd::kFewTerms &&
+                          (type == at::kFloat || type == at::kDouble) && same(x, {b, n, d}, type) &&
+                          same(y, {b, m, d}, type) && (!wx || same(*wx, {b, n}, type)) &&
+                          (!wy || same(*wy, {b, m}, type)) && same(coefs, {3}, at::kDouble) &&
+                          same(parameters, {int64_t(families.size()), 4}, at::kDouble),
+                      "no kernel for such arguments");
+    const c10::cuda::CUDAGuard guard(x.device());
+    const int shares = mmd::few_shares(b, n, m, x.get_device());
+    const Tensor sums = at::empty({b, shares, 2, n + m}, coefs.options());
+    const Tensor gradient = need_gradient ? at::empty({b, shares, n + m, d}, x.options()) : at::empty({0}, x.options());
+    for_type(type, [&](auto* kind) {
+        using T = std::remove_pointer_t<decltype(kind)>;
+        mmd::FewJob<T> job{b,
+                           n,
+                           m,
+                           int(d),
+                           x.const_data_ptr<T>(),
+                           y.const_data_ptr<T>(),
+                           wx ? wx->const_data_ptr<T>() : nullptr,
+                           wy ? wy->const_data_ptr<T>() : nullptr,
+                           coefs.const_data_ptr<double>(),
+                           parameters.const_data_ptr<double>(),
+                           int(families.size()),
+                           {},
+                           shares,
+                           all_sums,
+                           sums.data_ptr<double>(),
+                           need_gradient ? gradient.data_ptr<T>() : nullptr};
+        for (size_t t = 0; t < families.size(); ++t) job.families[t] = uint8_t(families[t]);
+        mmd::quadratic_few_cuda<T>(job, c10::cuda::getCurrentCUDAStream());
+    });
+    return {sums, gradient};
+}
+
+#endif
+
 }  // namespace
 
 void bind_mmd(py::module_& m) {
@@ -329,6 +385,9 @@ void bind_mmd(py::module_& m) {
     m.def("mmd_pair_backward", &pair_backward, guard);
     m.def("mmd_permutations", &permutations, guard);
     m.def("mmd_select", &select, guard);
+#if defined(MMFAST_WITH_CUDA)
+    m.def("mmd_quadratic_few", &quadratic_few, guard);
+#endif
 }
 
 }  // namespace mmfast

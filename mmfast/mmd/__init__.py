@@ -1,6 +1,7 @@
 """Reductions of kernel matrices between samples (MMD and its relatives) that never build the matrix."""
 
 from mmfast.mmd import reference
+from mmfast.mmd._precision import precision
 from mmfast.mmd.dependence import cka, hsic, kernel_alignment
 from mmfast.mmd.estimators import lmmd, mmd2, witness
 from mmfast.mmd.kid import KID, kid
@@ -22,6 +23,7 @@ __all__ = [
     "mmd2",
     "mmd2_power",
     "mmd2_variance",
+    "precision",
     "reference",
     "two_sample_test",
     "witness",

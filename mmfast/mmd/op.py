@@ -1,41 +1,46 @@
-"""Operators ``mmfast::mmd_*``: the primitives of `mmfast.mmd.reference` by the native kernels.
+"""Operators ``mmfast::mmd_*``: the primitives of `mmfast.mmd.reference` by the native kernels, or by Triton on the GPU.
 
 Each primitive is a forward and a backward operator. Layers of features are columns of one tensor, whose widths are
 ``dims``; without ``y`` the pairs are those of x, each point's with itself left out. Second derivatives are those of the
-reference.
+reference. ``precision`` is a name of `mmfast.mmd.precision`, behind ``triton:`` where Triton's kernels are asked for,
+which are interpreted for CPU tensors.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.mmd import _vmap, reference
+from mmfast.mmd import _precision, _vmap, cuda, reference
 from mmfast.mmd.reference import aligned, compute_dtype, diagonal, matrix
 from mmfast.mmd.terms import Terms
 
-__all__ = ["aligned", "diagonal", "matmul", "matrix", "pair", "permutations", "quadratic", "select", "sums"]
+__all__ = ["aligned", "diagonal", "matmul", "matrix", "pair", "permutations", "quadratic", "select", "sums", "triton"]
 
 _KERNEL = "Tensor params, int[] dims, int[] families, int[] layers"
 _KERNEL_Y = "Tensor params_y, int[] dims_y, int[] families_y, int[] layers_y"
+_PRECISION = "str precision='float32'"
 _SCHEMAS = {
-    "quadratic": f"(Tensor x, Tensor y, Tensor? wx, Tensor? wy, Tensor coefs, {_KERNEL}, bool[] need)"
+    "quadratic": f"(Tensor x, Tensor y, Tensor? wx, Tensor? wy, Tensor coefs, {_KERNEL}, bool[] need, {_PRECISION})"
     " -> (Tensor value, Tensor sums, Tensor unit_x, Tensor unit_y, Tensor unit_wx, Tensor unit_wy, Tensor unit_params)",
     "quadratic_backward": f"(Tensor grad, Tensor x, Tensor y, Tensor? wx, Tensor? wy, Tensor coefs, {_KERNEL},"
     " bool[] need, Tensor unit_x, Tensor unit_y, Tensor unit_wx, Tensor unit_wy, Tensor unit_params)"
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_wx, Tensor grad_wy, Tensor grad_params)",
-    "sums": f"(Tensor x, Tensor? y, {_KERNEL}) -> (Tensor rows, Tensor cols, Tensor squares)",
+    "sums": f"(Tensor x, Tensor? y, {_KERNEL}, {_PRECISION}) -> (Tensor rows, Tensor cols, Tensor squares)",
     "sums_backward": f"(Tensor grad_rows, Tensor grad_cols, Tensor grad_squares, Tensor x, Tensor? y, {_KERNEL},"
-    " bool[] need) -> (Tensor grad_x, Tensor grad_y, Tensor grad_params)",
-    "matmul": f"(Tensor x, Tensor? y, Tensor v, {_KERNEL}) -> Tensor",
-    "matmul_backward": f"(Tensor grad, Tensor x, Tensor? y, Tensor v, {_KERNEL}, bool[] need)"
+    f" bool[] need, {_PRECISION}) -> (Tensor grad_x, Tensor grad_y, Tensor grad_params)",
+    "matmul": f"(Tensor x, Tensor? y, Tensor v, {_KERNEL}, {_PRECISION}) -> Tensor",
+    "matmul_backward": f"(Tensor grad, Tensor x, Tensor? y, Tensor v, {_KERNEL}, bool[] need, {_PRECISION})"
     " -> (Tensor grad_v, Tensor grad_x, Tensor grad_y, Tensor grad_params)",
-    "pair": f"(Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}) -> (Tensor rows_x, Tensor rows_y, Tensor products)",
+    "pair": f"(Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, {_PRECISION})"
+    " -> (Tensor rows_x, Tensor rows_y, Tensor products)",
     "pair_backward": "(Tensor grad_rows_x, Tensor grad_rows_y, Tensor grad_products,"
-    f" Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, bool[] need)"
+    f" Tensor x, {_KERNEL}, Tensor y, {_KERNEL_Y}, bool[] need, {_PRECISION})"
     " -> (Tensor grad_x, Tensor grad_params, Tensor grad_y, Tensor grad_params_y)",
     "permutations": f"(Tensor z, {_KERNEL}, Tensor members) -> (Tensor inside, Tensor rows)",
     "select": "(Tensor x, Tensor? y, Tensor ranks, bool skip_diagonal, bool lower_triangle)"
@@ -72,21 +77,24 @@ def _is_differentiated() -> bool:
     return any(level.key() in (_Transform.Grad, _Transform.Jvp) for level in stack)
 
 
-def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+_TRITON = "triton:"  # before the precision: Triton's kernels, which on CPU tensors are interpreted
+
+
+def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms, by: str = "") -> tuple[Tensor, Tensor]:
     """`reference.quadratic`; the gradients are computed along with the value where one will be asked for."""
     if not _fits(terms):
         return reference.quadratic(x, y, wx, wy, coefs, terms)
-    kernel = _kernel(x, terms)
+    kernel, name = _kernel(x, terms), by + _precision.current()
     x, y = _joined(x), _joined(y)
     need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
     if torch.is_grad_enabled():
         need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params, coefs)]
     if any(need) and _is_plain(x, y):
-        return _Quadratic.apply(x, y, wx, wy, coefs, *kernel, need)
+        return _Quadratic.apply(x, y, wx, wy, coefs, *kernel, need, name)
     if any(need) or torch.compiler.is_compiling():
-        return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
+        return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need, name)[:2]
     with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a small batch
-        return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need)[:2]
+        return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need, name)[:2]
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -99,36 +107,88 @@ def _is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def sums(x, y, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x, y, terms: Terms, by: str = "") -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(terms):
         return reference.sums(x, y, terms)
-    return _ops.mmd_sums.default(_joined(x), None if y is None else _joined(y), *_kernel(x, terms))
+    name = by + _precision.current()
+    return _ops.mmd_sums.default(_joined(x), None if y is None else _joined(y), *_kernel(x, terms), name)
 
 
-def matmul(x, y, v: Tensor, terms: Terms, skip_diagonal: bool = False) -> Tensor:
+def matmul(x, y, v: Tensor, terms: Terms, skip_diagonal: bool = False, by: str = "") -> Tensor:
     if not _fits(terms):
         return reference.matmul(x, y, v, terms, skip_diagonal)
-    return _ops.mmd_matmul.default(_joined(x), None if skip_diagonal else _joined(y), v, *_kernel(x, terms))
+    name = by + _precision.current()
+    return _ops.mmd_matmul.default(_joined(x), None if skip_diagonal else _joined(y), v, *_kernel(x, terms), name)
 
 
-def pair(x, terms_x: Terms, y, terms_y: Terms) -> tuple[Tensor, Tensor, Tensor]:
+def pair(x, terms_x: Terms, y, terms_y: Terms, by: str = "") -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(terms_x, terms_y):
         return reference.pair(x, terms_x, y, terms_y)
-    return _ops.mmd_pair.default(_joined(x), *_kernel(x, terms_x), _joined(y), *_kernel(y, terms_y))
+    name = by + _precision.current()
+    return _ops.mmd_pair.default(_joined(x), *_kernel(x, terms_x), _joined(y), *_kernel(y, terms_y), name)
 
 
 @torch.no_grad()
-def permutations(z, terms: Terms, members: Tensor) -> tuple[Tensor, Tensor]:
+def permutations(z, terms: Terms, members: Tensor, by: str = "") -> tuple[Tensor, Tensor]:
     if not _fits(terms):
         return reference.permutations(z, terms, members)
+    if by:
+        return _triton().permutations(_joined(z), _kernel(z, terms), members, _precision.current())
     return _ops.mmd_permutations.default(_joined(z), *_kernel(z, terms), members)
 
 
 @torch.no_grad()
-def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool) -> tuple[Tensor, Tensor]:
+def select(x, y, ranks: Tensor, skip_diagonal: bool, lower_triangle: bool, by: str = "") -> tuple[Tensor, Tensor]:
     if y is not None and (lower_triangle or skip_diagonal):
         return reference.select(x, y, ranks, skip_diagonal, lower_triangle)  # rare: two samples, but matched
+    if by:
+        return _select(x, y, ranks, skip_diagonal, lower_triangle, _find_triton)
     return _ops.mmd_select.default(x, y, ranks, skip_diagonal, lower_triangle)
+
+
+def _select(x, y, ranks, skip_diagonal, lower_triangle, find) -> tuple[Tensor, Tensor]:
+    """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
+    if y is not None:
+        pairs = find(x, y, ranks.tolist())
+    else:
+        # The diagonal comes before all others, or among those at distance 0.
+        zeros, each = 0 if skip_diagonal else x.shape[0], 1 if lower_triangle else 2
+        places = [(rank - zeros) // each for rank in ranks.tolist()]
+        asked = sorted({p for p in places if p >= 0})
+        between = find(x, None, asked) if asked else None
+        pairs = [
+            between[asked.index(p)] if p >= 0 else torch.full((2,), rank, dtype=torch.int64, device=x.device)
+            for p, rank in zip(places, ranks.tolist(), strict=True)
+        ]
+        pairs = torch.stack(pairs) if pairs else torch.empty(0, 2, dtype=torch.int64, device=x.device)
+    # Chosen by what the kernels see, which is rounded once more than the points.
+    other = x if y is None else y
+    return (x[pairs[:, 0]].double() - other[pairs[:, 1]].double()).square().sum(1), pairs
+
+
+def _find_cpu(x: Tensor, y: Tensor | None, places: list[int]) -> Tensor:
+    if y is not None:
+        return _backend._C.mmd_select(x[None], y[None], places)[1]
+    return _backend._C.mmd_select(x[None], None, places)[1].flip(1)
+
+
+def _find_triton(x: Tensor, y: Tensor | None, places: list[int]) -> Tensor:
+    return _triton().select(x, y, places)
+
+
+def _triton():
+    from mmfast.mmd import triton  # where it is asked for: it may not be installed
+
+    return triton
+
+
+# The primitives of the backend "triton".
+triton = SimpleNamespace(
+    aligned=aligned,
+    diagonal=diagonal,
+    matrix=matrix,
+    **{f.__name__: functools.partial(f, by=_TRITON) for f in (quadratic, sums, matmul, pair, permutations, select)},
+)
 
 
 # ---- Implementations
@@ -138,12 +198,37 @@ def _native(params: Tensor, dims: Sequence[int], families: Sequence[int], layers
     return _backend._C.MmdTerms(dims, families, layers, params)
 
 
-def _quadratic_cpu(x, y, wx, wy, coefs, params, dims, families, layers, need):
+def _by_triton(function: Callable) -> Callable:
+    """An operator that Triton computes where the name of the precision, its last argument, says so."""
+    of_triton = function.__name__.removeprefix("_").removesuffix("_cpu")
+    of_triton = of_triton if of_triton.endswith("_backward") else f"{of_triton}_forward"
+
+    @functools.wraps(function)
+    def chosen(*args):
+        if args[-1].startswith(_TRITON):
+            return getattr(_triton(), of_triton)(*args[:-1], args[-1].removeprefix(_TRITON))
+        return function(*args)
+
+    return chosen
+
+
+def _on_cuda(name: str) -> Callable:
+    def compute(*args):
+        by_triton = args[-1].startswith(_TRITON)
+        if name == "quadratic_forward" and not by_triton and cuda.fits(*args[:-1]):
+            return cuda.quadratic_forward(*args[:-1])
+        return getattr(_triton(), name)(*args[:-1], args[-1].removeprefix(_TRITON))
+
+    return compute
+
+
+@_by_triton
+def _quadratic_cpu(x, y, wx, wy, coefs, params, dims, families, layers, need, name):
     sums, *units = _backend._C.mmd_quadratic(x, y, wx, wy, coefs, _native(params, dims, families, layers), need)
     return torch.mv(sums, coefs.detach()), sums, *units
 
 
-def _quadratic_backward_cpu(
+def _quadratic_backward(
     grad, x, y, wx, wy, coefs, params, dims, families, layers, need, unit_x, unit_y, unit_wx, unit_wy, unit_params
 ):
     """The gradients of the value of each item of the batch, which were computed along with it, times its gradient."""
@@ -169,31 +254,40 @@ def _of_batch(x, y, by_x, by_y, by_params) -> tuple[Tensor, Tensor, Tensor]:
     return by_x.to(x.dtype), by_y if y is None else by_y.to(y.dtype), by_params
 
 
-def _sums_cpu(x, y, *kernel):
+@_by_triton
+def _sums_cpu(x, y, params, dims, families, layers, name):
+    kernel = params, dims, families, layers
     return _backend._C.mmd_sums(x, y, _native(*kernel))
 
 
-def _sums_backward_cpu(rows, cols, squares, x, y, params, dims, families, layers, need):
+@_by_triton
+def _sums_backward_cpu(rows, cols, squares, x, y, params, dims, families, layers, need, name):
     terms = _native(params, dims, families, layers)
     return _of_batch(x, y, *_backend._C.mmd_sums_backward(rows, cols, squares, x, y, terms, need))
 
 
-def _matmul_cpu(x, y, v, *kernel):
+@_by_triton
+def _matmul_cpu(x, y, v, params, dims, families, layers, name):
+    kernel = params, dims, families, layers
     return _backend._C.mmd_matmul(x, y, v, _native(*kernel))
 
 
-def _matmul_backward_cpu(grad, x, y, v, params, dims, families, layers, need):
+@_by_triton
+def _matmul_backward_cpu(grad, x, y, v, params, dims, families, layers, need, name):
     terms = _native(params, dims, families, layers)
     by_v, *others = _backend._C.mmd_matmul_backward(grad, x, y, v, terms, need)
     return by_v.to(v.dtype), *_of_batch(x, y, *others)
 
 
-def _pair_cpu(x, params, dims, families, layers, y, *kernel_y):
+@_by_triton
+def _pair_cpu(x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, name):
+    kernel_y = params_y, dims_y, families_y, layers_y
     return _backend._C.mmd_pair(x, _native(params, dims, families, layers), y, _native(*kernel_y))
 
 
+@_by_triton
 def _pair_backward_cpu(
-    rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need
+    rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need, name
 ):
     by_x, by_params, by_y, by_params_y = _backend._C.mmd_pair_backward(
         rows_x,
@@ -214,39 +308,27 @@ def _permutations_cpu(z, params, dims, families, layers, members):
     return _backend._C.mmd_permutations(z, _native(params, dims, families, layers), members)
 
 
-def _select_cpu(x, y, ranks, skip_diagonal, lower_triangle):
-    """`reference.select`; the pairs of one sample are looked at once, i < j, and the others follow from these."""
-    if y is not None:
-        pairs = _backend._C.mmd_select(x[None], y[None], ranks.tolist())[1]
-    else:
-        # The diagonal comes before all others, or among those at distance 0.
-        zeros, each = 0 if skip_diagonal else x.shape[0], 1 if lower_triangle else 2
-        places = [(rank - zeros) // each for rank in ranks.tolist()]
-        asked = sorted({p for p in places if p >= 0})
-        found = _backend._C.mmd_select(x[None], None, asked)[1].flip(1) if asked else None
-        pairs = [
-            found[asked.index(p)].tolist() if p >= 0 else [rank] * 2
-            for p, rank in zip(places, ranks.tolist(), strict=True)
-        ]
-        pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    # Chosen by what the kernels see, which is rounded once more than the points.
-    other = x if y is None else y
-    return (x[pairs[:, 0]].double() - other[pairs[:, 1]].double()).square().sum(1), pairs
+def _permutations_cuda(z, params, dims, families, layers, members):
+    return _triton().permutations(z, (params, dims, families, layers), members, _precision.current())
 
 
 for _name, _function in (
     ("quadratic", _quadratic_cpu),
-    ("quadratic_backward", _quadratic_backward_cpu),
     ("sums", _sums_cpu),
     ("sums_backward", _sums_backward_cpu),
     ("matmul", _matmul_cpu),
     ("matmul_backward", _matmul_backward_cpu),
     ("pair", _pair_cpu),
     ("pair_backward", _pair_backward_cpu),
-    ("permutations", _permutations_cpu),
-    ("select", _select_cpu),
 ):
     torch.library.impl(f"mmfast::mmd_{_name}", "cpu", _function)
+    _of_triton = _name if _name.endswith("_backward") else f"{_name}_forward"
+    torch.library.impl(f"mmfast::mmd_{_name}", "cuda", _on_cuda(_of_triton))
+torch.library.impl("mmfast::mmd_quadratic_backward", ("cpu", "cuda"), _quadratic_backward)
+torch.library.impl("mmfast::mmd_permutations", "cpu", _permutations_cpu)
+torch.library.impl("mmfast::mmd_permutations", "cuda", _permutations_cuda)
+torch.library.impl("mmfast::mmd_select", "cpu", functools.partial(_select, find=_find_cpu))
+torch.library.impl("mmfast::mmd_select", "cuda", functools.partial(_select, find=_find_triton))
 
 
 # ---- Shapes
@@ -264,7 +346,7 @@ def _like(t: Tensor | None, wanted: bool, other: Tensor, dtype: torch.dtype | No
 
 
 @torch.library.register_fake("mmfast::mmd_quadratic")
-def _(x, y, wx, wy, coefs, params, dims, families, layers, need):
+def _(x, y, wx, wy, coefs, params, dims, families, layers, need, name="float32"):
     batch, dtype, double = x.shape[0], compute_dtype(x.dtype), torch.float64
     return (
         _double(x, batch),
@@ -284,7 +366,7 @@ def _(grad, x, y, wx, wy, coefs, params, dims, families, layers, need, unit_x, u
 
 
 @torch.library.register_fake("mmfast::mmd_sums")
-def _(x, y, params, dims, families, layers):
+def _(x, y, params, dims, families, layers, name="float32"):
     batch, n = x.shape[:2]
     return _double(x, batch, n), _double(x, batch, 0 if y is None else y.shape[1]), _double(x, batch)
 
@@ -299,28 +381,31 @@ def _of_batch_fake(x, y, params, need) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("mmfast::mmd_sums_backward")
-def _(rows, cols, squares, x, y, params, dims, families, layers, need):
+def _(rows, cols, squares, x, y, params, dims, families, layers, need, name="float32"):
     return _of_batch_fake(x, y, params, need)
 
 
 @torch.library.register_fake("mmfast::mmd_matmul")
-def _(x, y, v, params, dims, families, layers):
+def _(x, y, v, params, dims, families, layers, name="float32"):
     return x.new_empty((*x.shape[:2], v.shape[2]), dtype=compute_dtype(x.dtype))
 
 
 @torch.library.register_fake("mmfast::mmd_matmul_backward")
-def _(grad, x, y, v, params, dims, families, layers, need):
+def _(grad, x, y, v, params, dims, families, layers, need, name="float32"):
     return v.new_empty(v.shape), *_of_batch_fake(x, y, params, need)
 
 
 @torch.library.register_fake("mmfast::mmd_pair")
-def _(x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y):
+def _(x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, name="float32"):
     batch, n = x.shape[:2]
     return _double(x, batch, n), _double(x, batch, n), _double(x, batch, 3)
 
 
 @torch.library.register_fake("mmfast::mmd_pair_backward")
-def _(rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need):
+def _(
+    rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need,
+    name="float32",
+):  # fmt: skip
     return (
         _like(x, need[0], x),
         _like(params, need[2], params),
@@ -400,7 +485,7 @@ def _full(grads, like) -> list[Tensor]:
 
 
 def _save_quadratic(ctx, inputs, output):
-    *tensors, params, ctx.dims, ctx.families, ctx.layers, ctx.need = inputs
+    *tensors, params, ctx.dims, ctx.families, ctx.layers, ctx.need, ctx.name = inputs
     ctx.save_for_backward(*tensors, params, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -408,22 +493,22 @@ def _save_quadratic(ctx, inputs, output):
 
 def _differentiate_quadratic(ctx, grad, *_):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     x, y, wx, wy, coefs, params, sums, *units = ctx.saved_tensors
     kernel = params, ctx.dims, ctx.families, ctx.layers
     backward = _ops.mmd_quadratic_backward.default
     if not torch.is_grad_enabled() and _is_plain(x, y, grad):
-        backward = _quadratic_backward_cpu
+        backward = _quadratic_backward
     by = backward(grad, x, y, wx, wy, coefs, *kernel, ctx.need, *units)
     *by, by_params = _kept(by, ctx.need[:5])
     by_coefs = None
     if coefs.requires_grad and torch.is_grad_enabled():  # a second derivative may follow: the sums depend on the points
         need, units = ctx.need, torch.eye(3, dtype=torch.float64, device=x.device)
-        values = [_ops.mmd_quadratic.default(x, y, wx, wy, unit, *kernel, need)[0] for unit in units]
+        values = [_ops.mmd_quadratic.default(x, y, wx, wy, unit, *kernel, need, ctx.name)[0] for unit in units]
         by_coefs = torch.stack([(v * grad).sum() for v in values])
     elif coefs.requires_grad:
         by_coefs = (grad[:, None] * sums).sum(0)
-    return *by, by_coefs, by_params, None, None, None, None
+    return *by, by_coefs, by_params, *(None,) * 5
 
 
 class _Quadratic(torch.autograd.Function):
@@ -432,7 +517,7 @@ class _Quadratic(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = _quadratic_cpu(*inputs)
-        *tensors, params, ctx.dims, ctx.families, ctx.layers, ctx.need = inputs
+        *tensors, params, ctx.dims, ctx.families, ctx.layers, ctx.need, ctx.name = inputs
         ctx.save_for_backward(*tensors, params, *output[1:])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -463,7 +548,7 @@ def _differentiate_quadratic_twice(ctx, *grads):
 
 
 def _save_sums(ctx, inputs, output):
-    x, y, params, ctx.dims, ctx.families, ctx.layers = inputs
+    x, y, params, ctx.dims, ctx.families, ctx.layers, ctx.name = inputs
     ctx.like = [(o.shape, o.device) for o in output]
     ctx.save_for_backward(x, y, params)
     ctx.set_materialize_grads(False)
@@ -472,12 +557,13 @@ def _save_sums(ctx, inputs, output):
 def _differentiate_sums(ctx, *grads):
     x, y, params = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in range(3)]
-    by = _ops.mmd_sums_backward.default(*_full(grads, ctx.like), x, y, params, ctx.dims, ctx.families, ctx.layers, need)
-    return *_kept(by, need), None, None, None
+    kernel = params, ctx.dims, ctx.families, ctx.layers
+    by = _ops.mmd_sums_backward.default(*_full(grads, ctx.like), x, y, *kernel, need, ctx.name)
+    return *_kept(by, need), *(None,) * 4
 
 
 def _save_sums_backward(ctx, inputs, output):
-    *tensors, ctx.dims, ctx.families, ctx.layers, ctx.need = inputs
+    *tensors, ctx.dims, ctx.families, ctx.layers, ctx.need, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -491,27 +577,28 @@ def _differentiate_sums_twice(ctx, *grads):
 
     grads = [g for g, n in zip(grads, ctx.need, strict=True) if n]
     by_upstream, by = _second(forward, upstream, [x, y, params], ctx.need, grads)
-    return *by_upstream, *by, *(None,) * 4
+    return *by_upstream, *by, *(None,) * 5
 
 
 def _save_matmul(ctx, inputs, output):
-    x, y, v, params, ctx.dims, ctx.families, ctx.layers = inputs
+    x, y, v, params, ctx.dims, ctx.families, ctx.layers, ctx.name = inputs
     ctx.save_for_backward(x, y, v, params)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_matmul(ctx, grad):
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     x, y, v, params = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    by_v, *by = _ops.mmd_matmul_backward.default(grad, x, y, v, params, ctx.dims, ctx.families, ctx.layers, need)
+    kernel = params, ctx.dims, ctx.families, ctx.layers
+    by_v, *by = _ops.mmd_matmul_backward.default(grad, x, y, v, *kernel, need, ctx.name)
     by_x, by_y, by_params = _kept(by, need)
-    return by_x, by_y, by_v if ctx.needs_input_grad[2] else None, by_params, None, None, None
+    return by_x, by_y, by_v if ctx.needs_input_grad[2] else None, by_params, *(None,) * 4
 
 
 def _save_matmul_backward(ctx, inputs, output):
-    *tensors, ctx.dims, ctx.families, ctx.layers, ctx.need = inputs
+    *tensors, ctx.dims, ctx.families, ctx.layers, ctx.need, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -526,11 +613,11 @@ def _differentiate_matmul_twice(ctx, *grads):
     need = [True, *ctx.need]
     grads = [g for g, n in zip(grads, need, strict=True) if n]
     (by_grad,), (by_v, by_x, by_y, by_params) = _second(forward, [grad], [v, x, y, params], need, grads)
-    return by_grad, by_x, by_y, by_v, by_params, None, None, None, None
+    return by_grad, by_x, by_y, by_v, by_params, *(None,) * 5
 
 
 def _save_pair(ctx, inputs, output):
-    x, params, *ctx.kernel, y, params_y, dims_y, families_y, layers_y = inputs
+    x, params, *ctx.kernel, y, params_y, dims_y, families_y, layers_y, ctx.name = inputs
     ctx.kernel_y = dims_y, families_y, layers_y
     ctx.like = [(o.shape, o.device) for o in output]
     ctx.save_for_backward(x, params, y, params_y)
@@ -541,15 +628,15 @@ def _differentiate_pair(ctx, *grads):
     x, params, y, params_y = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 5, 1, 6)]  # x, y, params, params_y
     by_x, by_params, by_y, by_params_y = _ops.mmd_pair_backward.default(
-        *_full(grads, ctx.like), x, params, *ctx.kernel, y, params_y, *ctx.kernel_y, need
+        *_full(grads, ctx.like), x, params, *ctx.kernel, y, params_y, *ctx.kernel_y, need, ctx.name
     )
     by_x, by_y, by_params, by_params_y = _kept((by_x, by_y, by_params, by_params_y), need)
-    return by_x, by_params, None, None, None, by_y, by_params_y, None, None, None
+    return by_x, by_params, None, None, None, by_y, by_params_y, *(None,) * 4
 
 
 def _save_pair_backward(ctx, inputs, output):
     rows_x, rows_y, products, x, params, *ctx.kernel = inputs[:8]
-    y, params_y, *ctx.kernel_y, ctx.need = inputs[8:]
+    y, params_y, *ctx.kernel_y, ctx.need, _ = inputs[8:]
     ctx.save_for_backward(rows_x, rows_y, products, x, params, y, params_y)
     ctx.set_materialize_grads(False)
 
@@ -566,7 +653,7 @@ def _differentiate_pair_twice(ctx, *grads):
     by_upstream, (by_x, by_params, by_y, by_params_y) = _second(
         forward, upstream, [x, params, y, params_y], wanted, grads
     )
-    return *by_upstream, by_x, by_params, None, None, None, by_y, by_params_y, None, None, None, None
+    return *by_upstream, by_x, by_params, None, None, None, by_y, by_params_y, *(None,) * 5
 
 
 for _name, _backward, _save in (

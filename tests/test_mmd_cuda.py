@@ -1,0 +1,150 @@
+"""The mmd slice on a GPU: the same cases as in Triton's interpreter, and what only a device can show."""
+
+from __future__ import annotations
+
+import mmd_device as cases
+import pytest
+import torch
+
+from mmfast import kernels as k
+from mmfast import mmd
+
+pytestmark = pytest.mark.cuda
+BACKENDS = ["cuda", "triton"]
+DEVICE = "cuda"
+CHECKS = [getattr(cases, name) for name in dir(cases) if name.startswith("check_") and name != "check_kernel"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("n,m", [(19, 35), (300, 150)])
+@pytest.mark.parametrize("name", cases.KERNELS)
+def test_matches_gold(name, n, m, backend):
+    cases.check_kernel(name, backend, DEVICE, n, m)
+
+
+@pytest.mark.parametrize("name", cases.KERNELS)
+def test_float64(name, backend):
+    cases.check_kernel(name, backend, DEVICE, 70, 80, torch.float64, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["dan", "dan_few", "poly", "laplacian"])
+def test_half_precisions(name, dtype, backend):
+    cases.check_kernel(name, backend, DEVICE, 140, 150, dtype, 1e-5 if dtype == torch.float16 else 1e-4)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_as_elsewhere(check, backend):
+    check(backend, DEVICE)
+
+
+def step(x, y, kernel=None):
+    """A training step's value and gradients."""
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    value = mmd.mmd2(a, b, kernel)
+    return value.detach(), *torch.autograd.grad(value, (a, b))
+
+
+SIZES = [(64, 64, 256), (256, 200, 700), (1500, 1100, 64), (1000, 900, 768), (500, 500, 3)]
+
+
+@pytest.mark.parametrize("n,m,d", SIZES)
+def test_sizes(n, m, d):
+    """Sizes of use, with every width of the table of tiles, against the reference in float64 on the device."""
+    x, y = (t.cuda() for t in cases.samples(n, m, d))
+    found = step(x.float(), y.float())
+    a, b = x.requires_grad_(), y.requires_grad_()
+    gold = mmd.mmd2(a, b, backend="reference")
+    for out, expected in zip(found, (gold, *torch.autograd.grad(gold, (a, b))), strict=True):
+        assert (out - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("n,m,d", SIZES)
+def test_same_bits_every_time(n, m, d):
+    x, y = (t.float().cuda() for t in cases.samples(n, m, d))
+    first = step(x, y)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(x, y), strict=True))
+
+
+@pytest.mark.parametrize("kernel", [None, k.Gaussian("median"), k.Laplacian(4.0), k.Energy()], ids=str)
+def test_nothing_waits_for_the_device(kernel):
+    x, y = (t.float().cuda() for t in cases.samples(200, 150, 40))
+    step(x, y, kernel)  # constants are uploaded, kernels compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x, y, kernel)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("n,m,d", SIZES)
+def test_graph(n, m, d):
+    """Captured once, replayed on other samples."""
+    x, y = (t.float().cuda() for t in cases.samples(n, m, d))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x, y)
+    x.copy_(x.flip(0) * 0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(x, y), strict=True))
+
+
+def test_streams():
+    x, y = (t.float().cuda() for t in cases.samples(700, 600, 100))
+    expected = step(x, y)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams * 3:
+        with torch.cuda.stream(stream):
+            results.append(step(x, y))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_compile_fullgraph():
+    x, y = (t.float().cuda() for t in cases.samples(100, 90, 40))
+    compiled = torch.compile(lambda x, y: mmd.mmd2(x, y, k.Gaussian(3.0)), fullgraph=True)
+    torch.testing.assert_close(compiled(x, y), mmd.mmd2(x, y, k.Gaussian(3.0)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["dan", "laplacian"])
+def test_opcheck(name):
+    kernel, d = cases.KERNELS[name]
+    x, y = (t.float().cuda() for t in cases.samples(40, 30, d))
+    ((_, terms),) = kernel.parts([x[None]], [y[None]])
+    table = terms.params, [d], list(terms.families), list(terms.layers)
+    coefs = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64, device="cuda")
+    leaves = x[None].requires_grad_(), y[None].requires_grad_()
+    arguments = *leaves, None, None, coefs, *table, [True, True, False, False, False, False]
+    torch.library.opcheck(torch.ops.mmfast.mmd_quadratic.default, arguments)
+    torch.library.opcheck(torch.ops.mmfast.mmd_sums.default, (*leaves, *table))
+
+
+def test_peak_memory():
+    """65 536 points of 2048 features: room for the points a few times over, not for the matrix of 17 GB."""
+    if torch.cuda.get_device_properties(0).total_memory < 30e9:
+        pytest.skip("needs 30 GB")
+    n, d = 65536, 2048
+    x = torch.randn(n, d, device="cuda")
+    y = torch.randn(n, d, device="cuda") + 0.1
+    a, b = x.requires_grad_(), y.requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    value = mmd.mmd2(a, b, k.Gaussian(60.0))
+    grads = torch.autograd.grad(value, (a, b))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert value.isfinite() and all(g.isfinite().all() for g in grads)
+    assert peak < 7 * (x.numel() + y.numel()) * 4
