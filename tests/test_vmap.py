@@ -42,3 +42,34 @@ def test_tables_of_each_sample_are_refused(native):
     config = CONFIGS["log_mel"]
     with pytest.raises(ValueError, match="filters"):
         torch.func.vmap(lambda f: extract(torch.ones(700), config, filters=f, backend=native))(torch.rand(2, 33, 10))
+
+
+def test_lazy_negation_and_zeros():
+    """Tensors whose memory does not hold their values: the views of a conjugate and the zeros of autograd."""
+    config = MelConfig(n_fft=64, hop_length=16, n_mels=8, log="db", log_floor=1e-10)
+    pair = torch.complex(*torch.randn(2, 3, 400))
+    lazy = pair.conj().imag
+    assert lazy.is_neg()
+    torch.testing.assert_close(extract(lazy, config), extract(lazy.clone().resolve_neg(), config), rtol=0, atol=0)
+    window = torch.complex(torch.ones(64), torch.linspace(0.1, 1, 64)).conj().imag
+    given = extract(pair.real, config.replace(remove_dc=True), window=window)
+    torch.testing.assert_close(
+        given, extract(pair.real, config.replace(remove_dc=True), window=window.resolve_neg().clone()), rtol=0, atol=0
+    )
+    zeros = torch._efficientzerotensor((1, 400))
+    torch.testing.assert_close(extract(zeros, config), extract(torch.zeros(1, 400), config), rtol=0, atol=0)
+
+
+def test_modes_see_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    x = torch.randn(2, 400)
+    with Names():
+        extract(x, MelConfig(n_fft=64, hop_length=16, n_mels=8))
+    assert "mmfast.mel_forward.default" in seen

@@ -133,48 +133,60 @@ private:
     }
 };
 
-// Natural logarithm, within 1 ulp for float: x = m 2^e with m in [sqrt(1/2), sqrt(2)), a polynomial in m - 1 (the
-// coefficients of Cephes' logf) and e ln 2 in two parts. As std::log for zero, infinity, NaN, negative and subnormal x;
-// with kNormal, x is known to be NaN or at least the smallest normal number.
-template <bool kNormal = false>
-MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
+// Natural logarithm of kCount values in place, within 1 ulp for float: x = m 2^e with m in [sqrt(1/2), sqrt(2)), a polynomial in
+// m - 1 (the coefficients of Cephes' logf) and e ln 2 in two parts. As std::log for zero, infinity, NaN, negative and subnormal
+// x; with kNormal, x is known to be NaN or at least the smallest normal number. Each step is done for all values before the
+// next: one value's chain of twenty operations is longer than a core looks ahead.
+template <bool kNormal, int kCount>
+MMFAST_INLINE void log_each(Simd<float>::V* x) {
     using S = Simd<float>;
     using V = S::V;
     using I = S::I;
     using U = S::U;
+    constexpr float kCoefficients[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                       -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
     const V infinity = S::splat(__builtin_inff());
-    V e, m;
-    if constexpr (kNormal) {
-        const I u = I(S::bits<V, U>(x) - 0x3f3504f3u);  // sqrt(1/2); unsigned, since the sign of a NaN makes it wrap
-        e = __builtin_convertvector(u >> 23, V);
-        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    } else {
-        const auto subnormal = x < 1.17549435e-38f;
-        const I u = I(S::bits<V, U>(subnormal ? x * 8388608.0f : x) - 0x3f3504f3u);
-        e = __builtin_convertvector((u >> 23) + (subnormal ? I{} - 23 : I{}), V);
-        m = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    V e[kCount], m[kCount], m2[kCount], y[kCount];
+    for (int i = 0; i < kCount; ++i) {
+        V z = x[i];
+        I scaled{};
+        if constexpr (!kNormal) {
+            const auto subnormal = z < 1.17549435e-38f;
+            z = subnormal ? z * 8388608.0f : z;
+            scaled = subnormal ? I{} - 23 : I{};
+        }
+        const I u = I(S::bits<V, U>(z) - 0x3f3504f3u);  // sqrt(1/2); unsigned, since the sign of a NaN makes it wrap
+        e[i] = __builtin_convertvector((u >> 23) + scaled, V);
+        m[i] = S::bits<I, V>((u & 0x007fffff) + 0x3f3504f3) - 1.0f;
     }
-    const V m2 = m * m;
-    V y = m * 7.0376836292e-2f - 1.1514610310e-1f;
-    y = y * m + 1.1676998740e-1f;
-    y = y * m - 1.2420140846e-1f;
-    y = y * m + 1.4249322787e-1f;
-    y = y * m - 1.6668057665e-1f;
-    y = y * m + 2.0000714765e-1f;
-    y = y * m - 2.4999993993e-1f;
-    y = y * m + 3.3333331174e-1f;
-    y = y * m * m2 + e * -2.12194440e-4f - m2 * 0.5f;
-    V result = m + y + e * 0.693359375f;
-    if constexpr (!kNormal) {
-        result = x == 0.0f ? -infinity : result;
-        result = x < 0.0f ? S::splat(__builtin_nanf("")) : result;
+    for (int i = 0; i < kCount; ++i) m2[i] = m[i] * m[i];
+    for (int i = 0; i < kCount; ++i) y[i] = m[i] * 7.0376836292e-2f + kCoefficients[0];
+    for (int k = 1; k < 8; ++k)
+        for (int i = 0; i < kCount; ++i) y[i] = y[i] * m[i] + kCoefficients[k];
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * m[i] * m2[i] + e[i] * -2.12194440e-4f - m2[i] * 0.5f;
+    for (int i = 0; i < kCount; ++i) {
+        V result = m[i] + y[i] + e[i] * 0.693359375f;
+        if constexpr (!kNormal) {
+            result = x[i] == 0.0f ? -infinity : result;
+            result = x[i] < 0.0f ? S::splat(__builtin_nanf("")) : result;
+        }
+        x[i] = x[i] < infinity ? result : x[i];  // infinity and NaN themselves
     }
-    return x < infinity ? result : x;  // infinity and NaN themselves
+}
+template <bool kNormal, int kCount>
+MMFAST_INLINE void log_each(Simd<double>::V* x) {
+    for (int k = 0; k < kCount; ++k)
+        for (int i = 0; i < Simd<double>::lanes; ++i) x[k][i] = __builtin_log(x[k][i]);
 }
 
 template <bool kNormal = false>
+MMFAST_INLINE Simd<float>::V log(Simd<float>::V x) {
+    log_each<kNormal, 1>(&x);
+    return x;
+}
+template <bool kNormal = false>
 MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
-    for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = __builtin_log(x[i]);
+    log_each<kNormal, 1>(&x);
     return x;
 }
 

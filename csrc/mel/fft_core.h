@@ -48,6 +48,8 @@ struct RealPlan {
     int radix = 1;               // R
     int64_t columns = 1;         // S
     const T* twiddle = nullptr;  // [S][R / 2][cos, sin]: column s, output k1 = 1 .. R/2
+    // [R / 2 + 1][S]: the bin, of n / 2 + 1, that output k2 of row k1 is or is conjugate to
+    const int32_t* bin = nullptr;
     ComplexPlan<T> row;
 };
 

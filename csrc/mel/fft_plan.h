@@ -21,6 +21,13 @@ public:
         for (int64_t s = 0; s < plan_.columns; ++s)
             for (int64_t k = 1; k <= plan_.radix / 2; ++k) push(tw, s * k, n);
         plan_.twiddle = keep(std::move(tw));
+        for (int64_t k1 = 0; k1 <= plan_.radix / 2; ++k1) {
+            for (int64_t k2 = 0; k2 < plan_.columns; ++k2) {
+                const int64_t bin = k1 + plan_.radix * k2;
+                bins_.push_back(int32_t(2 * bin > n ? n - bin : bin));
+            }
+        }
+        plan_.bin = bins_.data();
         plan_.row = complex_plan(plan_.columns);
     }
     FftTables(const FftTables&) = delete;
@@ -131,6 +138,7 @@ private:
 
     RealPlan<T> plan_;
     std::vector<std::vector<T>> kept_;
+    std::vector<int32_t> bins_;
     std::unique_ptr<ComplexPlan<T>> convolution_;
 };
 

@@ -142,7 +142,8 @@ struct MelParams {
 // Up to `lanes` consecutive frames of one waveform.
 template <class T>
 struct FrameTile {
-    const T* lane[16];  // [framing.window] samples each; lanes past `frames` repeat a valid one
+    const T* lane[16];         // [framing.window] samples each; lanes past `frames` repeat a valid one
+    const T *next, *next_end;  // samples that will be wanted soon, to be fetched meanwhile; may be null
     int frames;
     int64_t row, frame;  // of lane 0, for the dither
     bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)

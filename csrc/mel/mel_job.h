@@ -130,10 +130,23 @@ struct Job {
         for (int i = 0; i < kernel.lanes; ++i) t.lane[i] = base + std::min(i, count - 1) * step;
     }
 
+    // What the tile at `frame` of a row will read, as far as it lies in the waveform; with `follows`, only what is new after
+    // the tile before it.
+    void announce(int64_t row, int64_t frame, bool follows, FrameTile<T>& t) const {
+        t.next = t.next_end = nullptr;
+        if (wave.type != scalar_type_of<T>() || wave.sample_stride != 1) return;
+        const Framing& f = p.framing;
+        const int64_t begin = f.first + frame * f.hop, span = (kernel.lanes - 1) * f.hop + f.window;
+        const int64_t known = follows ? std::max<int64_t>(0, f.window - f.hop) : 0;
+        const T* const x = static_cast<const T*>(wave.data) + row * wave.row_stride;
+        t.next = x + std::clamp<int64_t>(begin + known, 0, wave.length);
+        t.next_end = x + std::clamp<int64_t>(begin + span, 0, wave.length);
+    }
+
     // Sum of squares of some of the samples of frames [frame, frame + count), enough to tell loud ones from quiet ones; never
     // NaN. Few cache lines of the waveform are touched.
     float loudness(int64_t row, int64_t frame, int64_t count) const {
-        constexpr int64_t kLook = 16, kEvery = 256;
+        constexpr int64_t kLook = 16, kEvery = 512;
         const int64_t begin = p.framing.first + frame * p.framing.hop;
         const int64_t low = std::clamp<int64_t>(begin, 0, length(row));
         const int64_t high =
@@ -213,6 +226,8 @@ public:
         if (inside == 0) return false;
         T* const staged = reinterpret_cast<T*>(scratch + job_.kernel.forward_scratch(job_.p));
         job_.point(row, frame, int(inside), staged, t);
+        if (frame + lanes < job_.frames) job_.announce(row, frame + lanes, true, t);
+        else if (row + 1 < job_.wave.rows) job_.announce(row + 1, 0, false, t);
         t.out = direct() ? static_cast<T*>(out_) + row * row_stride_ + frame * frame_stride_ : staged + job_.staging();
         t.feature_stride = direct() ? feature_stride_ : lanes;
         t.frame_stride = direct() ? frame_stride_ : 1;

@@ -13,107 +13,13 @@
 
 #include "common/simd.h"
 #include "mel/mel.h"
+#include "mel/mel_tile_adjoint.h"
+#include "mel/mel_tile_scratch.h"
 
 namespace mmfast {
 namespace mel {
 namespace MMFAST_ISA {
 namespace {
-
-template <class T>
-using Vec = typename Simd<T>::V;
-
-constexpr int64_t kEnergyFloorExponent = -23;  // Kaldi: the float32 epsilon
-
-template <class T>
-MMFAST_INLINE T energy_epsilon() {
-    return T(1.0 / double(int64_t(1) << -kEnergyFloorExponent));
-}
-
-// Scratch cut into arrays, each aligned to a cache line.
-struct Arena {
-    char* at;
-    template <class X>
-    MMFAST_INLINE X* take(int64_t n) {
-        X* p = reinterpret_cast<X*>(at);
-        at += (n * int64_t(sizeof(X)) + 63) / 64 * 64;
-        return p;
-    }
-};
-
-template <class T>
-struct Workspace {
-    using V = Vec<T>;
-    V *x, *y, *raw, *power, *raised, *v, *m, *g, *features;
-    T* rows;
-    Complex<V>*z, *w;
-    int64_t stride, row_stride;
-
-    MMFAST_INLINE Workspace(const MelParams<T>& p, void* scratch, bool backward) {
-        Arena a{static_cast<char*>(scratch)};
-        stride = p.fft.columns | 1;  // rows a power of two apart would share the sets of the cache
-        const bool apart = p.fft.columns % 64 == 0;
-        row_stride = p.fft.columns + apart;
-        x = a.take<V>(apart ? p.framing.window : (p.fft.radix + 1) * row_stride);
-        y = apart ? a.take<V>((p.fft.radix + 1) * row_stride) : x;
-        w = a.take<Complex<V>>(row_scratch(p.fft.row));
-        power = a.take<V>(p.bins());
-        v = a.take<V>(p.bands());
-        features = a.take<V>((p.cepstra > p.bands() ? p.cepstra : p.bands()) + 1);
-        raised = m = g = raw = nullptr;
-        rows = nullptr;
-        z = nullptr;
-        if (backward) {
-            z = a.take<Complex<V>>((p.fft.radix / 2 + 1) * stride);
-            raw = a.take<V>(p.framing.window);
-            raised = a.take<V>(p.bins());
-            m = a.take<V>(p.bands());
-            g = a.take<V>(p.bands());
-            rows = a.take<T>(Simd<T>::lanes * ((p.bins() + 15) / 16 * 16));
-        }
-        end = a.at;
-    }
-    char* end;
-};
-
-template <class T, bool kBackward>
-int64_t scratch_bytes(const MelParams<T>& p) {
-    return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
-}
-
-// Cache lines that will be wanted, asked for a few at a time while the transform computes: there are too many streams (a row
-// of samples in each lane, a row of features in each band) for the hardware to see.
-struct Prefetch {
-    const char *samples = nullptr, *samples_end = nullptr;
-    const char* out = nullptr;
-    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0;
-
-    template <class T>
-    static MMFAST_INLINE Prefetch of(const MelParams<T>& p, const FrameTile<T>& t, int64_t features) {
-        Prefetch f;
-        // New to the next tile; it follows this one where the run goes on, and a useless request does no harm.
-        if (p.framing.hop <= p.framing.window) {
-            f.samples = reinterpret_cast<const char*>(t.lane[t.frames - 1] + p.framing.window);
-            f.samples_end = f.samples + t.frames * p.framing.hop * int64_t(sizeof(T));
-        }
-        f.out = reinterpret_cast<const char*>(t.out);
-        const bool by_frame = t.frame_stride != 1;
-        f.out_rows = by_frame ? t.frames : features;
-        f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
-        f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
-        return f;
-    }
-    // The share of one of `steps` steps.
-    MMFAST_INLINE void step(int64_t steps) {
-        const int64_t lines = (samples_end - samples + 63) / 64, some = (lines + steps - 1) / steps;
-        for (int64_t i = 0; i < some && samples < samples_end; ++i, samples += 64) __builtin_prefetch(samples, 0, 2);
-        const int64_t rows = (out_rows - out_row + steps - 1) / steps;
-        for (int64_t i = 0; i < rows && out_row < out_rows; ++i, ++out_row) {
-            const char* const row = out + out_row * out_stride;
-            for (int64_t b = 0; b < out_bytes + 63; b += 64)
-                __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
-        }
-    }
-};
 
 // x[n] = sample n of each lane. Where the frames overlap only the first `hop` samples are transposed: sample n of frame f
 // is sample n - hop of frame f + 1, so the rest moves down by one lane and takes one new value.
@@ -255,7 +161,7 @@ void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
 #define MMFAST_CALL(R) columns<T, R>(p, s)
     MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
 #undef MMFAST_CALL
-    const int64_t n = p.fft.n, radix = p.fft.radix;
+    const int64_t radix = p.fft.radix;
     V* const power = s.power;
     const V zero{};
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
@@ -264,6 +170,7 @@ void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
         const V* const im = k1 ? re + s.row_stride : &zero;
         const int64_t step = k1 ? 1 : 0;
         Complex<V>* const row = kKeep ? s.z + k1 * s.stride : nullptr;
+        const int32_t* const bin = p.fft.bin + k1 * p.fft.columns;
         transform_row(
             p.fft.row,
             [=](int64_t i, V& a, V& b) {
@@ -272,8 +179,7 @@ void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
             },
             s.w,
             [=](int64_t k2, V re, V im) {
-                const int64_t bin = k1 + radix * k2;
-                power[2 * bin > n ? n - bin : bin] = re * re + im * im;
+                power[bin[k2]] = re * re + im * im;
                 if (kKeep) row[k2] = {re, im};
             });
     }
@@ -295,14 +201,12 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
 // every band of its frame NaN.
 template <class T>
 void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
-    Vec<T> poison{}, other{};
+    Vec<T> zero[4] = {};
     int64_t k = 0;
-    for (; k + 2 <= bins; k += 2) {
-        poison += power[k] * T(0);
-        other += power[k + 1] * T(0);
-    }
-    if (k < bins) poison += power[k] * T(0);
-    poison += other;
+    for (; k + 4 <= bins; k += 4)
+        for (int j = 0; j < 4; ++j) zero[j] += power[k + j] * T(0);
+    for (; k < bins; ++k) zero[0] += power[k] * T(0);
+    const Vec<T> poison = (zero[0] + zero[1]) + (zero[2] + zero[3]);
     for (int64_t i = 0; i < f.rows; ++i) {
         const Vec<T>* x = power + f.first[i];
         const T* w = f.weights + f.offset[i];
@@ -325,12 +229,18 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     using V = Vec<T>;
     const V floor = S::splat(p.log_floor);
     const int64_t bands = p.bands();
+    const auto some = [&](int64_t i, auto normal, auto count) {
+        constexpr int kCount = decltype(count)::value;
+        V y[kCount];
+        for (int j = 0; j < kCount; ++j) y[j] = (m[i + j] < floor ? floor : m[i + j]) + p.log_offset;
+        log_each<decltype(normal)::value, kCount>(y);
+        for (int j = 0; j < kCount; ++j)  // both parts positive: infinity stays
+            v[i + j] = y[j] * p.log_scale + (y[j] * p.log_scale_low + p.log_shift);
+    };
     const auto logarithm = [&](auto normal) {
-        for (int64_t i = 0; i < bands; ++i) {
-            const V y = (m[i] < floor ? floor : m[i]) + p.log_offset;
-            const V ln = log<decltype(normal)::value>(y);
-            v[i] = ln * p.log_scale + (ln * p.log_scale_low + p.log_shift);  // both parts positive: infinity stays
-        }
+        int64_t i = 0;
+        for (; i + 4 <= bands; i += 4) some(i, normal, std::integral_constant<int, 4>());
+        for (; i < bands; ++i) some(i, normal, std::integral_constant<int, 1>());
     };
     if (!p.log) {
         for (int64_t i = 0; i < bands && v != m; ++i) v[i] = m[i];
@@ -423,7 +333,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     Vec<T> energy{};
     load_frames(p, t, s.x);
     if (p.conditions()) condition(p, t, s.x, s.raw, &energy);
-    spectrum<T, kBackward>(p, s, kBackward ? Prefetch() : Prefetch::of(p, t, feature_count(p)));
+    spectrum<T, kBackward>(p, s, kBackward ? Prefetch() : Prefetch::of(t, feature_count(p)));
     *raised = s.power;
     if (p.power != 2 || p.power_offset != 0) {
         if (kBackward) *raised = s.raised;
@@ -497,150 +407,6 @@ void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
 }
 
 // ---- The adjoint ----------------------------------------------------------------------------------------------------
-
-template <class T>
-void load_gradient(const GradientTile<T>& t, int64_t count, Vec<T>* g) {
-    constexpr int N = Simd<T>::lanes;
-    const FrameTile<T>& in = t.in;
-    if (in.frame_stride == 1) {
-        for (int64_t c = 0; c < count; ++c) g[c] = Simd<T>::load(t.grad + c * in.feature_stride, in.frames);
-        return;
-    }
-    for (int64_t c = 0; c < count; c += N) {
-        const int n = count - c < N ? int(count - c) : N;
-        Vec<T> rows[N];
-        for (int f = 0; f < N; ++f)
-            rows[f] = f < in.frames ? Simd<T>::load(t.grad + f * in.frame_stride + c, n) : Vec<T>{};
-        Simd<T>::transpose(rows);
-        for (int i = 0; i < n; ++i) g[c + i] = rows[i];
-    }
-}
-
-// Gradient of v to gradient of m, in place: range, then logarithm.
-template <class T>
-void compress_adjoint(const MelParams<T>& p, GradientTile<T>& t, const Vec<T>* v, const Vec<T>* m, Vec<T>* g) {
-    using S = Simd<T>;
-    using V = Vec<T>;
-    if (t.share_only) {
-        for (int64_t i = 0; i < p.bands(); ++i) g[i] = v[i] == t.maximum ? S::splat(t.share) : V{};
-    } else if (t.in.clip) {
-        const T threshold = t.in.threshold;
-        V raised{};
-        typename S::I hits{};
-        for (int64_t i = 0; i < p.bands(); ++i) {
-            const V kept = v[i] > threshold ? g[i] : v[i] == threshold ? g[i] * T(0.5) : V{};
-            raised += g[i] - kept;
-            hits -= v[i] == t.maximum;
-            g[i] = kept;
-        }
-        t.raised = 0;
-        t.hits = 0;
-        for (int i = 0; i < t.in.frames; ++i) {
-            t.raised += raised[i];
-            t.hits += hits[i];
-        }
-    }
-    if (!p.log) return;
-    for (int64_t i = 0; i < p.bands(); ++i) {
-        const V y = m[i] + p.log_offset;
-        const V d = g[i] * p.log_scale / y;
-        g[i] = m[i] < p.log_floor || y == T(0) ? V{} : d;
-    }
-}
-
-// filters[i][k] += sum over frames of g[i] raised[k], the frames brought side by side first.
-template <class T>
-void filter_gradient(const MelParams<T>& p, const GradientTile<T>& t, const Vec<T>* raised, const Vec<T>* g, T* rows) {
-    constexpr int N = Simd<T>::lanes;
-    const int64_t bins = p.bins(), padded = (bins + 15) / 16 * 16;
-    for (int64_t k = 0; k < padded; k += N) {
-        Vec<T> block[N];
-        for (int i = 0; i < N; ++i) block[i] = k + i < bins ? raised[k + i] : Vec<T>{};
-        Simd<T>::transpose(block);
-        for (int f = 0; f < N; ++f) Simd<T>::store(rows + f * padded + k, block[f]);
-    }
-    for (int64_t i = 0; i < p.bands(); ++i) {
-        alignas(64) T weight[N];
-        Simd<T>::store(weight, g[i]);
-        T* const out = t.filters + i * padded;
-        for (int64_t k = 0; k < padded; k += N) {
-            Vec<T> sum = Simd<T>::load(out + k);
-            for (int f = 0; f < t.in.frames; ++f) sum += Simd<T>::load(rows + f * padded + k) * weight[f];
-            Simd<T>::store(out + k, sum);
-        }
-    }
-}
-
-// Gradient of m to the factor h[k] of each bin of the two-sided spectrum: 2 dP/d|X|^2 gP, halved where a bin counts twice.
-template <class T>
-void filter_adjoint(const MelParams<T>& p, const Vec<T>* power, const Vec<T>* g, Vec<T>* h) {
-    using V = Vec<T>;
-    const Filters<T>& f = p.filters;
-    const int64_t n = p.fft.n;
-    for (int64_t k = 0; k < p.bins(); ++k) {
-        V sum{};
-        if (f.rows) {
-            for (int64_t j = f.bin_offset[k]; j < f.bin_offset[k + 1]; ++j) sum += g[f.bin_filter[j]] * f.bin_weight[j];
-        } else {
-            sum = g[k];
-        }
-        const T ends = k == 0 || 2 * k == n ? T(2) : T(1);
-        if (p.power == 2) {
-            h[k] = sum * ends;
-            continue;
-        }
-        const V s = power[k] + p.power_offset;
-        const V d = p.power == 1 ? T(0.5) / Simd<T>::sqrt(s) : mmfast::power(s, p.power / 2 - 1) * (p.power / 2);
-        h[k] = s == T(0) ? V{} : sum * d * ends;
-    }
-}
-
-// Gradient of the windowed frames (times the window, in d) to gradient of the samples, in place.
-template <class T>
-void condition_adjoint(const MelParams<T>& p, const Workspace<T>& s, Vec<T> energy_sum, Vec<T> energy_grad, Vec<T>* d) {
-    using V = Vec<T>;
-    const int64_t length = p.framing.window;
-    V factor{};
-    if (p.energy != Energy::none) {
-        auto off = energy_sum < energy_epsilon<T>();
-        if (p.has_energy_floor) off |= log(energy_sum) < p.log_energy_floor;
-        factor = off ? V{} : energy_grad * T(2) / energy_sum;
-        if (!p.raw_energy)
-            for (int64_t n = 0; n < length; ++n) d[n] += s.raw[n] * (p.energy_window[n] * p.energy_window[n]) * factor;
-    }
-    if (p.preemphasis != 0) {
-        const V first = d[0] * p.preemphasis;  // sample 0 is its own predecessor
-        for (int64_t n = 0; n + 1 < length; ++n) d[n] -= d[n + 1] * p.preemphasis;
-        d[0] -= first;
-    }
-    if (p.energy != Energy::none && p.raw_energy)
-        for (int64_t n = 0; n < length; ++n) d[n] += s.raw[n] * factor;
-    if (p.remove_dc) {
-        V sum{};
-        for (int64_t n = 0; n < length; ++n) sum += d[n];
-        sum = sum / T(length);
-        for (int64_t n = 0; n < length; ++n) d[n] -= sum;
-    }
-    if (p.input_scale != 1)
-        for (int64_t n = 0; n < length; ++n) d[n] = d[n] * p.input_scale;
-}
-
-// Adds the frames in d to their places in the signal, a run of samples at a time.
-template <class T>
-void overlap_add(const MelParams<T>& p, const GradientTile<T>& t, const Vec<T>* d) {
-    constexpr int N = Simd<T>::lanes;
-    const int64_t length = p.framing.window;
-    for (int64_t n = 0; n < length; n += N) {
-        const int count = length - n < N ? int(length - n) : N;
-        Vec<T> rows[N];
-        for (int i = 0; i < N; ++i) rows[i] = i < count ? d[n + i] : Vec<T>{};
-        Simd<T>::transpose(rows);
-        for (int f = 0; f < t.in.frames; ++f) {
-            T* const to = t.samples + f * p.framing.hop + n;
-            Simd<T>::store(to, Simd<T>::load(to, count) + rows[f], count);
-        }
-    }
-}
 
 template <class T>
 void backward(const MelParams<T>& p, GradientTile<T>& t, void* scratch) {

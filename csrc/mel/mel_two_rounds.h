@@ -41,8 +41,8 @@ public:
         choose_scouts();
         const int64_t scouts = int64_t(scouts_.size());
         deal_out(scouts + total_, job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
-            if (i < scouts) first(scouts_[i], true, scratch);
-            else if (scouts == 0 || !is_scout_[i - scouts]) first(i - scouts, scouts == 0, scratch);
+            if (i < scouts) first(scouts_[i], i + 1 < scouts ? scouts_[i + 1] : -1, true, scratch);
+            else if (scouts == 0 || !is_scout_[i - scouts]) first(i - scouts, -1, scouts == 0, scratch);
         });
         for (int64_t g = 0; g < job_.groups; ++g) {
             T top = -kInfinity;
@@ -87,9 +87,12 @@ private:
         }
     }
 
-    void first(int64_t i, bool keep, char* scratch) {
+    // Tile i; `next`, unless negative, is the one that comes after it.
+    void first(int64_t i, int64_t next, bool keep, char* scratch) {
         FrameTile<T> t{};
         if (!output_.begin(i, counts_, scratch, t)) return;
+        if (next >= 0 && next != i + 1)
+            job_.announce(next / job_.tiles, next % job_.tiles * job_.kernel.lanes, false, t);
         auto& known = known_[t.row / job_.group];
         t.first_round = true;
         t.guess = known.load(std::memory_order_relaxed) - p_.top_db;

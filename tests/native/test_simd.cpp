@@ -88,8 +88,13 @@ double check_log(float x) {
     S::V v = S::splat(1);
     const int lane = S::lanes - 1;
     v[lane] = x;
+    S::V several[3] = {S::splat(1), v, S::splat(2)};
+    mmfast::log_each<kNormal, 3>(several);
     v = mmfast::log<kNormal>(v);
     CHECK(v[0] == 0, "log 1 is %g beside %g", double(v[0]), double(x));
+    CHECK(several[0][lane] == 0 && several[2][lane] == mmfast::log(S::splat(2))[0], "neighbours of log %g", double(x));
+    CHECK(std::memcmp(&several[1], &v, sizeof v) == 0 || v[lane] != v[lane], "log %g is %g among others", double(x),
+          double(several[1][lane]));
     const double should = std::log(double(x)), is = v[lane];
     if (!std::isfinite(should)) {
         CHECK(std::isnan(should) ? std::isnan(is) : is == should, "log %a is %g", double(x), is);

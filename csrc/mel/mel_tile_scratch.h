@@ -1,0 +1,109 @@
+// Of the tile kernels (mel_tile.cpp): where their arrays lie, cache lines asked for ahead, and what both directions use.
+#pragma once
+
+#include "common/simd.h"
+#include "mel/mel.h"
+#include "mel/mel_core.h"
+
+namespace mmfast {
+namespace mel {
+namespace MMFAST_ISA {
+namespace {
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+constexpr int64_t kEnergyFloorExponent = -23;  // Kaldi: the float32 epsilon
+
+template <class T>
+MMFAST_INLINE T energy_epsilon() {
+    return T(1.0 / double(int64_t(1) << -kEnergyFloorExponent));
+}
+
+// Scratch cut into arrays, each aligned to a cache line.
+struct Arena {
+    char* at;
+    template <class X>
+    MMFAST_INLINE X* take(int64_t n) {
+        X* p = reinterpret_cast<X*>(at);
+        at += (n * int64_t(sizeof(X)) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+template <class T>
+struct Workspace {
+    using V = Vec<T>;
+    V *x, *y, *raw, *power, *raised, *v, *m, *g, *features;
+    T* rows;
+    Complex<V>*z, *w;
+    int64_t stride, row_stride;
+
+    MMFAST_INLINE Workspace(const MelParams<T>& p, void* scratch, bool backward) {
+        Arena a{static_cast<char*>(scratch)};
+        stride = p.fft.columns | 1;  // rows a power of two apart would share the sets of the cache
+        const bool apart = p.fft.columns % 64 == 0;
+        row_stride = p.fft.columns + apart;
+        x = a.take<V>(apart ? p.framing.window : (p.fft.radix + 1) * row_stride);
+        y = apart ? a.take<V>((p.fft.radix + 1) * row_stride) : x;
+        w = a.take<Complex<V>>(row_scratch(p.fft.row));
+        power = a.take<V>(p.bins());
+        v = a.take<V>(p.bands());
+        features = a.take<V>((p.cepstra > p.bands() ? p.cepstra : p.bands()) + 1);
+        raised = m = g = raw = nullptr;
+        rows = nullptr;
+        z = nullptr;
+        if (backward) {
+            z = a.take<Complex<V>>((p.fft.radix / 2 + 1) * stride);
+            raw = a.take<V>(p.framing.window);
+            raised = a.take<V>(p.bins());
+            m = a.take<V>(p.bands());
+            g = a.take<V>(p.bands());
+            rows = a.take<T>(Simd<T>::lanes * ((p.bins() + 15) / 16 * 16));
+        }
+        end = a.at;
+    }
+    char* end;
+};
+
+template <class T, bool kBackward>
+int64_t scratch_bytes(const MelParams<T>& p) {
+    return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
+}
+
+// Cache lines that will be wanted, asked for a few at a time while the transform computes: there are too many streams (a row
+// of samples in each lane, a row of features in each band) for the hardware to see.
+struct Prefetch {
+    const char *samples = nullptr, *samples_end = nullptr;
+    const char* out = nullptr;
+    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0;
+
+    template <class T>
+    static MMFAST_INLINE Prefetch of(const FrameTile<T>& t, int64_t features) {
+        Prefetch f;
+        f.samples = reinterpret_cast<const char*>(t.next);
+        f.samples_end = reinterpret_cast<const char*>(t.next_end);
+        f.out = reinterpret_cast<const char*>(t.out);
+        const bool by_frame = t.frame_stride != 1;
+        f.out_rows = by_frame ? t.frames : features;
+        f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
+        f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
+        return f;
+    }
+    // The share of one of `steps` steps.
+    MMFAST_INLINE void step(int64_t steps) {
+        const int64_t lines = (samples_end - samples + 63) / 64, some = (lines + steps - 1) / steps;
+        for (int64_t i = 0; i < some && samples < samples_end; ++i, samples += 64) __builtin_prefetch(samples, 0, 2);
+        const int64_t rows = (out_rows - out_row + steps - 1) / steps;
+        for (int64_t i = 0; i < rows && out_row < out_rows; ++i, ++out_row) {
+            const char* const row = out + out_row * out_stride;
+            for (int64_t b = 0; b < out_bytes + 63; b += 64)
+                __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace mel
+}  // namespace mmfast
