@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "tune",
         help="measures which engine is fastest for which shape on this GPU, and keeps it",
         description="Times every engine of an operator on the shapes that stand for its kinds of calls, on the current "
-        "GPU, and keeps the table in the user's cache for this GPU, torch and Triton; it is read at import.",
+        "GPU, and keeps the table in the user's cache for this GPU, torch and Triton, from where it is read.",
         epilog="Exit code: 0 measured, 2 no GPU or wrong usage.",
     )
     tune.add_argument("op", choices=["fusion"], help="the operator")
