@@ -65,6 +65,8 @@ def of_shape(batch, heads, rows, keys, dim=64, key_heads=None, dtype=torch.bfloa
         (of_shape(16, 8, 4096, (77, 4), 40), "joint", "few keys, several sources"),
         (of_shape(16, 8, 4096, (77, 4), 40), "decoupled", "few keys, decoupled"),
         (of_shape(1, 32, 6144, (126,), gate=0.5), "decoupled", "few keys, decoupled"),
+        (of_shape(64, 12, 32, (129,), dtype=torch.float32), "joint", "few keys, one source"),
+        (of_shape(64, 12, 32, (257,), dtype=torch.float32), "joint", "few queries"),
         (of_shape(8, 20, 1, (1500,)), "joint", "few queries"),
         (of_shape(4, 32, 8, (6404,), 128, key_heads=8), "joint", "few queries"),
         (of_shape(4, 32, 1024, (6404,), 128, mask=torch.empty(1, device="meta")), "joint", "long, masked"),
@@ -145,6 +147,6 @@ def test_choice_compiles(dynamic):
         return query + 1 if engine == "short" else query - 1
 
     compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
-    for rows, keys, expected in ((40, 77, 1), (40, 80, 1), (500, 4000, -1)):
+    for rows, keys, expected in ((40, 40, 1), (40, 44, 1), (500, 4000, -1)):
         query, key = torch.zeros(1, 2, rows, 64), torch.zeros(1, 2, keys, 64)
         assert (compiled(query, key) == expected).all()

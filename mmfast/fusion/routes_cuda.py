@@ -10,7 +10,8 @@ table names engines in order of preference; the first that can (`able`) does it:
     reference   plain PyTorch
 
 The table below is reasoned from bytes and operations and **has been measured on no GPU yet**. ``mmfast tune fusion``
-measures it on the GPU at hand (`tune`), and keeps the result for that GPU, torch and Triton; it is read at import.
+measures it on the GPU at hand (`tune`), and keeps the result for that GPU, torch and Triton; it is read when that GPU
+is first used.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +100,11 @@ def resident(query: Tensor, sources: Sequence[Source]) -> int:
     return rows * (power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3]))
 
 
+def fits(query: Tensor, sources: Sequence[Source]) -> bool:
+    """Whether all keys and values stay on chip; in float32, where products are three of parts, half as many."""
+    return resident(query, sources) <= (RESIDENT // 2 if query.dtype == torch.float32 else RESIDENT)
+
+
 def folds(query: Tensor, sources: Sequence[Source], batch: int) -> tuple[int, int]:
     """How much of the batch, and how many heads, share keys and so are rows of one product."""
     alone = all(s.key.shape[0] == s.value.shape[0] == 1 and s.lengths is None for s in sources)
@@ -108,7 +116,7 @@ def kind_of(query: Tensor, sources: Sequence[Source], fusion: str) -> str:
     """The kind of a call, a row of the table."""
     several = len(sources) > 1
     decoupled = fusion == "decoupled" and (several or sources[0].gate is not None)
-    if resident(query, sources) <= RESIDENT:
+    if fits(query, sources):
         if decoupled:
             return "few keys, decoupled"
         return "few keys, several sources" if several else "few keys, one source"
@@ -124,7 +132,7 @@ def kind_of(query: Tensor, sources: Sequence[Source], fusion: str) -> str:
 def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse: bool) -> bool:
     """Whether ``engine`` can do what `mmfast.fusion.triton.can` allows."""
     if engine == "short":
-        return resident(query, sources) <= RESIDENT
+        return fits(query, sources)
     if engine == "sdpa":  # with masks its kernels do not agree on what a row without keys is
         only = sources[0]
         plain = only.mask is None and only.bias is None and only.lengths is None and only.gate is None
@@ -134,6 +142,17 @@ def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse
     return True
 
 
+@torch.compiler.assume_constant_result
+def engines_for(kind: str, half: bool, gradients: bool, device: str, index: int) -> tuple[str, ...]:
+    """A row of the table; where nothing was measured, without what is not made for this GPU."""
+    measured = device == "cuda" and _measured(index)
+    engines = TABLE[Key(kind, half, gradients)]
+    if device == "cuda" and gradients and not measured and torch.cuda.get_device_capability(index) < (9, 0):
+        # The operands of all products of the backward do not fit the registers then: it spills 12 KB a thread.
+        engines = tuple(e for e in engines if e != "short")
+    return engines
+
+
 def choose(query: Tensor, sources: Sequence[Source], fusion: str, lse: bool) -> str:
     """The engine for a call; ``lse``: its log-sum-exp is asked for."""
     gradients = torch.is_grad_enabled() and (
@@ -141,8 +160,8 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, lse: bool) -> 
         or any(s.key.requires_grad or s.value.requires_grad for s in sources)
         or any(isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources)
     )
-    key = Key(kind_of(query, sources, fusion), query.dtype != torch.float32, gradients)
-    for engine in TABLE[key]:
+    kind, device = kind_of(query, sources, fusion), query.device
+    for engine in engines_for(kind, query.dtype != torch.float32, gradients, device.type, device.index or 0):
         if able(engine, query, sources, fusion, lse):
             return engine
     return "flash" if query.device.type == "cuda" else "cpu"
@@ -179,7 +198,7 @@ CASES = (
 CANDIDATES = ("short", "split", "flash", "efficient", "cudnn", "sdpa")
 
 
-def cache_file(device: torch.device | None = None) -> Path:
+def cache_file(index: int | None = None) -> Path:
     """Where the table measured on this GPU, with this torch and Triton, is kept."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -187,7 +206,7 @@ def cache_file(device: torch.device | None = None) -> Path:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    name = f"fusion-{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton}"
+    name = f"fusion-{torch.cuda.get_device_name(index)}-torch{torch.__version__}-triton{triton}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "mmfast" / (re.sub(r"[^A-Za-z0-9.+-]+", "-", name) + ".json")
 
@@ -278,7 +297,7 @@ def tune_here(report: Callable[[str], None] = print) -> Path:
     table = tune(measure, report)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(torch.cuda.get_device_name(), table))
-    read(path)
+    _measured.cache_clear()
     return path
 
 
@@ -289,14 +308,14 @@ def sdpa(query: Tensor, source: Source, scale: float, is_causal: bool) -> Tensor
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
-def _read_at_import() -> None:
+@cache
+def _measured(index: int) -> bool:
+    """Reads the table measured on this GPU, if there is one, when it is first asked for: importing asks no GPU."""
+    path = cache_file(index)
     try:
-        if torch.cuda.is_available() and cache_file().exists():
-            read(cache_file())
+        if path.exists():
+            read(path)
+            return True
     except (OSError, ValueError, KeyError, TypeError) as error:
-        import warnings
-
         warnings.warn(f"the table of `mmfast tune fusion` cannot be read: {error}", stacklevel=2)
-
-
-_read_at_import()
+    return False

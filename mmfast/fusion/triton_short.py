@@ -244,13 +244,13 @@ def _weights_and_gradient(
 @triton.jit
 def _backward(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
-    grad_query, grad_query_strides, grad_gates, partial, row_lengths, batch, heads, row_limit, dim, value_dim, chunks,
-    scale, scale2,
+    grad_query, grad_query_strides, grad_gates, outs, partial, row_lengths, batch, heads, row_limit, dim, value_dim,
+    chunks, scale, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
-    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr, BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    TOTAL: tl.constexpr,
+    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr, DIRECT: tl.constexpr,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -354,10 +354,19 @@ def _backward(
     partial += (chunk.to(tl.int64) * batch * heads + item) * (TOTAL * (BD + BV))
     offset = 0
     for t in tl.static_range(len(OF)):
-        rows = offset + tl.arange(0, WIDE[t])
-        store_tile(partial, dks[t] * scale, rows, TOTAL, BD + BV, BD, 1, BD)
-        store_tile(partial + BD, dvs[t], rows, TOTAL, BD + BV, BV, 1, BV)
-        offset += WIDE[t]
+        if DIRECT:
+            rows = START[t] + tl.arange(0, WIDE[t])
+            to = outs[2 * OF[t]]
+            start = to.tensor + b * to.strides[0] + h * to.strides[1]
+            store_tile(start, dks[t] * scale, rows, to.rows, to.strides[2], dim, to.strides[3], BD)
+            to = outs[2 * OF[t] + 1]
+            start = to.tensor + b * to.strides[0] + h * to.strides[1]
+            store_tile(start, dvs[t], rows, to.rows, to.strides[2], value_dim, to.strides[3], BV)
+        else:
+            rows = offset + tl.arange(0, WIDE[t])
+            store_tile(partial, dks[t] * scale, rows, TOTAL, BD + BV, BD, 1, BD)
+            store_tile(partial + BD, dvs[t], rows, TOTAL, BD + BV, BV, 1, BV)
+            offset += WIDE[t]
 
 
 @triton.jit
@@ -421,7 +430,17 @@ def backward(
     block = _block(query, 64 if layout["BD"] + layout["BV"] <= 256 and query.dtype != torch.float32 else 32)
     chunks, blocks = _grid(query, batch, block, 2 * multiprocessors(query.device))
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
-    partial = query.new_empty((chunks, batch, heads, total, pitch), dtype=torch.float32)
+    grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
+    grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
+    outs = tuple(
+        _Sum(x, x.shape[0], x.shape[2], x.shape[3], x.stride())
+        for pair in zip(grad_keys, grad_values, strict=True)
+        for x in pair
+    )
+    # Where one program has all queries of the only head and item that see a key, there is nothing to add up.
+    direct = chunks == 1 and all(x.shape[:2] == (batch, heads) for x in (*grad_keys, *grad_values))
+    shape = (0,) if direct else (chunks, batch, heads, total, pitch)
+    partial = query.new_empty(shape, dtype=torch.float32)
     shared = query.shape[0] != batch
     grad_query = heads_inside(query, (batch, heads, rows, dim), torch.float32 if shared else None)
     grad_gates = [
@@ -440,16 +459,15 @@ def backward(
     _backward[(batch * heads * chunks,)](
         grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
         source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
-        partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
+        outs, partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
         scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
         GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
-        KEEP=tuple(out is None and width <= KEPT for width in together), HOLD=_hold(query, block), BLOCKS=blocks,
-        BM=block, TOTAL=total,
+        KEEP=tuple(out is None and width <= KEPT for width in together), HOLD=_hold(query, block), DIRECT=direct,
+        BLOCKS=blocks, BM=block, TOTAL=total,
         num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
-    grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
-    grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
-    _sum_up(partial, sources, grad_keys, grad_values, layout)
+    if not direct:
+        _sum_up(partial, outs, layout)
     if shared:
         grad_query = sum_batch(grad_query, query.shape).to(query.dtype)
     of_gates = [
@@ -464,25 +482,20 @@ def _sum_to(full: Tensor, gate: Tensor) -> Tensor:
     return (full.sum(along, keepdim=True) if along else full).to(gate.dtype)
 
 
-def _sum_up(partial, sources, grad_keys, grad_values, layout) -> None:
+def _sum_up(partial: Tensor, outs: tuple[_Sum, ...], layout: dict) -> None:
     chunks, batch, heads, total, pitch = partial.shape
-    outs, row, column, items, group = [], [], [], [], []
-    for j, source in enumerate(sources):
-        if not source.key.shape[2]:
-            continue
-        start = sum(w for w, of in zip(layout["WIDE"], layout["OF"], strict=True) if of < j)
-        for grad, first in ((grad_keys[j], 0), (grad_values[j], layout["BD"])):
-            outs.append(_Sum(grad, grad.shape[0], grad.shape[2], grad.shape[3], grad.stride()))
-            row.append(start)
-            column.append(first)
-            items.append(batch if grad.shape[0] == 1 else 1)
-            group.append(heads // grad.shape[1])
+    row, column = [], []
+    for n in range(len(outs)):
+        row.append(sum(w for w, of in zip(layout["WIDE"], layout["OF"], strict=True) if of < n // 2))
+        column.append(n % 2 * layout["BD"])
+    items = [batch if o.batch == 1 else 1 for o in outs]
+    group = [heads // o.tensor.shape[1] for o in outs]
     rows = 16
     row_blocks = triton.cdiv(max(o.rows for o in outs), rows)
     grid = (row_blocks * max(o.batch * heads // g for o, g in zip(outs, group, strict=True)), len(outs))
     counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
     _add_up[grid](
-        partial, tuple(outs), batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
+        partial, outs, batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
         GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"], layout["BV"]),
         num_warps=4,
     )  # fmt: skip
