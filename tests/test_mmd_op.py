@@ -1,4 +1,4 @@
-"""The operators of the mmd slice: torch's rules for them, and what torch does with them (compile, export, vmap, threads)."""
+"""The operators of the mmd slice: the rules that torch has for them, and its compile, export, vmap and threads."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_opcheck(name, mmd_native):
 
 def test_every_operator_is_checked():
     """What is registered is what the parametrization above goes through."""
-    found = {n.removeprefix("mmfast::mmd_") for n in torch._C._dispatch_get_all_op_names() if n.startswith("mmfast::mmd_")}
-    assert found == set(op._SCHEMAS)
+    names = torch._C._dispatch_get_all_op_names()
+    assert {n.removeprefix("mmfast::mmd_") for n in names if n.startswith("mmfast::mmd_")} == set(op._SCHEMAS)
 
 
 def _losses(x, y):
@@ -217,7 +217,8 @@ def test_vmap_is_a_loop(name, dims, mmd_native):
     function = _TO_MAP[name]
     x = torch.randn(3, 8, 5).movedim(0, dims[0])
     y = torch.randn(8, 5) if dims[1] is None else torch.randn(3, 8, 5)
-    expected = torch.stack([function(a, y if dims[1] is None else b) for a, b in zip(x.unbind(dims[0]), y, strict=False)])
+    pairs = zip(x.unbind(dims[0]), [y] * 3 if dims[1] is None else y, strict=True)
+    expected = torch.stack([function(a, b) for a, b in pairs])
     torch.testing.assert_close(torch.func.vmap(function, in_dims=dims)(x, y), expected)
 
 

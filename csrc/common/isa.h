@@ -8,7 +8,8 @@
 
 namespace mmfast {
 
-enum class Isa { baseline, avx2, avx512, amx };  // amx: AVX-512 and the matrix unit for bfloat16, of use to some kernels
+// amx: AVX-512 and the matrix unit for bfloat16, of use to some kernels only.
+enum class Isa { baseline, avx2, avx512, amx };
 
 // Best instruction set that was built and that the processor and the operating system support, but none above the
 // environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512", "amx"). Read once.

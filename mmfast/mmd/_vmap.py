@@ -19,10 +19,12 @@ def register(name: str) -> None:
     def rule(info, in_dims, *args):
         moved = [a.movedim(d, 0) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
         batched = {n for n, d in zip(names, in_dims, strict=True) if isinstance(d, int)}
+        given = list(zip(names, moved, strict=True))
+        size = info.batch_size
         if batched <= set(rows):
-            out = op(*(_folded(a, info.batch_size, n in batched) if n in rows else a for n, a in zip(names, moved, strict=True)))
-            return _each(out, lambda t: t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)))
-        outs = [op(*(a[i] if n in batched else a for n, a in zip(names, moved, strict=True))) for i in range(info.batch_size)]
+            out = op(*(_folded(a, size, n in batched) if n in rows else a for n, a in given))
+            return _each(out, lambda t: t.unflatten(0, (size, t.shape[0] // size)))
+        outs = [op(*(a[i] if n in batched else a for n, a in given)) for i in range(size)]
         if isinstance(outs[0], Tensor):
             return torch.stack(outs), 0
         return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])

@@ -64,7 +64,7 @@ def _kernel(x: Sequence[Tensor], terms: Terms) -> tuple:
 
 
 def _fits(*kernels: Terms) -> bool:
-    """False for what the kernels have no room for, 8 layers of 64 terms each, or no rule for: see `_is_differentiated`."""
+    """False where the reference serves: beyond 8 layers of 64 terms each, and for what `_is_differentiated` says."""
     room = all(
         max(t.layers, default=0) < 8 and all(t.layers.count(layer) <= 64 for layer in set(t.layers)) for t in kernels
     )

@@ -19,7 +19,9 @@ bool split() {
     return mmfast::best_isa() == mmfast::Isa::amx;
 }
 template <class T>
-const double kEps = sizeof(T) == 8 ? 0x1p-53 : split() ? 0x1p-20 : 0x1p-24;
+const double kEps = sizeof(T) == 8 ? 0x1p-53
+                    : split()      ? 0x1.8p-22
+                                   : 0x1p-24;
 
 struct Tally {
     double largest = 0;  // error, in parts of the bound
