@@ -113,7 +113,7 @@ SANITIZE ?= $(if $(shell command -v compute-sanitizer),memcheck racecheck)
 gpu:
 	MMFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} $(ACTIVE) setup.py build_ext --inplace
 	MMFAST_REQUIRE_CUDA=1 MMFAST_REQUIRE_NATIVE=1 $(ACTIVE) -m pytest -m cuda $(PYTEST_ARGS)
-	for tool in $(SANITIZE); do compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all $(ACTIVE) -m pytest -q -m cuda tests/test_mel_cuda.py -k same_bits || exit 1; done
+	for tool in $(SANITIZE); do compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all $(ACTIVE) -m pytest -q -m cuda tests/test_mel_cuda.py tests/test_mmd_cuda.py -k same_bits || exit 1; done
 	name=$$($(ACTIVE) -c 'import datetime, torch; print(torch.cuda.get_device_name().replace(" ", "-"), datetime.date.today(), sep="-")') && \
 	{ $(ACTIVE) -m benchmarks --device cuda --out benchmarks/out/$$name; status=$$?; \
 	  cp benchmarks/out/$$name/rows.jsonl benchmarks/results/$$name.jsonl && exit $$status; }

@@ -160,7 +160,7 @@ def squared_distances_at(
     if not ranks:
         return x.new_zeros(0, dtype=torch.float64)
     chosen, _ = _backend.choose("mmd", x.device, backend)
-    wanted = torch.tensor(ranks, dtype=torch.int64, device=x.device)
+    wanted = torch.tensor(ranks, dtype=torch.int64)  # on the host, which needs them: no device is waited for
     with torch.no_grad():
         values, index = primitives(chosen).select(x, y, wanted, skip_diagonal, lower_triangle)
     other = x if y is None else y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -445,7 +446,10 @@ class MultiGaussian(Kernel):
 
     def _trained(self, device: torch.device, bandwidth: float | Tensor | None) -> Tensor:
         def column(values: Sequence[float] | Tensor) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.float64, device=device)
+            if isinstance(values, Tensor):
+                return values.to(device, torch.float64)
+            make = functools.partial(torch.tensor, values, dtype=torch.float64, device=device)
+            return self._cached((device, tuple(values)), make)  # a copy from the host would wait for the device
 
         values = column(self._steps()) * bandwidth if self.bandwidths is None else column(self.bandwidths)
         if isinstance(self.weights, Tensor):
@@ -486,9 +490,9 @@ class Scaled(Kernel):
         if isinstance(weight, Tensor):
             weight = weight.to(terms.params.device, torch.float64)
         # In a product one factor carries the weight.
-        chosen = torch.tensor(
-            [[layer == terms.layers[0], False, False, False] for layer in terms.layers], device=terms.params.device
-        )
+        rows = [[layer == terms.layers[0], False, False, False] for layer in terms.layers]
+        device = terms.params.device
+        chosen = self._cached((device, terms.layers), lambda: torch.tensor(rows, device=device))
         return Terms(terms.families, terms.layers, torch.where(chosen, terms.params * weight, terms.params))
 
     def extra_repr(self):

@@ -198,32 +198,38 @@ def _native(params: Tensor, dims: Sequence[int], families: Sequence[int], layers
     return _backend._C.MmdTerms(dims, families, layers, params)
 
 
+def _named(args: tuple) -> tuple[tuple, str]:
+    """The arguments and the name of the precision, which the dispatcher leaves away where it is the default."""
+    return (args[:-1], args[-1]) if isinstance(args[-1], str) else (args, "float32")
+
+
 def _by_triton(function: Callable) -> Callable:
-    """An operator that Triton computes where the name of the precision, its last argument, says so."""
+    """An operator on CPU tensors, which Triton computes where the name of the precision says so."""
     of_triton = function.__name__.removeprefix("_").removesuffix("_cpu")
     of_triton = of_triton if of_triton.endswith("_backward") else f"{of_triton}_forward"
 
     @functools.wraps(function)
     def chosen(*args):
-        if args[-1].startswith(_TRITON):
-            return getattr(_triton(), of_triton)(*args[:-1], args[-1].removeprefix(_TRITON))
+        args, name = _named(args)
+        if name.startswith(_TRITON):
+            return getattr(_triton(), of_triton)(*args, name.removeprefix(_TRITON))
         return function(*args)
 
     return chosen
 
 
-def _on_cuda(name: str) -> Callable:
+def _on_cuda(of_triton: str) -> Callable:
     def compute(*args):
-        by_triton = args[-1].startswith(_TRITON)
-        if name == "quadratic_forward" and not by_triton and cuda.fits(*args[:-1]):
-            return cuda.quadratic_forward(*args[:-1])
-        return getattr(_triton(), name)(*args[:-1], args[-1].removeprefix(_TRITON))
+        args, name = _named(args)
+        if of_triton == "quadratic_forward" and not name.startswith(_TRITON) and cuda.fits(*args):
+            return cuda.quadratic_forward(*args)
+        return getattr(_triton(), of_triton)(*args, name.removeprefix(_TRITON))
 
     return compute
 
 
 @_by_triton
-def _quadratic_cpu(x, y, wx, wy, coefs, params, dims, families, layers, need, name):
+def _quadratic_cpu(x, y, wx, wy, coefs, params, dims, families, layers, need):
     sums, *units = _backend._C.mmd_quadratic(x, y, wx, wy, coefs, _native(params, dims, families, layers), need)
     return torch.mv(sums, coefs.detach()), sums, *units
 
@@ -255,39 +261,36 @@ def _of_batch(x, y, by_x, by_y, by_params) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_by_triton
-def _sums_cpu(x, y, params, dims, families, layers, name):
-    kernel = params, dims, families, layers
+def _sums_cpu(x, y, *kernel):
     return _backend._C.mmd_sums(x, y, _native(*kernel))
 
 
 @_by_triton
-def _sums_backward_cpu(rows, cols, squares, x, y, params, dims, families, layers, need, name):
+def _sums_backward_cpu(rows, cols, squares, x, y, params, dims, families, layers, need):
     terms = _native(params, dims, families, layers)
     return _of_batch(x, y, *_backend._C.mmd_sums_backward(rows, cols, squares, x, y, terms, need))
 
 
 @_by_triton
-def _matmul_cpu(x, y, v, params, dims, families, layers, name):
-    kernel = params, dims, families, layers
+def _matmul_cpu(x, y, v, *kernel):
     return _backend._C.mmd_matmul(x, y, v, _native(*kernel))
 
 
 @_by_triton
-def _matmul_backward_cpu(grad, x, y, v, params, dims, families, layers, need, name):
+def _matmul_backward_cpu(grad, x, y, v, params, dims, families, layers, need):
     terms = _native(params, dims, families, layers)
     by_v, *others = _backend._C.mmd_matmul_backward(grad, x, y, v, terms, need)
     return by_v.to(v.dtype), *_of_batch(x, y, *others)
 
 
 @_by_triton
-def _pair_cpu(x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, name):
-    kernel_y = params_y, dims_y, families_y, layers_y
+def _pair_cpu(x, params, dims, families, layers, y, *kernel_y):
     return _backend._C.mmd_pair(x, _native(params, dims, families, layers), y, _native(*kernel_y))
 
 
 @_by_triton
 def _pair_backward_cpu(
-    rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need, name
+    rows_x, rows_y, products, x, params, dims, families, layers, y, params_y, dims_y, families_y, layers_y, need
 ):
     by_x, by_params, by_y, by_params_y = _backend._C.mmd_pair_backward(
         rows_x,

@@ -63,7 +63,7 @@ def table(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Ten
     def column(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(device, torch.float64)
-        return torch.tensor(value, dtype=torch.float64, device=device)
+        return torch.full((), value, dtype=torch.float64, device=device)  # a copy from the host would wait for it
 
     return torch.stack([torch.stack([column(value) for value in row]) for row in rows])
 

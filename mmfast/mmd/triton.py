@@ -401,8 +401,8 @@ def select(x: Tensor, y: Tensor | None, places: Sequence[int]) -> Tensor:
         triton_kernels.count_digits[(a.rows // sizes.block * strips,)](
             a.hi, a.lo, a.norms, a.cols, b.hi, b.lo, b.norms, b.cols, scales.factors, prefixes, counts, found,
             a.rows, b.rows, a.width, a.n, b.n, col_tiles, strips, shift, digit, ranks,
-            DIMS=dims, WIDTHS=a.widths, HOW=how, SYMMETRIC=y is None, FIND=find, BINS=bins, STRIP=sizes.strip, NEAR=NEAR,
-            SPLIT=kind.parts, BLOCK=sizes.block, STEP=sizes.step, UPCAST=INTERPRETED,
+            DIMS=dims, WIDTHS=a.widths, HOW=how, SYMMETRIC=y is None, FIND=find, BINS=bins, STRIP=sizes.strip,
+            NEAR=NEAR, SPLIT=kind.parts, BLOCK=sizes.block, STEP=sizes.step, UPCAST=INTERPRETED,
             INT=triton.language.int64 if double else triton.language.int32, ACC=triton_type(kind.compute),
             num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip

@@ -169,7 +169,7 @@ def add_product(
     local: bool = False,
     parts: int | None = None,
 ) -> None:
-    """Adds ``alpha`` · G z of kept tiles, or of their transpose, to ``out`` (b, rows, D); with ``own`` Σ_j G_ij (own_i − z_j).
+    """Adds ``alpha`` · G z, or Gᵀ z, of kept tiles to ``out`` (b, rows, D); with ``own`` Σ_j G_ij (own_i − z_j).
 
     ``inverses`` (b, L) turns z back to its own scale; ``column`` is where its columns begin, ``parts`` how many it has.
     ``local``: the rows of ``out`` are the panel's only.
@@ -199,8 +199,9 @@ def add_product(
         panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0), z.rows, of.rows,
         shares,
         TRANSPOSED=transposed, SYMMETRIC=problem.symmetric, DIFFERENCES=own is not None, ALPHA=alpha,
-        KEEP_SPLIT=kept.kept_parts, SPLIT=parts or kept.parts, ADD=shares == 1, BLOCK=block, COLS=cols, UPCAST=INTERPRETED,
-        ACC=triton_type(kept.compute), num_warps=sizes.product_warps, num_stages=sizes.product_stages,
+        KEEP_SPLIT=kept.kept_parts, SPLIT=parts or kept.parts, ADD=shares == 1, BLOCK=block, COLS=cols,
+        UPCAST=INTERPRETED, ACC=triton_type(kept.compute), num_warps=sizes.product_warps,
+        num_stages=sizes.product_stages,
     )  # fmt: skip
     if shares > 1:
         out[:, first_out : first_out + out_tiles * block, out_column : out_column + dim] += target.sum(0)

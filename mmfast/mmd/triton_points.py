@@ -136,7 +136,7 @@ class Points:
 
 @dataclass
 class Scales:
-    """What is taken from the points, ``mean`` (b, D), and multiplied in: ``scales``, ``inverses``, ``factors`` (b, L)."""
+    """What is taken from the points, ``mean`` (b, D), and multiplied: ``scales``, ``inverses``, ``factors`` (b, L)."""
 
     mean: Tensor
     scales: Tensor
