@@ -59,6 +59,9 @@ EMOJI = (
 )
 
 
+_GSM = {"samplerate": RATE, "format": "RAW", "subtype": "GSM610"}
+
+
 def folder() -> Path:
     """Where the packages' files are kept."""
     return speech.cache_dir().parent
@@ -131,23 +134,31 @@ def _read(directory: Path) -> list[np.ndarray]:
     waves = []
     for digit in range(10):
         wav, gsm = directory / f"{digit}.wav", directory / f"{digit}.gsm"
-        raw = {} if wav.exists() else {"samplerate": RATE, "channels": 1, "format": "RAW", "subtype": "GSM610"}
+        raw = {} if wav.exists() else {"channels": 1, **_GSM}
         wave, rate = soundfile.read(gsm if raw else wav, dtype="float32", **raw)
         assert rate == RATE, (directory, rate)
         level = np.sqrt(np.convolve(wave**2, np.ones(160) / 160, "same"))
-        loud = np.flatnonzero(level > 0.03 * level.max())
-        waves.append(wave[max(0, loud[0] - 160) : loud[-1] + 160][:LONGEST])
+        loud = np.flatnonzero(level > 0.1 * level.max())
+        waves.append(wave[max(0, loud[0] - 400) : loud[-1] + 400][:LONGEST])
     return waves
 
 
 def _varied(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another speaker, line and room, as far as a few lines can have it."""
-    speed, tilt = rng.uniform(0.75, 1.35), rng.uniform(-0.5, 0.5)
-    wave = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)[:LONGEST]
-    wave = np.convolve(wave, [1, tilt])[: len(wave)]
+    """Another speaker, room and line, as far as a few lines can have it; half of the lines are GSM telephones."""
+    import soundfile
+
+    speed = rng.uniform(0.7, 1.45)  # of pitch and formants too
+    wave = np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
+    for _ in range(2):
+        wave = np.convolve(wave, [1, rng.uniform(-0.6, 0.6), rng.uniform(-0.3, 0.3)])[: len(wave)]
     wave = wave / (np.abs(wave).max() + 1e-6) * rng.uniform(0.1, 0.9)
-    noise = rng.standard_normal(len(wave)) * wave.std() * 10 ** rng.uniform(-2.0, -0.5)
-    return np.pad(wave + noise, (rng.integers(0, 800), 0))[:LONGEST].astype(np.float32)
+    wave = wave + rng.standard_normal(len(wave)) * wave.std() * 10 ** rng.uniform(-2.0, -0.3)
+    if rng.random() < 0.5:
+        line = io.BytesIO()
+        soundfile.write(line, np.clip(wave, -1, 1), **_GSM)
+        line.seek(0)
+        wave, _ = soundfile.read(line, channels=1, **_GSM)
+    return np.pad(wave, rng.integers(0, 800, 2))[:LONGEST].astype(np.float32)
 
 
 def _spoken(clips: list[tuple[np.ndarray, int, str]]) -> Spoken:

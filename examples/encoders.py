@@ -32,10 +32,17 @@ class DigitTokens(nn.Module):
         return self.layers(images).flatten(2).mT + self.place
 
 
+def thirds(count: Tensor, length: int) -> Tensor:
+    """``(B, length, 3)``: how much each of ``count`` tokens belongs to the beginning, middle and end; they sum to 1."""
+    place = 2 * torch.arange(length) / (count[:, None] - 1).clamp(min=1)
+    return (1 - (place[..., None] - torch.arange(3)).abs()).clamp(min=0)
+
+
 class VoiceTokens(nn.Module):
     """Waveforms ``(B, T)`` of ``lengths`` ``(B,)`` → features of ``config`` → a token each 40 ms, and how many.
 
-    Each feature of a clip is taken relative to its mean over the clip, which leaves out level and channel.
+    Each feature of a clip is taken relative to its mean over the clip, which leaves out level and channel. Tokens say
+    which third of the word they come from: new speakers keep the order of its sounds, not their pace.
     """
 
     def __init__(self, dim: int, config: MelConfig = LOG_MEL, trainable_filters: bool = False) -> None:
@@ -50,13 +57,15 @@ class VoiceTokens(nn.Module):
             nn.Conv1d(dim, dim, 5, stride=2, padding=2),
             nn.BatchNorm1d(dim),
         )
+        self.place = nn.Linear(3, dim, bias=False)
 
     def forward(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, frames = self.frontend(waves, lengths)  # (B, C, F)
         there = torch.arange(features.shape[2]) < frames[:, None]
         mean = (features * there[:, None]).sum(2, keepdim=True) / frames[:, None, None]
         features = self.norm((features - mean) * there[:, None])
-        return self.layers(features).mT, (frames + 3) // 4
+        tokens, count = self.layers(features).mT, (frames + 3) // 4
+        return tokens + self.place(thirds(count, tokens.shape[1])), count
 
 
 class WaveTokens(nn.Module):
@@ -74,10 +83,12 @@ class WaveTokens(nn.Module):
             nn.Conv1d(dim, dim, 8, stride=4, padding=4),
             nn.BatchNorm1d(dim),
         )
+        self.place = nn.Linear(3, dim, bias=False)
 
     def forward(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         scaled = waves / (waves.abs().amax(1, keepdim=True) + 1e-6)
-        return self.layers(scaled[:, None]).mT, (lengths + 319) // 320
+        tokens, count = self.layers(scaled[:, None]).mT, (lengths + 319) // 320
+        return tokens + self.place(thirds(count, tokens.shape[1])), count
 
 
 class PictureTokens(nn.Module):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from data import add_noise, spoken_digits, written_digits
-from encoders import LOG_MEL, DigitTokens, VoiceTokens
+from encoders import LOG_MEL, DigitTokens, VoiceTokens, thirds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 from training import Run, System, confusion, main, save
@@ -33,11 +33,11 @@ class Settings(Common):
     """``weight`` of the alignment; ``margin`` of the triplet loss; ``copies`` made of each recording."""
 
     steps: int = 300
-    batch: int = 512
+    batch: int = 384
     weight: float = 0.5
     margin: float = 0.3
     dim: int = 64
-    copies: int = 32
+    copies: int = 24
 
 
 class Model(nn.Module):
@@ -48,8 +48,8 @@ class Model(nn.Module):
         self.see = DigitTokens(dim)
         self.look = nn.Linear(16 * dim, dim)
         self.hear = VoiceTokens(dim, replace(LOG_MEL, n_mfcc=20))
-        self.pools = nn.ModuleList(TemporalPooling(name, dim) for name in POOLS)
-        self.project = nn.ModuleList(nn.Linear(dim, dim) for _ in POOLS)
+        self.pools = nn.ModuleList(TemporalPooling(name, 3 * dim) for name in POOLS)
+        self.project = nn.ModuleList(nn.Linear(3 * dim, dim) for _ in POOLS)
         self.fuse = WeightedFusion(len(POOLS), dim)
         self.classify = nn.Linear(dim, 10)
 
@@ -58,6 +58,7 @@ class Model(nn.Module):
 
     def voice(self, waves: Tensor, lengths: Tensor) -> Tensor:
         tokens, count = self.hear(waves, lengths)
+        tokens = (tokens[..., None] * thirds(count, tokens.shape[1])[:, :, None]).flatten(2)  # each third by itself
         pooled = [p(pool(tokens, count)) for p, pool in zip(self.project, self.pools, strict=True)]
         return normalize(self.fuse(pooled), dim=1)
 
@@ -94,6 +95,7 @@ class Matching(System):
     def __init__(self, settings: Settings, variant: str) -> None:
         super().__init__(settings, variant)
         (self.written, self.unseen), (self.spoken, self.unheard) = written_digits(), spoken_digits(settings.copies)
+        self.plain, _ = spoken_digits(1)
         self.of_label = [(self.written.labels == digit).nonzero()[:, 0] for digit in range(10)]
         self.model = Model(settings.dim)
         same = self.unseen.labels[:, None] == self.unheard.labels
@@ -124,11 +126,13 @@ class Matching(System):
 
     def evaluate(self) -> dict[str, float]:
         cosine, same = self.cosines(), self.unseen.labels[:, None] == self.unheard.labels
+        known = self.model.image(self.unseen.images) @ self.model.voice(self.plain.waves, self.plain.lengths).mT
         return {
             "image → voice R@1": first(cosine, same),
             "voice → image R@1": first(cosine.mT, same.mT),
             "image → voice mAP": mean_average_precision(cosine, same),
             "voice → image mAP": mean_average_precision(cosine.mT, same.mT),
+            "image → known voice R@1": first(known, self.unseen.labels[:, None] == self.plain.labels),
         }
 
     def picture(self) -> dict[str, np.ndarray]:
