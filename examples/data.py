@@ -168,11 +168,55 @@ def _spoken(clips: list[tuple[np.ndarray, int, str]]) -> Spoken:
     return Spoken(torch.from_numpy(waves.astype(np.float32)), lengths, labels, [language for _, _, language in clips])
 
 
-def add_noise(x: Tensor, ratio_db: float, generator: torch.Generator) -> Tensor:
-    """``x`` with white noise of a power that is ``ratio_db`` below that of each item."""
+def add_noise(x: Tensor, ratio_db: float | Tensor, generator: torch.Generator) -> Tensor:
+    """``x`` with white noise of a power that is ``ratio_db`` below that of each item; one ratio or ``(n,)``."""
     noise = torch.randn(x.shape, generator=generator)
-    power = x.flatten(1).square().mean(1).view(-1, *(1,) * (x.dim() - 1))
-    return x + noise * (power * 10 ** (-ratio_db / 10)).sqrt()
+    power = x.flatten(1).square().mean(1) * 10 ** (-torch.as_tensor(ratio_db) / 10)
+    return x + noise * power.sqrt().view(-1, *(1,) * (x.dim() - 1))
+
+
+def noisy_pairs(
+    written: Written, spoken: Spoken, rows: Tensor, copies: int, ratios: tuple[float, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images ``rows`` and voices that say the same, in any language, both under noise; and which voices they are.
+
+    The signal over noise of each item is up to 12 dB above or below ``ratios``, so that a model learns that either may
+    be of little use. ``spoken`` is the first of `spoken_digits`.
+    """
+    languages = torch.randint(len(LANGUAGES), rows.shape, generator=generator)
+    voices = (languages * 10 + written.labels[rows]) * copies + torch.randint(copies, rows.shape, generator=generator)
+    spread = 24 * torch.rand(2, len(rows), generator=generator) - 12
+    images = add_noise(written.images[rows], ratios[0] + spread[0], generator)
+    return images, add_noise(spoken.waves[voices], ratios[1] + spread[1], generator), voices
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Clean ``images`` and ``noisy`` ones; voices that say the same, ``waves`` with noise and ``clean``; ``labels``."""
+
+    images: Tensor
+    noisy: Tensor
+    waves: Tensor
+    lengths: Tensor
+    clean: Tensor
+    labels: Tensor
+
+
+def held_out_pairs(ratios: tuple[float, float]) -> dict[str, Pairs]:
+    """Images by other writers with voices of speakers that are known, and of some that are not; noise once for all.
+
+    That of known speakers is new, the recordings are those that copies were made of: each digit was recorded once.
+    """
+    _, unseen = written_digits()
+    pairs = {}
+    for name, voices in zip(("known speakers", "new speakers"), spoken_digits(copies=1), strict=True):
+        generator = torch.Generator().manual_seed(0)
+        speakers = len(voices.labels) // 10
+        pick = unseen.labels + 10 * (torch.arange(len(unseen.labels)) % speakers)
+        clean = voices.waves[pick]
+        noisy = add_noise(unseen.images, ratios[0], generator), add_noise(clean, ratios[1], generator)
+        pairs[name] = Pairs(unseen.images, noisy[0], noisy[1], voices.lengths[pick], clean, unseen.labels)
+    return pairs
 
 
 # Emoji

@@ -21,9 +21,9 @@ class DigitTokens(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.ReLU(),
+            nn.MaxPool2d(2),
             nn.Conv2d(32, dim, 3, padding=1),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(dim, dim, 3, padding=1),
         )
         self.place = nn.Parameter(0.1 * torch.randn(1, 16, dim))

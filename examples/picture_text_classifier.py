@@ -3,7 +3,8 @@
     python examples/picture_text_classifier.py
 
 A small CNN reads the picture, words made of letter n-grams read the name. Their features are concatenated, added with
-learned weights, or fused by attention of the words to the parts of the picture; each modality alone is shown beside.
+learned weights, or first attend to each other, the words to the parts of the picture and the parts to the words; each
+modality alone is shown beside.
 Whole families of emoji are held out. `picture_text_classifier.md` says what came out.
 """
 
@@ -42,20 +43,20 @@ class Model(nn.Module):
         self.see, self.read = PictureTokens(dim), WordTokens(dim)
         self.pool = TemporalPooling(("mean", "max"))
         self.picture, self.text = (nn.Sequential(nn.Linear(2 * dim, dim), nn.LayerNorm(dim)) for _ in range(2))
-        if fusion == "weighted":
+        if fusion in ("weighted", "attention"):
             self.weigh = WeightedFusion(2, dim)
         if fusion == "attention":
-            self.attend = CrossAttentionFusion(dim, 4, [dim])
+            self.attend = nn.ModuleList(CrossAttentionFusion(dim, 4, [dim]) for _ in range(2))
         self.classify = nn.Sequential(nn.Dropout(0.3), nn.Linear((2 if fusion == "concat" else 1) * dim, groups))
 
     def forward(self, pictures: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
         seen, read = self.see(pictures), self.read(words, lengths)
         if self.fusion == "attention":
-            return self.classify(self.text(self.pool(self.attend(read, [seen]), lengths)))
+            seen, read = self.attend[0](seen, [read], lengths=[lengths]), self.attend[1](read, [seen])
         picture, text = self.picture(self.pool(seen)), self.text(self.pool(read, lengths))
         if self.fusion == "concat":
             return self.classify(torch.cat([picture, text], 1))
-        if self.fusion == "weighted":
+        if self.fusion in ("weighted", "attention"):
             return self.classify(self.weigh([picture, text]))
         return self.classify(picture if self.fusion == "picture" else text)
 
