@@ -97,9 +97,9 @@ class PictureTokens(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         blocks = []
-        for before, after in ((3, 32), (32, 64)):
+        for before, after in ((3, 24), (24, 48)):
             blocks += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*blocks, nn.Conv2d(64, dim, 3, padding=1), nn.BatchNorm2d(dim))
+        self.layers = nn.Sequential(*blocks, nn.Conv2d(48, dim, 3, padding=1), nn.BatchNorm2d(dim))
         self.place = nn.Parameter(0.1 * torch.randn(1, 64, dim))
 
     def forward(self, pictures: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ POOLS = ("mean", "std", "attentive")
 class Settings(Common):
     """``weight`` of the alignment; ``margin`` of the triplet loss; ``copies`` made of each recording."""
 
-    steps: int = 300
-    batch: int = 384
+    steps: int = 150
+    batch: int = 192
     weight: float = 0.5
     margin: float = 0.3
     dim: int = 64
@@ -65,8 +65,8 @@ class Model(nn.Module):
 
 def alignment(kind: str, image: Tensor, voice: Tensor, model: Model) -> Tensor:
     """How unlike the two spaces are, by one of several measures."""
-    if kind == "mmd":  # of distributions, pairs or not (Gretton et al. 2012)
-        return mmfast.mmd2(image, voice, MultiGaussian(bandwidth="dan"), "unbiased")
+    if kind == "mmd":  # of distributions, pairs or not (Gretton et al. 2012); the mean of five kernels
+        return mmfast.mmd2(image, voice, MultiGaussian(bandwidth="dan"), "unbiased") / 5
     if kind == "cka":  # of the geometry among the items of a batch
         return 1 - mmfast.cka(image, voice)
     if kind == "feature":  # of mean and spread of each feature (Salimans et al. 2016)

@@ -29,8 +29,8 @@ from mmfast.nn import CrossAttentionFusion, TemporalPooling, WeightedFusion
 class Settings(Common):
     """``dim`` features of each token."""
 
-    steps: int = 250
-    batch: int = 128
+    steps: int = 200
+    batch: int = 96
     dim: int = 64
 
 

@@ -36,8 +36,8 @@ from mmfast.nn import MMDLoss, TemporalPooling, WeightedFusion
 class Settings(Common):
     """``weight`` λ of the auxiliary loss; ``heat`` of the teacher's scores."""
 
-    steps: int = 300
-    batch: int = 384
+    steps: int = 200
+    batch: int = 192
     dim: int = 64
     weight: float = 0.5
     heat: float = 2.0
@@ -100,7 +100,7 @@ class Matching(System):
         both, alone = model.classify(picture, text), self.alone(picture, text)
         task = task + sum(cross_entropy(x, some.groups, label_smoothing=0.1) for x in (both, *alone)) / 3
         if self.variant in ("mmd", "both"):
-            task = task + weight * self.mmd(picture, text)
+            task = task + weight * self.mmd(picture, text) / 5  # the mean of five kernels
         if self.variant == "cka":
             task = task + weight * (1 - mmfast.cka(picture, text))
         if self.variant in ("transfer", "both"):
