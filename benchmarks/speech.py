@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -28,11 +28,12 @@ Clip = tuple[str, np.ndarray, int]  # name, float32 samples, sample rate in Hz
 
 @dataclass(frozen=True)
 class Package:
-    """A Debian package, and the file of it that is taken where apt is not at hand."""
+    """A Debian package, its file for where apt is not at hand, and how the paths end that are kept of it."""
 
     name: str
     path: str
     sha256: str
+    endings: tuple[str, ...] = (".wav",)
 
 
 _SOUNDS = "pool/main/a/asterisk-core-sounds/asterisk-core-sounds-{}-wav_1.6.1-1_all.deb"
@@ -61,28 +62,32 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path(__file__).resolve().parent.parent / ".cache") / "speech"
 
 
-def fetch(cache: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Put the recordings of all packages into the cache, unless they are there; returns the cache.
+def fetch(
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    packages: Sequence[Package] | None = None,
+) -> Path:
+    """Put the files of all packages into the cache, unless they are there; returns the cache.
 
     Raises:
         Unavailable: naming each way that was tried and how it failed.
     """
     cache = cache or cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
+    for package in PACKAGES if packages is None else packages:
         if (cache / package.name / _COMPLETE).exists():
             say(f"{package.name}: in {cache}")
             continue
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
             deb, origin = download(package, Path(scratch))
             unpacked = Path(scratch, "unpacked")
-            count = unpack(deb, unpacked)
+            count = unpack(deb, unpacked, package.endings)
             if count == 0:
-                raise Unavailable(f"{deb.name} ({origin}) holds no wav files")
+                raise Unavailable(f"{deb.name} ({origin}) holds no files *{', *'.join(package.endings)}")
             (unpacked / _COMPLETE).write_text(f"{deb.name}\n")
             shutil.rmtree(cache / package.name, ignore_errors=True)
             os.replace(unpacked, cache / package.name)
-        say(f"{package.name}: {count} clips from {deb.name} ({origin})")
+        say(f"{package.name}: {count} files from {deb.name} ({origin})")
     return cache
 
 
@@ -126,20 +131,21 @@ def _call(command: list[str], folder: Path) -> str | None:
     return None if done.returncode == 0 else (said[-1] if said else f"exit code {done.returncode}")
 
 
-def unpack(deb: Path, folder: Path) -> int:
-    """Write the wav files of a Debian package below ``folder``, without the path they share; returns their number."""
+def unpack(deb: Path, folder: Path, endings: tuple[str, ...] = (".wav",)) -> int:
+    """Write files of a Debian package below ``folder``, without the path they share; returns their number."""
     if shutil.which("dpkg-deb"):
         with tempfile.TemporaryDirectory(dir=deb.parent) as scratch:
             error = _call(["dpkg-deb", "-x", str(deb.resolve()), scratch], deb.parent)
             if error is not None:
                 raise Unavailable(f"{deb.name} cannot be unpacked: {error}")
             root = Path(scratch)
-            files = {p.relative_to(root): p for p in sorted(root.rglob("*.wav")) if p.is_file() and not p.is_symlink()}
+            wanted = [p for p in sorted(root.rglob("*")) if p.as_posix().endswith(endings)]
+            files = {p.relative_to(root): p for p in wanted if p.is_file() and not p.is_symlink()}
             return _place({PurePosixPath(path.as_posix()): file.read_bytes for path, file in files.items()}, folder)
-    return unpack_without_dpkg(deb, folder)
+    return unpack_without_dpkg(deb, folder, endings)
 
 
-def unpack_without_dpkg(deb: Path, folder: Path) -> int:
+def unpack_without_dpkg(deb: Path, folder: Path, endings: tuple[str, ...] = (".wav",)) -> int:
     """`unpack` with Python alone."""
     members = {name: data for name, data in _read_ar(deb.read_bytes()) if name.startswith("data.tar")}
     if len(members) != 1:
@@ -150,7 +156,12 @@ def unpack_without_dpkg(deb: Path, folder: Path) -> int:
             files = {}
             for member in archive:
                 path = PurePosixPath(member.name)
-                if member.isfile() and path.suffix == ".wav" and not path.is_absolute() and ".." not in path.parts:
+                if (
+                    member.isfile()
+                    and member.name.endswith(endings)
+                    and not path.is_absolute()
+                    and ".." not in path.parts
+                ):
                     files[path] = archive.extractfile(member).read
             return _place(files, folder)
     except tarfile.TarError as error:
@@ -183,9 +194,10 @@ def _place(files: dict[PurePosixPath, Callable[[], bytes]], folder: Path) -> int
     return len(files)
 
 
-def is_cached(cache: Path | None = None) -> bool:
+def is_cached(cache: Path | None = None, packages: Sequence[Package] | None = None) -> bool:
     """Whether all packages are there."""
-    return all(((cache or cache_dir()) / package.name / _COMPLETE).exists() for package in PACKAGES)
+    packages = PACKAGES if packages is None else packages
+    return all(((cache or cache_dir()) / package.name / _COMPLETE).exists() for package in packages)
 
 
 def files(cache: Path | None = None) -> list[Path]:

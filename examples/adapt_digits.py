@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from training import resident
 
 import mmfast
 from mmfast.kernels import MultiGaussian
@@ -131,7 +132,7 @@ def train(backend: str | None, seed: int, settings: Settings) -> Result:
         return loss.item(), mmd.item()
 
     gc.collect()
-    before = _resident(reset=True)
+    before = resident(reset=True)
     for number in range(settings.steps):
         start = time.perf_counter()
         loss, mmd = step(number)
@@ -141,7 +142,7 @@ def train(backend: str | None, seed: int, settings: Settings) -> Result:
         if number % 10 == 9 or number == settings.steps - 1:
             result.steps.append(number + 1)
             result.accuracy.append(accuracy(network, target, target_labels))
-    changes["peak"] = max(0, _resident(peak=True) - before)
+    changes["peak"] = max(0, resident(peak=True) - before)
     changes["source_accuracy"] = accuracy(network, source, labels)
     return Result(**{**asdict(result), **changes})
 
@@ -163,18 +164,6 @@ def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
     """The share of images whose class is found."""
     network.eval()
     return (network(images)[1].argmax(1) == labels).double().mean().item()
-
-
-def _resident(peak: bool = False, reset: bool = False) -> int:
-    """Bytes in memory now, or at the peak since the last reset; 0 where the system does not say."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    field = "VmHWM:" if peak else "VmRSS:"
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def compare(settings: Settings, seeds: int) -> list[Result]:
