@@ -475,11 +475,11 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             to = (item * row_tiles + local) * rows_y + j
             tl.store(col_sums + to, tl.sum(part, 0) * scalar)
             if layers > SECOND:
-                tl.store(col_sums + to + items.to(tl.int64) * row_tiles * rows_y, tl.sum(k_2, 0))
+                tl.store(col_sums + to + tl.cast(items, tl.int64) * row_tiles * rows_y, tl.sum(k_2, 0))
         inside = (local.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None] * rows_y + j[None, :]
-        panel = kept_rows.to(tl.int64) * rows_y
+        panel = tl.cast(kept_rows, tl.int64) * rows_y
         tile_at = local.to(tl.int64) * col_tiles + tile
-        tile_count = row_tiles.to(tl.int64) * col_tiles
+        tile_count = tl.cast(row_tiles, tl.int64) * col_tiles
         if KEEP == "kernel":
             _split(k, kept_hi, kept_lo, kept_scales, item * panel + inside, item * tile_count + tile_at, KEEP_SPLIT,
                    TYPE, ACC)  # fmt: skip
@@ -542,7 +542,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
         to = ((item * row_tiles + local) * strips + strip) * BLOCK + at
         tl.store(row_sums + to, rows_sum)
         if layers > SECOND:
-            tl.store(row_sums + to + items.to(tl.int64) * row_tiles * strips * BLOCK, rows_sum_2)
+            tl.store(row_sums + to + tl.cast(items, tl.int64) * row_tiles * strips * BLOCK, rows_sum_2)
     if PARAMS > 1:
         tl.store(by_params + out * PARAMS + place, param_sums)
 
@@ -582,14 +582,14 @@ def multiply(kept_hi, kept_lo, kept_scales, z_hi, z_lo, own_hi, own_lo, inverses
     r = tile.to(tl.int64) * BLOCK + b
     acc = tl.zeros((BLOCK, COLS), ACC)
     weight = tl.zeros((BLOCK,), ACC)
-    base = item * kept_stride + layer.to(tl.int64) * panel_rows * panel_cols
+    base = item * kept_stride + tl.cast(layer, tl.int64) * panel_rows * panel_cols
     scale_base = (item * layers + layer) * row_tiles * col_tiles
     for k in range(begin, end):
         q = k * BLOCK + b.to(tl.int64)
         if TRANSPOSED:
             at = base + q[None, :] * panel_cols + r[:, None]
             scale = tl.load(kept_scales + scale_base + k * col_tiles + tile)
-            source = first_row.to(tl.int64) * BLOCK + q
+            source = tl.cast(first_row, tl.int64) * BLOCK + q
         else:
             at = base + r[:, None] * panel_cols + q[None, :]
             scale = tl.load(kept_scales + scale_base + tile * col_tiles + k)
@@ -617,7 +617,7 @@ def multiply(kept_hi, kept_lo, kept_scales, z_hi, z_lo, own_hi, own_lo, inverses
         acc += part * scale
 
     if DIFFERENCES:
-        own = r if TRANSPOSED else first_row.to(tl.int64) * BLOCK + r
+        own = r if TRANSPOSED else tl.cast(first_row, tl.int64) * BLOCK + r
         at = (item * own_rows + own)[:, None] * width + (own_column + d)[None, :]
         point = tl.load(own_hi + at, mask=inside[None, :], other=0).to(ACC)
         if SPLIT == 2:
@@ -650,9 +650,9 @@ def signs(kept_hi, kept_lo, kept_scales, own_cols, z_cols, out,
             end = tl.minimum(first_row + tile + 1, col_tiles)
     b = tl.arange(0, BLOCK)
     r = tile.to(tl.int64) * BLOCK + b
-    base = item * kept_stride + layer.to(tl.int64) * panel_rows * panel_cols
+    base = item * kept_stride + tl.cast(layer, tl.int64) * panel_rows * panel_cols
     scale_base = (item * layers + layer) * row_tiles * col_tiles
-    own = r if TRANSPOSED else first_row.to(tl.int64) * BLOCK + r
+    own = r if TRANSPOSED else tl.cast(first_row, tl.int64) * BLOCK + r
     x = tl.load(own_cols + (item * total_cols + column + c) * own_rows + own)
     acc = tl.zeros((BLOCK,), ACC)
     for k in range(begin, end):
@@ -660,7 +660,7 @@ def signs(kept_hi, kept_lo, kept_scales, own_cols, z_cols, out,
         if TRANSPOSED:
             at = base + q[None, :] * panel_cols + r[:, None]
             scale = tl.load(kept_scales + scale_base + k * col_tiles + tile)
-            source = first_row.to(tl.int64) * BLOCK + q
+            source = tl.cast(first_row, tl.int64) * BLOCK + q
         else:
             at = base + r[:, None] * panel_cols + q[None, :]
             scale = tl.load(kept_scales + scale_base + tile * col_tiles + k)

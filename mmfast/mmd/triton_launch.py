@@ -95,6 +95,7 @@ def sweep(
     if not row_tiles or not col_tiles or not b:
         return
     layers = problem.layout.layers
+    stages = max(1, sizes.stages // layers)  # each layer's loop has its own in shared memory
     kernels = 1 + (problem.layout.second < layers)
     split = y.second // block
     first_strips = triton.cdiv(split, sizes.strip)
@@ -147,7 +148,7 @@ def sweep(
             WEIGHTED=weights is not None, KEEP=keep, PARAMS=count, ALL=up.all_sums,
             U_WIDTH=16 if u is None else u.width, STRIP=sizes.strip, GROUP=sizes.group, NEAR=NEAR, SPLIT=kind.parts,
             KEEP_SPLIT=kept.kept_parts, U_SPLIT=up.parts, BLOCK=block, STEP=sizes.step, TYPE=triton_type(kept.type),
-            UPCAST=INTERPRETED, ACC=triton_type(kind.compute), num_warps=sizes.warps, num_stages=sizes.stages,
+            UPCAST=INTERPRETED, ACC=triton_type(kind.compute), num_warps=sizes.warps, num_stages=stages,
         )  # fmt: skip
         yield Panel(first, tiles, out_totals, out_rows, out_cols, out_params, hi, lo, scales, kept_layers)
 
