@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="measure on this machine's GPU what the kernels have tables of, and keep the fastest",
-        description="mmd: a training step for several sizes of tiles, widths and precisions. fusion: every engine on the "
-        "shapes that stand for its kinds of calls. What is fastest on the current GPU is kept in the user's cache "
+        description="mmd: a training step for several sizes of tiles, widths and precisions. fusion: every engine on "
+        "the shapes that stand for its kinds of calls. What is fastest on the current GPU is kept in the user's cache "
         "directory and taken from then on; delete the file to return to the built-in table.",
         epilog="Exit code: 0 measured, 1 there is no GPU or no Triton, 2 wrong usage.",
     )

@@ -64,8 +64,8 @@ def cross_attention(
             each source, or with ``"mean"`` their means over the heads, ``(B, L, S_j)``. Differentiable.
         backend: ``"reference"``: plain PyTorch, which writes the scores. ``"cpu"``: the native kernels, all sources in
             one pass. ``"torch"``: torch's flash attention, source by source, merged through L. Both for CPU tensors,
-            without dropout, softcap, weights and gradients of masks and biases. ``"triton"``: on the GPU, the kernels of
-            `mmfast.fusion.triton` or torch's, whichever `routes_cuda` says; in half precisions and float32, without
+            without dropout, softcap, weights and gradients of masks and biases. ``"triton"``: on the GPU, the kernels
+            of `mmfast.fusion.triton` or torch's, whichever `routes_cuda` says; in half precisions and float32, without
             dropout, softcap, weights but their means, and gradients of masks and biases. By default the fastest of
             them for the device and the shape at hand (`mmfast.fusion.routes`), else the reference.
 
