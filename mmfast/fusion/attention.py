@@ -63,8 +63,8 @@ def cross_attention(
             each source, or with ``"mean"`` their means over the heads, ``(B, L, S_j)``. Differentiable.
         backend: ``"reference"``: plain PyTorch, which writes the scores. ``"cpu"``: the native kernels, all sources in
             one pass. ``"torch"``: torch's flash attention, source by source, merged through L. Both for CPU tensors,
-            without dropout, softcap, weights and gradients of masks and biases. By default the faster of them for the
-            shape at hand (`mmfast.fusion.routes`), else the reference.
+            without dropout, softcap and gradients of masks and biases, ``"torch"`` also without weights. By default
+            the faster of them for the shape at hand (`mmfast.fusion.routes`), else the reference.
 
     Returns:
         ``(B, H, L, D_v)`` in the dtype of the query, or a tuple of it, L and the weights, as asked for.
@@ -103,10 +103,8 @@ def cross_attention(
         raise ValueError(f"query must have at least one feature, got {tuple(query.shape)}")
     scale, dropout_p, softcap = check_options(fusion, scale, dropout_p, softcap, query.shape[3])
     query, sources = prepare(query, sources, fusion)
-    result = attend(query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, bool(return_weights), backend)
+    result = attend(query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, return_weights, backend)
     weights = result.weights
-    if return_weights == "mean":
-        weights = tuple(w.mean(1) for w in weights)
     lse = result.lses[0] if fusion == "joint" else result.lses
     extra = (lse,) * bool(return_lse) + (weights,) * bool(return_weights)
     return (result.out, *extra) if extra else result.out
@@ -132,7 +130,7 @@ def attend(
     is_causal: bool,
     dropout_p: float,
     softcap: float | None,
-    weights: bool,
+    weights: bool | str,
     backend: str | None,
 ) -> Attention:
     """Checked arguments to the engine that computes them, outside autocast."""
@@ -146,12 +144,14 @@ def attend(
                 )
             engine = "reference"
         elif engine == "cpu" and _is_free(backend):
-            engine = routes.choose(query, sources, fusion)
+            engine = routes.choose(query, sources, fusion, weights)
 
     def compute() -> Attention:
-        if engine in _ENGINES:
-            return _ENGINES[engine].attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
-        return reference.attention(
+        if engine == "cpu":
+            return op.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=weights)
+        if engine == "torch":
+            return streamed.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
+        result = reference.attention(
             query,
             sources,
             fusion=fusion,
@@ -159,8 +159,11 @@ def attend(
             is_causal=is_causal,
             dropout_p=dropout_p,
             softcap=softcap,
-            weights=weights,
+            weights=bool(weights),
         )
+        if weights != "mean":
+            return result
+        return result._replace(weights=tuple(w.mean(1) for w in result.weights))
 
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):

@@ -118,18 +118,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=causal,
             dropout_p=self.dropout if self.training else 0.0,
             return_lse=as_nan,
-            return_weights=need_weights,
+            return_weights=("mean" if average_attn_weights else True) if need_weights else False,
             backend=self.backend,
         )
         out, *rest = result if isinstance(result, tuple) else (result,)
-        weights = (rest[-1][0] if len(sources) == 1 else torch.cat(rest[-1], 3)) if need_weights else None
+        weights = (rest[-1][0] if len(sources) == 1 else torch.cat(rest[-1], -1)) if need_weights else None
         if as_nan:
             factor = torch.where(rest[0] == -torch.inf, torch.nan, 1.0).to(out.dtype)[..., None]
-            out, weights = out * factor, weights * factor if need_weights else None
+            out = out * factor
+            if need_weights:
+                weights = weights * (factor.mean(1) if average_attn_weights else factor)
         out = out.transpose(1, 2) if self.batch_first and batched else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
-        if need_weights and average_attn_weights:
-            weights = weights.mean(1)
         if batched:
             return out, weights
         return out.squeeze(1), weights.squeeze(0) if need_weights else None
