@@ -13,7 +13,7 @@ from fusion_cases import CASES, excluding, inputs, kv, randn, replaced
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 
 import mmfast
-from mmfast.fusion import Source, op, reference, streamed
+from mmfast.fusion import Source, op, reference, routes, streamed
 
 ENGINES = ("reference", "cpu", "torch")
 HALF = (torch.bfloat16, torch.float16)
@@ -498,6 +498,28 @@ def test_backends(monkeypatch):
     monkeypatch.setenv("MMFAST_BACKEND", "reference")
     attend(None, query, (key, value))
     assert calls == [1]
+
+
+def test_routes(monkeypatch):
+    """What the table says is what is called."""
+    taken = []
+    for name, engine in (("cpu", op), ("torch", streamed)):
+        monkeypatch.setattr(
+            engine,
+            "attention",
+            lambda *a, _name=name, **k: taken.append(_name) or reference.attention(*a, **k),
+        )
+    few, long = routes.FEW_QUERIES, routes.LONG_KEYS
+    for rows, keys, weights in (
+        (few - 1, long, False),
+        (few - 1, long, True),
+        (few, long, False),
+        (1, long - 1, False),
+    ):
+        attend(None, randn(1, 1, rows, 2), (randn(1, 1, keys, 2), randn(1, 1, keys, 2)), return_weights=weights)
+    half = torch.randn(1, 1, long, 2).bfloat16()
+    attend(None, half[:, :, :1], (half, half))
+    assert taken == ["torch", "cpu", "cpu", "cpu", "cpu"]
 
 
 def broken():
