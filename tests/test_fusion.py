@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import CASES, excluding, inputs, kv, randn, replaced
+from fusion_cases import CASES, ENGINES, excluding, inputs, kv, randn, replaced
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 
 import mmfast
 from mmfast.fusion import Source, op, reference, routes, streamed
 
-ENGINES = ("reference", "cpu", "torch")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -132,7 +131,7 @@ def test_double_backward(name, engine):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("engine", ("reference", "cpu"))
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "torch"])
 @pytest.mark.parametrize("which", [True, "mean"])
 @pytest.mark.parametrize("name", ["bias", "decoupled_gates", "shared_query", "without_keys"])
 def test_weights_gradcheck(name, which, engine):
@@ -304,6 +303,7 @@ OPCHECKED = (
 )
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", (*OPCHECKED, "decoupled", "causal_masked"))
 def test_opcheck(name, monkeypatch):
     """The operators as they are called for a case."""
@@ -500,6 +500,7 @@ def test_backends(monkeypatch):
     assert calls == [1]
 
 
+@pytest.mark.native
 def test_routes(monkeypatch):
     """What the table says is what is called."""
     taken = []
