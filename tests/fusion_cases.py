@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from mmfast import _backend
 from mmfast.fusion import Source
+
+_NATIVE = _backend._C is not None or os.environ.get("MMFAST_REQUIRE_NATIVE") == "1"
+ENGINES = ("reference", *(("cpu",) if _NATIVE else ()), "torch")
 
 B, H, L, D = 2, 4, 5, 3
 

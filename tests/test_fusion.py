@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_cases import CASES, excluding, inputs, kv, randn, replaced
+from fusion_cases import CASES, ENGINES, excluding, inputs, kv, randn, replaced
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 
 import mmfast
 from mmfast.fusion import Source, op, reference, routes, streamed
 
-ENGINES = ("reference", "cpu", "torch")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -57,7 +56,7 @@ def test_matches_gold(name, engine):
     assert len(lse) == len(lses)
     for a, b in zip(lse, lses, strict=True):
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-12, atol=1e-13)
-    if engine == "reference":
+    if engine != "torch":
         out, got = attend(engine, query, sources, return_weights=True, **options)
         mean = attend(engine, query, sources, return_weights="mean", **options)[1]
         assert isinstance(got, tuple) and len(got) == len(sources)
@@ -132,14 +131,21 @@ def test_double_backward(name, engine):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-def test_weights_gradcheck():
-    query, sources, options = CASES["bias"]()
-    tensors, of = gradient_inputs(query, sources, "reference")
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "torch"])
+@pytest.mark.parametrize("which", [True, "mean"])
+@pytest.mark.parametrize("name", ["bias", "decoupled_gates", "shared_query", "without_keys"])
+def test_weights_gradcheck(name, which, engine):
+    query, sources, options = CASES[name]()
+    tensors, of = gradient_inputs(query, sources, engine)
 
     def function(*given):
-        return mmfast.cross_attention(*of(given), return_weights="mean", **options)[1]
+        query, sources = of(given)
+        weights = attend(engine, query, sources, return_weights=which, **options)[1]
+        return tuple(w + 0 * query.sum() for w in weights)
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    if name == "bias":
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 # ---- Against torch
@@ -297,6 +303,7 @@ OPCHECKED = (
 )
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", (*OPCHECKED, "decoupled", "causal_masked"))
 def test_opcheck(name, monkeypatch):
     """The operators as they are called for a case."""
@@ -313,8 +320,8 @@ def test_opcheck(name, monkeypatch):
     with torch.no_grad():
         out, lse = forward(*arguments)
     grad_out, grad_lse = torch.randn_like(out).requires_grad_(), torch.randn_like(lse).requires_grad_()
-    need = [True] * (1 + 2 * len(sources))
-    for g, need in ((None, need), (grad_lse, [i % 2 == 0 for i in range(len(need))])):
+    count = 1 + 2 * len(sources)
+    for g, need in ((None, [True] * count), (grad_lse, [i % 2 == 0 for i in range(count)])):
         torch.library.opcheck(
             backward.default,
             (grad_out, g, *arguments[:6], out, lse, *arguments[6:], need),
@@ -485,11 +492,35 @@ def test_backends(monkeypatch):
     with pytest.raises(ValueError, match="gradient of a mask or bias"):
         attend("torch", query, biased)
     calls = []
-    monkeypatch.setattr(streamed, "attention", lambda *a, **k: calls.append(1) or reference.attention(*a, **k))
+    for taken in (op, streamed):
+        monkeypatch.setattr(taken, "attention", lambda *a, **k: calls.append(1) or reference.attention(*a, **k))
     attend(None, query, (key, value))
     monkeypatch.setenv("MMFAST_BACKEND", "reference")
     attend(None, query, (key, value))
     assert calls == [1]
+
+
+@pytest.mark.native
+def test_routes(monkeypatch):
+    """What the table says is what is called."""
+    taken = []
+    for name, engine in (("cpu", op), ("torch", streamed)):
+        monkeypatch.setattr(
+            engine,
+            "attention",
+            lambda *a, _name=name, **k: taken.append(_name) or reference.attention(*a, **k),
+        )
+    few, long = routes.FEW_QUERIES, routes.LONG_KEYS
+    for rows, keys, weights in (
+        (few - 1, long, False),
+        (few - 1, long, True),
+        (few, long, False),
+        (1, long - 1, False),
+    ):
+        attend(None, randn(1, 1, rows, 2), (randn(1, 1, keys, 2), randn(1, 1, keys, 2)), return_weights=weights)
+    half = torch.randn(1, 1, long, 2).bfloat16()
+    attend(None, half[:, :, :1], (half, half))
+    assert taken == ["torch", "cpu", "cpu", "cpu", "cpu"]
 
 
 def broken():

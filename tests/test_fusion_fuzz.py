@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fusion_cases import ENGINES
 
 import mmfast
 from mmfast.fusion import Source, merge
@@ -11,8 +12,6 @@ from mmfast.fusion import Source, merge
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-ENGINES = ("reference", "cpu", "torch")
 
 
 @st.composite

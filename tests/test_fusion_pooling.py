@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusion_cases import CASES, kv, randn
+from fusion_cases import CASES, ENGINES, kv, randn
 
 import mmfast
 from mmfast.fusion import PackedSource, Source, attention_pool, merge, packed_attention
 
-ENGINES = ("reference", "torch")
 HALF = (torch.bfloat16, torch.float16)
 
 # ---- merge

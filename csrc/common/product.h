@@ -41,7 +41,7 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
         for (int v = 0; v < S; ++v) row[v] = Simd<T>::load(b + k * b_stride + v * N);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const V x = Simd<T>::splat(kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]);
+            const T x = kTransposed ? a[k * a_stride + r] : a[r * a_stride + k];
 #pragma GCC unroll 8
             for (int v = 0; v < S; ++v) sum[r][v] += x * row[v];
         }

@@ -13,6 +13,11 @@ constexpr int64_t kResidentKeys = 512;
 template <class T>
 void forward_cpu(const Problem& problem, const Target& out, T* lse);
 
+// weights[source]: (batch, heads, rows, keys), or with `mean` (batch, 1, rows, keys), zero before; those that no query may see
+// stay so. lse[batch][heads][rows], of one softmax over all sources.
+template <class T>
+void weights_cpu(const Problem& problem, const T* lse, bool mean, const Target* weights);
+
 // Gradients, null where none is wanted; each has the sizes of what it belongs to (batch 1 where that is shared).
 template <class T>
 struct Gradients {

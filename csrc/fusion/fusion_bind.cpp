@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -197,6 +198,31 @@ std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> backward(
     return {by_query, by_keys, by_values, by_gates};
 }
 
+// Weights of one softmax over all sources, from its log-sum-exp: (batch, heads, rows, keys) for each source, or the means
+// over the heads, (batch, rows, keys).
+vector<Tensor> weights(const Tensor& query, const vector<Tensor>& keys, const Tensor& lse, const Optionals& masks,
+                       const Optionals& biases, const Optionals& lengths, bool mean, bool causal, double scale) {
+    const Call call(query, keys, keys, masks, biases, lengths, Optionals(keys.size()), false, causal, scale);
+    const fusion::Problem& p = call.problem;
+    const Tensor saved = lse.contiguous();
+    TORCH_CHECK_VALUE(
+        saved.scalar_type() == compute_type(query) && saved.sizes() == at::IntArrayRef({p.batch, p.heads, p.rows}),
+        "the log-sum-exp does not fit");
+    vector<Tensor> result;
+    std::array<fusion::Target, fusion::kMostSources> targets;
+    for (int j = 0; j < p.count; ++j) {
+        result.push_back(at::zeros({p.batch, mean ? 1 : p.heads, p.rows, p.sources[j].keys}, query.options()));
+        targets[j] = target_of(result.back());
+        if (mean) result.back() = result.back().squeeze(1);
+    }
+    const py::gil_scoped_release release;
+    for_type(compute_type(query), [&](auto* kind) {
+        using T = std::remove_pointer_t<decltype(kind)>;
+        fusion::weights_cpu<T>(p, saved.const_data_ptr<T>(), mean, targets.data());
+    });
+    return result;
+}
+
 }  // namespace
 
 void bind_fusion(py::module_& m) {
@@ -204,6 +230,7 @@ void bind_fusion(py::module_& m) {
     m.attr("fusion_most_sources") = fusion::kMostSources;
     m.def("fusion_forward", &forward);
     m.def("fusion_backward", &backward);
+    m.def("fusion_weights", &weights);
 }
 
 }  // namespace mmfast

@@ -24,6 +24,7 @@ const TileKernels<float>& kernels() {
         TileKernels<float> result{};
         MMFAST_FOR_ISA(best_isa(), fusion, forward_kernels_float)(result);
         MMFAST_FOR_ISA(best_isa(), fusion, backward_kernels_float)(result);
+        MMFAST_FOR_ISA(best_isa(), fusion, weights_kernels_float)(result);
         return result;
     }();
     return k;
@@ -35,6 +36,7 @@ const TileKernels<double>& kernels() {
         TileKernels<double> result{};
         MMFAST_FOR_ISA(best_isa(), fusion, forward_kernels_double)(result);
         MMFAST_FOR_ISA(best_isa(), fusion, backward_kernels_double)(result);
+        MMFAST_FOR_ISA(best_isa(), fusion, weights_kernels_double)(result);
         return result;
     }();
     return k;
@@ -252,8 +254,25 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
     for (const auto& runs : by_value) runs.sum();
 }
 
+template <class T>
+void weights_cpu(const Problem& p, const T* lse, bool mean, const Target* weights) {
+    const TileKernels<T>& k = kernels<T>();
+    WeightsJob<T> job{&p, lse, {}};
+    std::copy_n(weights, p.count, job.weights);
+    const int64_t panels = divide_up(p.rows, k.panel), heads = mean ? p.heads : 1,
+                  groups = p.batch * p.heads / std::max<int64_t>(1, heads);
+    const double cost = cost_of<T>(std::min(k.panel, p.rows), all_keys(p), p.dim + 16) * double(heads);
+    deal_out(groups * panels, cost, size_t(k.weights_scratch(p)) * sizeof(T), [&](int64_t i, char* scratch) {
+        const int64_t group = i / panels;
+        const WeightsItem item{mean ? group : group / p.heads, mean ? 0 : group % p.heads, heads, i % panels};
+        k.weights(job, item, reinterpret_cast<T*>(scratch));
+    });
+}
+
 template void forward_cpu(const Problem&, const Target&, float*);
 template void forward_cpu(const Problem&, const Target&, double*);
+template void weights_cpu(const Problem&, const float*, bool, const Target*);
+template void weights_cpu(const Problem&, const double*, bool, const Target*);
 template void backward_cpu(const Problem&, const View&, const float*, const View&, const float*,
                            const Gradients<float>&);
 template void backward_cpu(const Problem&, const View&, const double*, const View&, const double*,

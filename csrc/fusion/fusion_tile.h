@@ -1,4 +1,5 @@
-// What fusion_cpu.cpp deals out; fusion_forward.cpp and fusion_backward.cpp implement it once per instruction set.
+// What fusion_cpu.cpp deals out; fusion_forward.cpp, fusion_backward.cpp and fusion_weights.cpp implement it once per
+// instruction set.
 #pragma once
 
 #include "common/isa.h"
@@ -52,6 +53,18 @@ struct BackwardItem {
 };
 
 template <class T>
+struct WeightsJob {
+    const Problem* problem;
+    const T* lse;                  // [batch][heads][rows]
+    Target weights[kMostSources];  // (batch, heads or 1, rows, keys)
+};
+
+struct WeightsItem {
+    int64_t batch, head, heads;  // of several heads, from the first on, the mean
+    int64_t panel;
+};
+
+template <class T>
 struct TileKernels {
     int64_t panel;
     int64_t (*forward_scratch)(const Problem&);  // elements
@@ -59,6 +72,8 @@ struct TileKernels {
     void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
     int64_t (*backward_scratch)(const Problem&);
     void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
+    int64_t (*weights_scratch)(const Problem&);
+    void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
 };
 
 #define MMFAST_DECLARE_TILES(isa)                               \
@@ -67,6 +82,8 @@ struct TileKernels {
     void forward_kernels_double(TileKernels<double>& kernels);  \
     void backward_kernels_float(TileKernels<float>& kernels);   \
     void backward_kernels_double(TileKernels<double>& kernels); \
+    void weights_kernels_float(TileKernels<float>& kernels);    \
+    void weights_kernels_double(TileKernels<double>& kernels);  \
     }
 MMFAST_DECLARE_TILES(baseline)
 #if defined(MMFAST_X86)

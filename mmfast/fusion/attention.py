@@ -64,10 +64,11 @@ def cross_attention(
             each source, or with ``"mean"`` their means over the heads, ``(B, L, S_j)``. Differentiable.
         backend: ``"reference"``: plain PyTorch, which writes the scores. ``"cpu"``: the native kernels, all sources in
             one pass. ``"torch"``: torch's flash attention, source by source, merged through L. Both for CPU tensors,
-            without dropout, softcap, weights and gradients of masks and biases. ``"triton"``: on the GPU, the kernels
-            of `mmfast.fusion.triton` or torch's, whichever `routes_cuda` says; in half precisions and float32, without
-            dropout, softcap, weights but their means, and gradients of masks and biases. By default the fastest of
-            them for the device and the shape at hand (`mmfast.fusion.routes`), else the reference.
+            without dropout, softcap and gradients of masks and biases, ``"torch"`` also without weights. ``"triton"``:
+            on the GPU, the kernels of `mmfast.fusion.triton` or torch's, whichever `routes_cuda` says; in half
+            precisions and float32, without dropout, softcap, weights but their means, and gradients of masks and
+            biases. By default the fastest of them for the device and the shape at hand (`mmfast.fusion.routes`), else
+            the reference.
 
     Returns:
         ``(B, H, L, D_v)`` in the dtype of the query, or a tuple of it, L and the weights, as asked for.
@@ -110,8 +111,6 @@ def cross_attention(
         query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, return_weights, backend, bool(return_lse)
     )
     weights = result.weights
-    if return_weights == "mean":
-        weights = tuple(w.mean(1) if w.dim() == 4 else w for w in weights)
     lse = result.lses[0] if fusion == "joint" else result.lses
     extra = (lse,) * bool(return_lse) + (weights,) * bool(return_weights)
     return (result.out, *extra) if extra else result.out
@@ -155,16 +154,18 @@ def attend(
                 )
             engine = "reference"
         elif engine == "cpu" and _is_free(backend):
-            engine = routes.choose(query, sources, fusion)
+            engine = routes.choose(query, sources, fusion, weights)
 
     def compute() -> Attention:
         if engine == "triton":
             return fused.attention(
                 query, sources, fusion=fusion, scale=scale, is_causal=is_causal, lse=lse, weights=weights == "mean"
             )
-        if engine in _ENGINES:
-            return _ENGINES[engine].attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
-        return reference.attention(
+        if engine == "cpu":
+            return op.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=weights)
+        if engine == "torch":
+            return streamed.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
+        result = reference.attention(
             query,
             sources,
             fusion=fusion,
@@ -174,6 +175,9 @@ def attend(
             softcap=softcap,
             weights=bool(weights),
         )
+        if weights != "mean":
+            return result
+        return result._replace(weights=tuple(w.mean(1) for w in result.weights))
 
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):

@@ -1,11 +1,14 @@
-"""Operators ``mmfast::fusion_forward`` and ``_backward``: cross-attention by the native kernels, all sources in one pass.
+"""Operators ``mmfast::fusion_forward`` and ``_backward``: cross-attention by the native kernels.
 
-Decoupled sources together have at most `RESIDENT_KEYS` keys there and gates of one number a query; others are computed
-one by one and summed. Second derivatives are those of the reference.
+All sources are read in one pass over the queries. Decoupled ones together have at most `RESIDENT_KEYS` keys there and
+gates of one number a query; others are computed one by one and summed. ``mmfast::fusion_weights`` gives attention
+weights from the log-sum-exp, so that their mean over the heads is all that is written. Second derivatives are those of
+the reference.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +28,11 @@ _INPUTS = "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] gates, Tensor[
 _OPTIONS = "bool decoupled, bool is_causal, float scale"
 torch.library.define("mmfast::fusion_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 torch.library.define(
+    "mmfast::fusion_weights",
+    "(Tensor query, Tensor[] keys, Tensor lse, Tensor[] extras, int[] parts, bool mean, bool is_causal, float scale)"
+    " -> Tensor[]",
+)
+torch.library.define(
     "mmfast::fusion_backward",
     f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] need)"
     " -> (Tensor grad_query, Tensor[] grad_keys, Tensor[] grad_values, Tensor[] grad_gates)",
@@ -37,8 +45,6 @@ def can(query: Tensor, sources: Sequence[Source], dropout_p: float, softcap: flo
         return "dropout"
     if softcap is not None:
         return "a softcap"
-    if weights:
-        return "weights"
     if len(sources) > MOST_SOURCES:
         return f"more than {MOST_SOURCES} sources"
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for s in sources for x in (s.mask, s.bias)):
@@ -47,9 +53,29 @@ def can(query: Tensor, sources: Sequence[Source], dropout_p: float, softcap: flo
 
 
 def attention(
-    query: Tensor, sources: Sequence[Source], *, fusion: str, scale: float, is_causal: bool = False
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    fusion: str,
+    scale: float,
+    is_causal: bool = False,
+    weights: bool | str = False,
 ) -> Attention:
-    """`mmfast.fusion.reference.attention` of what `can` allows."""
+    """`mmfast.fusion.reference.attention` of what `can` allows; ``weights="mean"``: ``(B, L, S)``."""
+    result = _attention(query, sources, fusion, scale, is_causal)
+    if not weights:
+        return result
+    query = query.expand(batch_of(query, list(sources)), -1, -1, -1)  # a part may lack what has the batch
+    groups = [sources] if fusion == "joint" else [[s] for s in sources]
+    parts = []
+    for group, lse in zip(groups, result.lses, strict=True):
+        group = [s._replace(value=s.key, gate=None) for s in group]
+        query_, keys, _, _, extras, flags, _, *options = _arguments(query, group, False, is_causal, scale)
+        parts += torch.ops.mmfast.fusion_weights.default(query_, keys, lse, extras, flags, weights == "mean", *options)
+    return result._replace(weights=tuple(parts))
+
+
+def _attention(query: Tensor, sources: Sequence[Source], fusion: str, scale: float, is_causal: bool) -> Attention:
     if fusion == "joint":
         out, lse = _run(query, sources, False, is_causal, scale)
         return Attention(out, (lse[0],), None)
@@ -59,7 +85,8 @@ def attention(
     if one_pass:
         out, lse = _run(query, sources, True, is_causal, scale)
         return Attention(out, lse.unbind(), None)
-    dtype, batch, out, lses = compute_dtype(query.dtype), batch_of(query, list(sources)), None, []
+    dtype, out, lses = compute_dtype(query.dtype), None, []
+    query = query.expand(batch_of(query, list(sources)), -1, -1, -1)  # one source may lack what has the batch
     for source in sources:
         one, lse = _run(query, [source._replace(gate=None)], False, is_causal, scale)
         if len(sources) > 1 or source.gate is not None:
@@ -68,8 +95,7 @@ def attention(
             one = one * (source.gate.to(dtype) if isinstance(source.gate, Tensor) else source.gate)
         out = one if out is None else out + one
         lses.append(lse[0])
-    expanded = [x.expand(batch, *x.shape[1:]) if x.shape[0] != batch else x for x in (out, *lses)]
-    return Attention(expanded[0].to(query.dtype), tuple(expanded[1:]), None)
+    return Attention(out.to(query.dtype), tuple(lses), None)
 
 
 def _run(*call) -> tuple[Tensor, Tensor]:
@@ -135,6 +161,12 @@ def _backward(
     return by_query, by_keys, by_values, by_gates
 
 
+def _weights(query, keys, lse, extras, parts, mean, is_causal, scale):
+    masks, biases, lengths, _ = _spread((), extras, parts)
+    return _backend._C.fusion_weights(query, keys, lse, masks, biases, lengths, mean, is_causal, scale)
+
+
+torch.library.impl("mmfast::fusion_weights", "cpu", _weights)
 torch.library.impl("mmfast::fusion_forward", "cpu", _forward)
 torch.library.impl("mmfast::fusion_backward", "cpu", _backward)
 
@@ -146,6 +178,12 @@ def _(query, keys, values, gates, extras, parts, decoupled, is_causal, scale):
     out = query.new_empty((batch, rows, heads, values[0].shape[3])).transpose(1, 2)
     softmaxes = len(keys) if decoupled else 1
     return out, query.new_empty((softmaxes, batch, heads, rows), dtype=compute_dtype(query.dtype))
+
+
+@torch.library.register_fake("mmfast::fusion_weights")
+def _(query, keys, lse, extras, parts, mean, is_causal, scale):
+    shape = lse.shape[:1] + lse.shape[2:] if mean else lse.shape
+    return [query.new_empty((*shape, k.shape[2])) for k in keys]
 
 
 @torch.library.register_fake("mmfast::fusion_backward")
@@ -180,7 +218,7 @@ def _split(tensors: Sequence[Tensor], counts: tuple[int, int, int]) -> list:
     n, g, e = counts
     query, *rest = tensors
     ends = [0, n, 2 * n, 2 * n + g, 2 * n + g + e, len(rest)]
-    return [query, *(rest[a:b] for a, b in zip(ends, ends[1:], strict=False))]
+    return [query, *(rest[a:b] for a, b in itertools.pairwise(ends))]
 
 
 def _differentiate(ctx, grad_out, grad_lse):
@@ -256,3 +294,37 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
 
 torch.library.register_autograd("mmfast::fusion_forward", _differentiate, setup_context=_save_forward)
 torch.library.register_autograd("mmfast::fusion_backward", _differentiate_twice, setup_context=_save_backward)
+
+
+def _save_weights(ctx, inputs, output):
+    query, keys, lse, extras, ctx.parts, ctx.mean, ctx.is_causal, ctx.scale = inputs
+    ctx.counts = len(keys), len(extras)
+    ctx.save_for_backward(query, lse, *keys, *extras)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_weights(ctx, grads):
+    """Through scores that are written: exp(S - L), differentiable on."""
+    n, e = ctx.counts
+    wanted = [] if grads is None else [i for i, g in enumerate(grads) if g is not None]
+    if not wanted:
+        return None, [None] * n, None, [None] * e, *(None,) * 4
+    query, lse, *rest = ctx.saved_tensors
+    onward = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (query, lse, *rest[:n])]
+        query, lse, *keys = inputs
+        masks, biases, lengths, _ = _spread((), rest[n:], ctx.parts)
+        shift = torch.where(lse == -torch.inf, torch.inf, lse)[..., None]
+        outputs = []
+        for i in wanted:
+            source = Source(keys[i], keys[i], masks[i], lengths[i], biases[i])
+            one = (reference.scores(query, source, ctx.scale, ctx.is_causal) - shift).exp()
+            outputs.append((one.mean(1) if ctx.mean else one).to(query.dtype))
+        by_query, by_lse, *by_keys = torch.autograd.grad(
+            outputs, inputs, [grads[i] for i in wanted], allow_unused=True, create_graph=onward
+        )
+    return by_query, by_keys, by_lse, [None] * e, *(None,) * 4
+
+
+torch.library.register_autograd("mmfast::fusion_weights", _differentiate_weights, setup_context=_save_weights)
