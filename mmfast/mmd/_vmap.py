@@ -18,8 +18,9 @@ def register(name: str) -> None:
 
     def rule(info, in_dims, *args):
         moved = [a.movedim(d, 0) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
-        batched = {n for n, d in zip(names, in_dims, strict=True) if isinstance(d, int)}
-        given = list(zip(names, moved, strict=True))
+        # The dispatcher leaves the last arguments away where they are the defaults.
+        batched = {n for n, d in zip(names, in_dims, strict=False) if isinstance(d, int)}
+        given = list(zip(names, moved, strict=False))
         size = info.batch_size
         if batched <= set(rows):
             out = op(*(_folded(a, size, n in batched) if n in rows else a for n, a in given))
