@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import torch
@@ -9,8 +10,8 @@ import torch
 from mmfast import _backend
 from mmfast.fusion import Source
 
-_NATIVE = _backend._C is not None or os.environ.get("MMFAST_REQUIRE_NATIVE") == "1"
-ENGINES = ("reference", *(("cpu",) if _NATIVE else ()), "torch")
+_has_native = _backend._C is not None or os.environ.get("MMFAST_REQUIRE_NATIVE") == "1"
+ENGINES = ("reference", *(("cpu",) if _has_native else ()), "torch")
 
 B, H, L, D = 2, 4, 5, 3
 
@@ -144,7 +145,7 @@ def _without_any_keys():
     return randn(1, H, L, D), [Source(*kv(0)), Source(*kv(0))], {}
 
 
-CASES = {name[1:]: build for name, build in list(globals().items()) if name.startswith("_") and name[1:2].isalpha()}
+CASES = {name[1:]: build for name, build in list(globals().items()) if name[:1] == "_" and inspect.isfunction(build)}
 
 
 def inputs(query: torch.Tensor, sources: list[Source]) -> list[torch.Tensor]:
