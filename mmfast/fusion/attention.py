@@ -165,7 +165,7 @@ def attend(
             return op.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=weights)
         if engine == "torch":
             return streamed.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
-        result = reference.attention(
+        return reference.attention(
             query,
             sources,
             fusion=fusion,
@@ -173,11 +173,8 @@ def attend(
             is_causal=is_causal,
             dropout_p=dropout_p,
             softcap=softcap,
-            weights=bool(weights),
+            weights=weights,
         )
-        if weights != "mean":
-            return result
-        return result._replace(weights=tuple(w.mean(1) for w in result.weights))
 
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):

@@ -18,7 +18,7 @@ from mmfast.fusion._inputs import Source, batch_of, compute_dtype
 class Attention(NamedTuple):
     """``out`` ``(B, H, L, D_v)`` and the softmaxes' log-sum-exps ``(B, H, L)``: one, or one a source if decoupled.
 
-    ``weights``, where asked for: ``(B, H, L, S)`` for each source.
+    ``weights``, where asked for: ``(B, H, L, S)`` for each source, or their means over the heads, ``(B, L, S)``.
     """
 
     out: Tensor
@@ -35,10 +35,10 @@ def attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     softcap: float | None = None,
-    weights: bool = False,
+    weights: bool | str = False,
 ) -> Attention:
     """`mmfast.cross_attention` of checked arguments: masks, biases and gates have 4 dimensions, lengths are int64."""
-    options = (scale, is_causal, dropout_p, softcap, weights)
+    options = (scale, is_causal, dropout_p, softcap, bool(weights))
     batch = batch_of(query, list(sources))
     if fusion == "joint":
         out, lse, parts = _softmax(query, sources, *options)
@@ -52,6 +52,8 @@ def attention(
             out = one if out is None else out + one
             lses += (lse,)
             parts += part
+    if weights == "mean":
+        parts = [part.mean(1) for part in parts]
     return Attention(
         _expand(out, batch).to(query.dtype),
         tuple(_expand(lse, batch) for lse in lses),

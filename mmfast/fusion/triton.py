@@ -79,7 +79,8 @@ def attention(
     Without ``lse`` perhaps without log-sum-exps. ``weights``: their means over the heads, ``(B, L, S_j)``.
     """
     if _nothing(query, sources):
-        return reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=weights)
+        mean = "mean" if weights else False
+        return reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=mean)
     engine = routes_cuda.choose(query, sources, fusion, lse or weights)
     result = run(engine, query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
     return result._replace(weights=mean_weights(query, sources, result.lses, scale, is_causal)) if weights else result
