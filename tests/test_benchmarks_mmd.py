@@ -184,11 +184,12 @@ def test_share_of_others_leaves_this_process_out():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cpu_seconds_count_this_process():
     before = machine.cpu_seconds()
-    end = before[2] + 0.2
+    end = before[2] + 0.5
     while machine.cpu_seconds()[2] < end:
         torch.randn(1000).exp()
     passed, busy, own = machine.cpu_seconds() - before
-    assert passed >= busy >= own - 0.05 and own >= 0.2
+    # The system's own count is by samples, a hundred a second, which processes that take turns can slip between.
+    assert passed >= busy >= 0.75 * own and own >= 0.5
 
 
 def test_errors_of_tuples_are_of_all_entries_together():
