@@ -184,12 +184,12 @@ def test_share_of_others_leaves_this_process_out():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cpu_seconds_count_this_process():
     before = machine.cpu_seconds()
-    end = before[2] + 0.5
+    end = before[2] + 0.2
     while machine.cpu_seconds()[2] < end:
         torch.randn(1000).exp()
     passed, busy, own = machine.cpu_seconds() - before
-    # The system's own count is by samples, a hundred a second, which processes that take turns can slip between.
-    assert passed >= busy >= 0.75 * own and own >= 0.5
+    tick = 0.01  # on a machine with nothing idle the first two are equal, but for the rounding of differences
+    assert passed + tick > busy >= own - 0.05 and own > 0.2 - tick
 
 
 def test_errors_of_tuples_are_of_all_entries_together():
