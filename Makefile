@@ -96,7 +96,7 @@ $(BUILD)/triton-%.stamp: | $(VENV)/venv.stamp
 sanitize: $(VENV)/torch.stamp
 	cmake -S . -B $(BUILD)/sanitize -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_SANITIZE=ON
 	cmake --build $(BUILD)/sanitize $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
-	ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error
+	ctest --test-dir $(BUILD)/sanitize --output-on-failure --no-tests=error --parallel $(WORKERS)
 
 # Compiles the CUDA sources without torch and without a GPU; needs nvcc, 12.8 or later for this list of GPUs.
 cuda-compile: $(VENV)/torch.stamp
