@@ -85,11 +85,12 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
     origin = "backend=" if requested is not None else "MMFAST_BACKEND"
     requested = requested or os.environ.get("MMFAST_BACKEND") or None
     if requested is None:
-        reasons = [_missing(name) for name in there]
-        for name, reason in zip(there, reasons, strict=True):
-            if reason is None:
+        reasons = []
+        for name in there:  # up to the first that can run: this stands before every call
+            if (reason := _missing(name)) is None:
                 kind = "Triton" if name == "triton" else "native"
                 return name, f"{kind} kernels for {device.type} tensors"
+            reasons.append(reason)
         return "reference", "; ".join(reasons) or f"no native {op} kernels for {device.type} tensors"
     if requested == "reference":
         return "reference", f"asked for by {origin}"

@@ -142,7 +142,7 @@ def attend(
 ) -> Attention:
     """Checked arguments to the engine that computes them, outside autocast.
 
-    Weights may come as their means over the heads where ``weights`` is ``"mean"``, and no log-sum-exp without ``lse``.
+    Weights are their means over the heads where ``weights`` is ``"mean"``; without ``lse`` there may be no lses.
     """
     engine = choose_engine(query.device, backend)
     if engine in _ENGINES:
