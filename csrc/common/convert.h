@@ -20,22 +20,30 @@ MMFAST_INLINE typename Simd<T>::V load_as(const From* p, int64_t n) {
         return S::load(reinterpret_cast<const T*>(p), int(n));
     } else if constexpr (std::is_same_v<From, BFloat16> && sizeof(T) == 4) {
         typename VectorOf<uint16_t, N>::type half{};
-        if (n >= N) __builtin_memcpy(&half, p, sizeof half);
-        else
+        if (n >= N) {
+            __builtin_memcpy(&half, p, sizeof half);
+        } else {
+#if defined(__AVX512BW__)
+            const __m256i some = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+            __builtin_memcpy(&half, &some, sizeof half);
+#else
             for (int i = 0; i < n; ++i) half[i] = p[i].bits;
+#endif
+        }
         return S::template bits<typename S::U, typename S::V>(__builtin_convertvector(half, typename S::U) << 16);
     } else {
 #if defined(__F16C__)
         if constexpr (std::is_same_v<From, Float16> && sizeof(T) == 4) {
+#if defined(__AVX512F__)
+            const __mmask16 some = n >= N ? 0xffff : __mmask16((1u << n) - 1);
+            return (typename S::V)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, p));
+#else
             alignas(32) Float16 part[N] = {};
             const Float16* from = p;
             if (n < N) {
                 for (int i = 0; i < n; ++i) part[i] = p[i];
                 from = part;
             }
-#if defined(__AVX512F__)
-            return (typename S::V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#else
             return (typename S::V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
         }
@@ -59,21 +67,28 @@ MMFAST_INLINE void store_as(To* p, typename Simd<T>::V x, int64_t n) {
         const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
         const auto half =
             __builtin_convertvector(x != x ? U{} + 0x7fc0 : rounded, typename VectorOf<uint16_t, N>::type);
-        if (n >= N) __builtin_memcpy(p, &half, sizeof half);
-        else
+        if (n >= N) {
+            __builtin_memcpy(p, &half, sizeof half);
+        } else {
+#if defined(__AVX512BW__)
+            _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)half);
+#else
             for (int i = 0; i < n; ++i) p[i].bits = half[i];
+#endif
+        }
     } else {
 #if defined(__F16C__)
         if constexpr (std::is_same_v<To, Float16> && sizeof(T) == 4) {
-            alignas(32) Float16 part[N];
 #if defined(__AVX512F__)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm512_cvtps_ph((__m512)x, 0));
+            const __mmask16 some = n >= N ? 0xffff : __mmask16((1u << n) - 1);
+            _mm256_mask_storeu_epi16(p, some, _mm512_cvtps_ph((__m512)x, 0));
 #else
+            alignas(32) Float16 part[N];
             _mm_store_si128(reinterpret_cast<__m128i*>(part), _mm256_cvtps_ph((__m256)x, 0));
-#endif
             if (n >= N) __builtin_memcpy(p, part, sizeof part);
             else
                 for (int i = 0; i < n; ++i) p[i] = part[i];
+#endif
             return;
         }
 #endif

@@ -52,12 +52,24 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
         for (int v = 0; v < S; ++v) Simd<T>::store(c + r * c_stride + v * N, sum[r][v]);
 }
 
-// S vectors a row, any number of rows. a(r, k) is a[r * a_stride + k], or if transposed a[k * a_stride + r].
-template <class T, int S, bool kTransposed>
+struct Nothing {
+    MMFAST_INLINE void operator()() const {}
+};
+
+// Blocks of rows that product_strip takes, at most.
+constexpr int64_t product_steps(int64_t rows) {
+    return rows / kProductRows + 3;
+}
+
+// S vectors a row, any number of rows. a(r, k) is a[r * a_stride + k], or if transposed a[k * a_stride + r]. `between` is called
+// before each block of rows.
+template <class T, int S, bool kTransposed, class F = Nothing>
 MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
-                                 int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr) {
+                                 int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr,
+                                 F&& between = {}) {
     int64_t i = 0;
     const auto block = [&]<int R>() __attribute__((always_inline)) {
+        between();
         product_block<T, R, S, kTransposed>(depth, a + i * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
                                             c + i * c_stride, c_stride, start, factor);
         i += R;

@@ -55,6 +55,9 @@ struct Simd {
     }
     static MMFAST_INLINE void store(T* p, V v, int n) {
         if (n >= lanes) return store(p, v);
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#endif
         alignas(64) T part[lanes];
         store(part, v);
         for (int i = 0; i < n; ++i) p[i] = part[i];
@@ -85,12 +88,13 @@ struct Simd {
     // Lanes 1 .. of x, then `next`.
     static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
 
-    // columns[c] = element c of each of the rows, read at `at`.
-    static MMFAST_INLINE void load_transposed(const T* const* rows, int64_t at, V* columns) {
+    // columns[c] = element c of each of the rows, read at `at`, for c < count.
+    static MMFAST_INLINE void load_transposed(const T* const* rows, int64_t at, V* columns, int64_t count = lanes) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) {
             // Quarters of four rows are put together as they are loaded, which leaves half the shuffles.
-            for (int q = 0; q < 4; ++q) {
+            int q = 0;
+            for (; 4 * q + 4 <= count; ++q) {
                 __m512 z[4];
                 for (int i = 0; i < 4; ++i) {
                     const auto part = [&](int k) { return _mm_loadu_ps(rows[4 * k + i] + at + 4 * q); };
@@ -104,10 +108,15 @@ struct Simd {
                 columns[4 * q + 2] = (V)_mm512_unpacklo_pd(c, d);
                 columns[4 * q + 3] = (V)_mm512_unpackhi_pd(c, d);
             }
+            if (4 * q >= count) return;
+            V rest[lanes];
+            for (int i = 0; i < lanes; ++i) rest[i] = load(rows[i] + at + 4 * q, int(count - 4 * q));
+            transpose(rest);
+            for (int i = 0; 4 * q + i < count; ++i) columns[4 * q + i] = rest[i];
             return;
         }
 #endif
-        for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at);
+        for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at, int(count));
         transpose(columns);
     }
 

@@ -17,6 +17,15 @@ struct Buffers {
     // [..][panel]                                      [panel][..]          [keys][..], sums  [keys][..], copies
     T *queries, *grad_out, *p, *dp, *mask, *out_or_dq, *query_rows, *grad_rows, *dk, *dv, *keys, *values;
     int64_t dim, value_dim;  // in whole vectors
+    int64_t most;            // keys that there is room for
+    // Sums and copies of head number h.
+    MMFAST_INLINE void set_head(const Problem& p, int64_t h, Buffers& of) const {
+        of = *this;
+        of.dk += h * most * dim;
+        of.dv += h * most * value_dim;
+        of.keys += h * most * p.dim;
+        of.values += h * most * p.value_dim;
+    }
 };
 
 constexpr int64_t piece_keys(const Problem& p) {
@@ -26,9 +35,9 @@ constexpr int64_t piece_keys(const Problem& p) {
 }
 
 template <class T>
-MMFAST_INLINE int64_t lay_out(const Problem& p, T* scratch, Buffers<T>& b) {
+MMFAST_INLINE int64_t lay_out(const Problem& p, int64_t heads, T* scratch, Buffers<T>& b) {
     constexpr int64_t W = kPanel<T>, N = Simd<T>::lanes;
-    const int64_t n = up_to_multiple(piece_keys(p), 16);
+    const int64_t n = b.most = up_to_multiple(piece_keys(p), 16);
     b.dim = up_to_multiple(p.dim, N);
     b.value_dim = up_to_multiple(p.value_dim, N);
     int64_t at = 0;
@@ -44,23 +53,23 @@ MMFAST_INLINE int64_t lay_out(const Problem& p, T* scratch, Buffers<T>& b) {
     take(b.out_or_dq, W * larger(p.dim, p.value_dim));
     take(b.query_rows, W * b.dim);
     take(b.grad_rows, W * b.value_dim);
-    take(b.dk, n * b.dim);
-    take(b.dv, n * b.value_dim);
-    take(b.keys, n * p.dim);
-    take(b.values, n * p.value_dim);
+    take(b.dk, heads * n * b.dim);
+    take(b.dv, heads * n * b.value_dim);
+    take(b.keys, heads * n * p.dim);
+    take(b.values, heads * n * p.value_dim);
     return at;
 }
 
 template <class T>
-int64_t scratch_size(const Problem& p) {
+int64_t scratch_size(const Problem& p, int64_t heads) {
     Buffers<T> b;
-    return lay_out<T>(p, nullptr, b);
+    return lay_out<T>(p, heads, nullptr, b);
 }
 
-// c[rows][width] += a[rows][depth] b[depth][width], a with a panel's stride.
-template <class T>
+// c[rows][width] += a[rows][depth] b[depth][width], a with the stride W.
+template <class T, int64_t W>
 void add_product(int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, T* c) {
-    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int64_t N = Simd<T>::lanes;
     for (int64_t at = 0; at < width;) {
         const int64_t vectors = smaller(kProductWidth, (width - at) / N);
         for_width<T>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
@@ -98,7 +107,7 @@ void set_lanes(const BackwardJob<T>& job, int64_t batch, const Rows& rows, int s
 // P in place of the scores, and delta += P dP.
 template <class T, int S>
 void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int N = Simd<T>::lanes, W = S * N;
     Vec<T> lse[S], delta[S];
     for (int v = 0; v < S; ++v) {
         lse[v] = Simd<T>::load(lanes.lse + v * N);
@@ -118,7 +127,7 @@ void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
 // dS in place of dP, and g P in place of P.
 template <class T, int S, bool kGated>
 void score_gradients(int64_t count, T* p, T* dp, const Lanes<T>& lanes) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int N = Simd<T>::lanes, W = S * N;
     Vec<T> gate[S], delta[S], grad_lse[S];
     for (int v = 0; v < S; ++v) {
         gate[v] = Simd<T>::load(lanes.gate + v * N);
@@ -139,7 +148,7 @@ void score_gradients(int64_t count, T* p, T* dp, const Lanes<T>& lanes) {
 template <class T, int S>
 void delta_of_output(const Problem& p, const View& out, int64_t batch, const Rows& rows, const T* grad_out, T* buffer,
                      T* delta) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int N = Simd<T>::lanes, W = S * N;
     pack_columns<T>(out, batch, rows, 0, p.value_dim, T(1), buffer);
     Vec<T> sum[S] = {};
     for (int64_t k = 0; k < p.value_dim; ++k)
@@ -150,8 +159,8 @@ void delta_of_output(const Problem& p, const View& out, int64_t batch, const Row
 
 template <class T, int S>
 void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const Rows& rows, const Keys& keys,
-                    const Buffers<T>& b) {
-    constexpr int64_t W = kPanel<T>, N = Simd<T>::lanes;
+                    const Buffers<T>& b, Ahead& ahead) {
+    constexpr int64_t N = Simd<T>::lanes, W = S * N;
     const Problem& p = *job.problem;
     const bool whole = item.first == 0 && item.last == keys.start[p.count];
     pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
@@ -163,6 +172,8 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
             f(s, key_head(p, s.source, item.head), s.place - item.first);
         });
     };
+
+    ahead.spread(2 * product_steps(item.last - item.first));
     Lanes<T> lanes;
     for (int softmax = 0; softmax < p.softmaxes(); ++softmax) {
         const int64_t lo = p.decoupled ? keys.start[softmax] : item.first;
@@ -174,9 +185,9 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
                 block_of<T>(from.key, item.batch, head, s.first, s.count, p.dim, true, b.keys + at * p.dim);
             const Block<T> value = block_of<T>(from.value, item.batch, head, s.first, s.count, p.value_dim, true,
                                                b.values + at * p.value_dim);
-            scores<T, S>(p, item.batch, rows, s, key, b.queries, b.p + at * W, b.mask);
+            scores<T, S>(p, item.batch, rows, s, key, b.queries, b.p + at * W, b.mask, ahead);
             product_strip<T, S, false>(s.count, p.value_dim, value.data, value.stride, b.grad_out, W, b.dp + at * W, W,
-                                       Start::zero);
+                                       Start::zero, nullptr, ahead);
             probabilities<T, S>(s.count, b.p + at * W, b.dp + at * W, lanes);
         });
         if (!whole) delta_of_output<T, S>(p, job.out, item.batch, rows, b.grad_out, b.out_or_dq, lanes.delta);
@@ -196,9 +207,9 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
             start = Start::add;
         }
         if (job.key[s.source].target.data)
-            add_product<T>(s.count, rows.n, b.dim, b.dp + at * W, b.query_rows, b.dk + at * b.dim);
+            add_product<T, W>(s.count, rows.n, b.dim, b.dp + at * W, b.query_rows, b.dk + at * b.dim);
         if (job.value[s.source].target.data)
-            add_product<T>(s.count, rows.n, b.value_dim, b.p + at * W, b.grad_rows, b.dv + at * b.value_dim);
+            add_product<T, W>(s.count, rows.n, b.value_dim, b.p + at * W, b.grad_rows, b.dv + at * b.value_dim);
     });
     if (!job.query.target.data) return;
     if (start == Start::zero) {
@@ -216,7 +227,7 @@ template <class T>
 void flush(const Accumulator& to, int64_t run, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
            const T* from, int64_t stride) {
     constexpr int64_t N = Simd<T>::lanes;
-    mmfast::dispatch(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.target.data) + run * to.run;
         for (int64_t i = 0; i < count; ++i) {
@@ -232,42 +243,111 @@ MMFAST_INLINE void clear(T* to, int64_t count) {
     for (int64_t i = 0; i < count; i += Simd<T>::lanes) Simd<T>::store(to + i, Vec<T>{});
 }
 
+// f(source, its head, first key, number, place in the piece)
+template <class F>
+MMFAST_INLINE void for_sources(const Problem& p, const BackwardItem& item, const Keys& keys, const F& f) {
+    for (int j = 0; j < p.count; ++j) {
+        const int64_t from = larger(item.first - keys.start[j], 0);
+        const int64_t to = smaller(item.last - keys.start[j], p.sources[j].keys);
+        if (from < to) f(j, key_head(p, j, item.head), from, to - from, keys.start[j] + from - item.first);
+    }
+}
+
 template <class T>
-void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
-    const Problem& p = *job.problem;
-    Buffers<T> b;
-    lay_out(p, scratch, b);
-    Keys keys;
-    set_keys(p, item.batch, false, keys);
-    const auto for_sources = [&](const auto& f) __attribute__((always_inline)) {
-        for (int j = 0; j < p.count; ++j) {
-            const int64_t from = larger(item.first - keys.start[j], 0);
-            const int64_t to = smaller(item.last - keys.start[j], p.sources[j].keys);
-            if (from < to) f(j, key_head(p, j, item.head), from, to - from, keys.start[j] + from - item.first);
-        }
-    };
+void begin_head(const Problem& p, const BackwardItem& item, const Keys& keys, const Buffers<T>& b) {
     clear(b.dk, (item.last - item.first) * b.dim);
     clear(b.dv, (item.last - item.first) * b.value_dim);
-    for_sources([&](int j, int64_t head, int64_t first, int64_t count, int64_t at) __attribute__((always_inline)) {
+    for_sources(p, item, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t at) {
         count = smaller(count, keys.length[j] - first);
         if (count <= 0) return;
         block_of<T>(p.sources[j].key, item.batch, head, first, count, p.dim, false, b.keys + at * p.dim);
         block_of<T>(p.sources[j].value, item.batch, head, first, count, p.value_dim, false,
                     b.values + at * p.value_dim);
     });
-    for (int64_t i = 0; i < item.panels; ++i) {
-        Rows rows;
-        set_rows<T>(p, job.fold, item.head, item.panel + i, rows);
-        for_width<T>(rows.n,
-                     [&]<int S>() __attribute__((always_inline)) { backward_panel<T, S>(job, item, rows, keys, b); });
-    }
-    for_sources([&](int j, int64_t head, int64_t first, int64_t count, int64_t at) __attribute__((always_inline)) {
+}
+
+template <class T>
+void end_head(const BackwardJob<T>& job, const BackwardItem& item, const Keys& keys, const Buffers<T>& b) {
+    const Problem& p = *job.problem;
+    for_sources(p, item, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t at) {
         if (job.key[j].target.data)
             flush<T>(job.key[j], item.key_run[j], item.batch, head, first, count, p.dim, b.dk + at * b.dim, b.dim);
         if (job.value[j].target.data)
             flush<T>(job.value[j], item.value_run[j], item.batch, head, first, count, p.value_dim,
                      b.dv + at * b.value_dim, b.value_dim);
     });
+}
+
+// What the queries `rows` of an item will read and write.
+template <class T>
+void rows_ahead(const BackwardJob<T>& job, const BackwardItem& item, const Rows& rows, bool whole, Ahead& ahead) {
+    if (!rows.one_head) return;
+    const Problem& p = *job.problem;
+    const auto add = [&](const auto& x, int64_t columns) {
+        ahead.add(x, item.batch, rows.head[0], rows.row[0], rows.n, columns);
+    };
+    add(p.query, p.dim);
+    add(job.grad_out, p.value_dim);
+    if (!whole) add(job.out, p.value_dim);
+    if (job.query.target.data && !job.query.run) add(job.query.target, p.dim);
+}
+
+// As in the forward pass several heads share an item where their keys stay in the second cache: see [Heads of an item]
+// there. With one panel a head is done at once, and the next one's keys are asked for.
+template <class T>
+void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
+    const Problem& p = *job.problem;
+    const bool together = item.panels > 1;
+    Buffers<T> all, b;
+    lay_out(p, together ? item.heads : 1, scratch, all);
+    Keys keys;
+    set_keys(p, item.batch, false, keys);
+    const bool whole = item.first == 0 && item.last == keys.start[p.count];
+    Ahead ahead;
+    Rows rows;
+    BackwardItem now = item;
+    const auto set_head = [&](int64_t h) {
+        now.head = item.head + h * job.fold;
+        all.set_head(p, together ? h : 0, b);
+    };
+    const auto panel = [&](int64_t i, int64_t h) {
+        const bool last_head = h + 1 == item.heads;
+        if (!last_head || i + 1 < item.panels) {
+            set_head(last_head ? 0 : h + 1);
+            set_rows<T>(p, job.fold, now.head, item.panel + i + last_head, rows);
+            rows_ahead(job, now, rows, whole, ahead);
+            if (i == 0 && !last_head)
+                for_sources(p, now, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t) {
+                    ahead.add(p.sources[j].key, now.batch, head, first, count, p.dim);
+                    ahead.add(p.sources[j].value, now.batch, head, first, count, p.value_dim);
+                });
+        }
+        set_head(h);
+        set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
+        for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+            backward_panel<T, S>(job, now, rows, keys, b, ahead);
+        });
+    };
+    if (together) {
+        for (int64_t h = 0; h < item.heads; ++h) {
+            set_head(h);
+            begin_head(p, now, keys, b);
+        }
+        for (int64_t i = 0; i < item.panels; ++i)
+            for (int64_t h = 0; h < item.heads; ++h) panel(i, h);
+        for (int64_t h = 0; h < item.heads; ++h) {
+            set_head(h);
+            end_head(job, now, keys, b);
+        }
+        return;
+    }
+    for (int64_t h = 0; h < item.heads; ++h) {
+        set_head(h);
+        begin_head(p, now, keys, b);
+        if (item.panels > 0) panel(0, h);
+        set_head(h);
+        end_head(job, now, keys, b);
+    }
 }
 
 template <class T>

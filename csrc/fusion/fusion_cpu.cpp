@@ -71,6 +71,19 @@ int64_t wanted_items() {
     return 4 * max_threads();
 }
 
+// How many folds of heads an item has: see the notes [Heads of an item] and [Ahead]. `kept`: of each head's keys and values,
+// how many times their size has to stay in the second cache until the last panel.
+template <class T>
+int64_t heads_together(const Problem& p, int64_t folds, int64_t panels, int64_t items, int64_t kept) {
+    constexpr int64_t kBytes = 384 << 10;
+    if (panels > 1 && p.query.row <= p.query.head) return 1;
+    const int64_t bytes = all_keys(p) * (p.dim + p.value_dim) * int64_t(sizeof(T)) * kept;
+    int64_t most = kept ? kBytes / std::max<int64_t>(1, bytes) : folds;
+    most = std::min(most, folds * p.batch * items / wanted_items());  // items enough for the threads
+    const int64_t parts = divide_up(folds, std::clamp<int64_t>(most, 1, folds));
+    return divide_up(folds, parts);
+}
+
 }  // namespace
 
 // Note: [Few queries]
@@ -89,31 +102,35 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (!p.decoupled && threads > 1 && groups * panels < wanted_items())
         splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), groups * panels), keys / 512), 1,
                                      std::max<int64_t>(1, int64_t(cost / 50e3)));
-    ForwardJob<T> job{&p, fold, out, lse, nullptr};
+    ForwardJob<T> job{&p, fold, panels, out, lse, nullptr};
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
+    const bool copied = p.sources[0].key.type != scalar_type_of<T>();
+    const int64_t heads = heads_together<T>(p, folds, panels, panels, panels > 1 || copied),
+                  parts = divide_up(folds, heads);
     // Neighbouring panels are one item: what is converted for the first serves the others.
-    const int64_t run = std::clamp<int64_t>(groups * panels * splits / (8 * threads), 1, 8);
+    const int64_t run = splits > 1 ? 1 : std::clamp<int64_t>(p.batch * parts * panels / (8 * threads), 1, 8);
     const int64_t runs = divide_up(panels, run);
-    const size_t bytes = size_t(k.forward_scratch(p)) * sizeof(T);
-    deal_out(groups * runs * splits, cost * double(run) / double(splits), bytes, [&](int64_t i, char* scratch) {
-        const int64_t split = i % splits, first = i / splits % runs * run, group = i / splits / runs;
-        for (int64_t j = first; j < std::min(panels, first + run); j += splits > 1 ? 1 : run) {
-            const Item item{group / folds,
-                            group % folds * fold,
-                            j,
-                            splits > 1 ? 1 : std::min(run, panels - first),
-                            split,
-                            splits,
-                            (group * panels + j) * splits + split};
-            k.forward(job, item, reinterpret_cast<T*>(scratch));
-        }
-    });
+    const size_t bytes = size_t(k.forward_scratch(p, heads)) * sizeof(T);
+    deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
+             [&](int64_t i, char* scratch) {
+                 const int64_t split = i % splits, panel = i / splits % runs * run, part = i / splits / runs % parts;
+                 const int64_t batch = i / splits / runs / parts, first = part * heads;
+                 const Item item{batch,
+                                 first * fold,
+                                 std::min(heads, folds - first),
+                                 panel,
+                                 std::min(run, panels - panel),
+                                 split,
+                                 splits,
+                                 ((batch * folds + first) * panels + panel) * splits + split};
+                 if (item.heads > 0) k.forward(job, item, reinterpret_cast<T*>(scratch));
+             });
     if (splits == 1) return;
     deal_out(groups * panels, double(size) * double(splits), bytes, [&](int64_t i, char* scratch) {
         const int64_t group = i / panels;
-        const Item item{group / folds, group % folds * fold, i % panels, 1, 0, splits, i * splits};
+        const Item item{group / folds, group % folds * fold, 1, i % panels, 1, 0, splits, i * splits};
         k.merge(job, item, reinterpret_cast<T*>(scratch));
     });
 }
@@ -194,13 +211,18 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
                   const Gradients<T>& gradients) {
     const TileKernels<T>& k = kernels<T>();
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
-    const int64_t panels = divide_up(fold * p.rows, k.panel), groups = p.batch * folds;
+    const int64_t panels = divide_up(fold * p.rows, k.panel);
     const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
+    bool own_keys = pieces == 1;  // no two folds of heads have keys in common
+    for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
+    const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
+    const int64_t heads = own_keys ? heads_together<T>(p, folds, panels, most_shares, panels > 1 ? 2 : 0) : 1;
+    const int64_t parts = divide_up(folds, heads), items = p.batch * parts;
     // Shares of the queries or of the keys, whichever there are more of.
     int64_t query_shares = 1, key_shares = 1;
-    if (max_threads() > 1 && groups && groups < wanted_items() && groups % max_threads()) {
-        const int64_t shares = divide_up(wanted_items(), groups);
-        if (fold * p.rows >= keys) query_shares = std::clamp<int64_t>(panels / 4, 1, shares);
+    if (max_threads() > 1 && items && items < wanted_items() && (heads > 1 || items % max_threads())) {
+        const int64_t shares = divide_up(wanted_items(), items);
+        if (fold * p.rows >= keys) query_shares = std::min(most_shares, shares);
         else key_shares = std::min(pieces, shares);
     }
     BackwardJob<T> job{&p, fold, grad_out, out, lse, grad_lse, gradients.gates, {}, {}, {}};
@@ -222,15 +244,17 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         job.key[j] = by_key.back().accumulator();
         job.value[j] = by_value.back().accumulator();
     }
-    const size_t bytes = size_t(k.backward_scratch(p)) * sizeof(T);
+    const size_t bytes = size_t(k.backward_scratch(p, heads)) * sizeof(T);
     const int64_t per_share = divide_up(panels, query_shares), pieces_per_share = divide_up(pieces, key_shares);
     const double cost = cost_of<T>(k.panel, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
-    deal_out(groups * query_shares * key_shares, cost, bytes, [&](int64_t i, char* scratch) {
+    deal_out(items * query_shares * key_shares, cost * double(heads), bytes, [&](int64_t i, char* scratch) {
         const int64_t key_share = i % key_shares, query_share = i / key_shares % query_shares;
-        const int64_t group = i / key_shares / query_shares;
+        const int64_t group = i / key_shares / query_shares, first = group % parts * heads;
         BackwardItem item{};
-        item.batch = group / folds;
-        item.head = group % folds * fold;
+        item.batch = group / parts;
+        item.head = first * fold;
+        item.heads = std::min(heads, folds - first);
+        if (item.heads <= 0) return;
         item.panel = std::min(panels, query_share * per_share);
         item.panels = std::min(panels - item.panel, per_share);
         item.query_run = (shared_query ? item.batch : 0) * key_shares + key_share;

@@ -4,6 +4,7 @@
 //   All tiles have the queries of a panel along the lanes and keys or features along the other side. Maxima, sums and
 //   exponentials of a softmax then need no exchange between lanes, keys and values are read where they lie as the
 //   broadcast side of a product (common/product.h), and a head of 6 features costs 6 multiply-adds, not 16.
+//   Rows of a tile are as wide as the vectors that the queries fill, or a narrow panel would use a part of the cache.
 #pragma once
 
 #include "common/convert.h"
@@ -52,13 +53,79 @@ MMFAST_INLINE void set_rows(const Problem& p, int64_t fold, int64_t head, int64_
     const int64_t first = panel * kPanel<T>;
     rows.n = smaller(kPanel<T>, fold * p.rows - first);
     rows.last = 0;
-    for (int64_t r = 0; r < rows.n; ++r) {
-        rows.head[r] = head + (first + r) / p.rows;
-        rows.row[r] = (first + r) % p.rows;
-        rows.last = larger(rows.last, rows.row[r]);
+    head += first / p.rows;
+    for (int64_t r = 0, row = first % p.rows; r < rows.n; ++r) {
+        rows.head[r] = head;
+        rows.row[r] = row;
+        rows.last = larger(rows.last, row);
+        if (++row == p.rows) {
+            row = 0;
+            ++head;
+        }
     }
     rows.one_head = rows.head[0] == rows.head[rows.n - 1];
 }
+
+// Note: [Ahead]
+//   Projections leave the heads inside the rows: of a row a head has a few lines, and its part of the next row is a page or
+//   so away, where no hardware prefetcher follows; waiting for memory then takes longer than the products. So what the
+//   next block of keys or the next head will read is asked for into the second cache, some rows before each block of a
+//   product: not more at a time than the core can have on the way.
+class Ahead {
+public:
+    // `rows` rows of `bytes`, `stride` bytes apart.
+    void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
+        if (next_ == count_) next_ = count_ = 0;
+        if (count_ == kMost || rows <= 0 || bytes <= 0) return;
+        if (stride == bytes) {
+            bytes *= rows;
+            rows = 1;
+        }
+        parts_[count_++] = {first, stride, rows, bytes};
+        lines_ += rows * (bytes / 64 + 1);
+        if (next_ + 1 == count_) start_row();
+    }
+    // The same of a View or Target.
+    template <class X>
+    void add(const X& x, int64_t batch, int64_t head, int64_t first, int64_t rows, int64_t columns) {
+        if (x.column > 1) return;
+        const int64_t size = x.type == ScalarType::float64 ? 8 : x.type == ScalarType::float32 ? 4 : 2;
+        add(static_cast<const char*>(x.data) + x.at(batch, head, first) * size, x.row * size, rows, columns * size);
+    }
+    // What was added is to be asked for in so many steps.
+    void spread(int64_t steps) { step_ = next_ < count_ ? lines_ / steps + 1 : 0; }
+    MMFAST_INLINE void operator()() {
+        for (int64_t i = 0; i < step_; ++i) {
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
+            if (at_ < end_) continue;
+            Part& part = parts_[next_];
+            lines_ -= part.bytes / 64 + 1;
+            part.first += part.stride;
+            if (--part.rows == 0 && ++next_ == count_) {
+                step_ = lines_ = 0;
+                return;
+            }
+            start_row();
+        }
+    }
+
+private:
+    struct Part {
+        const char* first;
+        int64_t stride, rows, bytes;
+    };
+    MMFAST_INLINE void start_row() {
+        const Part& part = parts_[next_];
+        at_ = part.first - reinterpret_cast<uintptr_t>(part.first) % 64;
+        end_ = part.first + part.bytes;
+    }
+    static constexpr int kMost = 4 * kMostSources;
+    Part parts_[kMost];
+    int next_ = 0, count_ = 0;
+    int64_t lines_ = 0, step_ = 0;  // to go, and a call
+    const char *at_ = nullptr, *end_ = nullptr;
+};
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
@@ -84,16 +151,28 @@ MMFAST_INLINE Vec<T> load_columns(const From* p, int64_t n) {
     }
 }
 
+// Calls f with a null pointer of the type that queries, keys, values and outputs are stored in if T is computed in.
+template <class T, class F>
+MMFAST_INLINE void dispatch(ScalarType type, const F& f) {
+    if constexpr (sizeof(T) == 8) f(static_cast<double*>(nullptr));
+    else if (type == ScalarType::bfloat16) f(static_cast<BFloat16*>(nullptr));
+    else if (type == ScalarType::float16) f(static_cast<Float16*>(nullptr));
+    else f(static_cast<float*>(nullptr));
+}
+
+// Masks may be of any type, whatever the queries are.
 template <class F>
-MMFAST_INLINE void dispatch(const View& v, const F& f) {
+MMFAST_INLINE void dispatch_mask(const View& v, const F& f) {
     if (v.boolean) f(static_cast<Allowed*>(nullptr));
-    else mmfast::dispatch(v.type, f);
+    else if (v.type == ScalarType::float64) f(static_cast<double*>(nullptr));
+    else dispatch<float>(v.type, f);
 }
 
 template <class T, class From>
 MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int64_t n, int64_t step, int64_t count,
                                    T factor, T* to) {
-    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int64_t N = Simd<T>::lanes;
+    const int64_t W = up_to_multiple(n, N);
     for (int64_t v = 0; v < n; v += N) {
         const int64_t lanes = smaller(N, n - v);
         const From* rows[N];
@@ -108,14 +187,9 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
         }
         for (int64_t k = 0; k < count; k += N) {
             Vec<T> columns[N];
-            bool done = false;
             if constexpr (sizeof(From) == sizeof(T) && !std::is_integral_v<From>) {
-                if (k + N <= count) {
-                    Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns);
-                    done = true;
-                }
-            }
-            if (!done) {
+                Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns, smaller(N, count - k));
+            } else {
                 for (int64_t i = 0; i < N; ++i) columns[i] = load_columns<T>(rows[i] + k, count - k);
                 Simd<T>::transpose(columns);
             }
@@ -135,7 +209,18 @@ template <class T>
 void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
     int64_t offsets[64];
     for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
-    dispatch(x, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
+    });
+}
+
+// The same of a mask.
+template <class T>
+void pack_mask(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
+    int64_t offsets[64];
+    for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
+    dispatch_mask(x, [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
     });
@@ -163,7 +248,7 @@ MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t count, int64
 // to[lane][column] = factor * x[row][column], zero from `count` to `width`.
 template <class T>
 void pack_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t width, T factor, T* to) {
-    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = 0; r < rows.n; ++r)
             pack_row<T>(static_cast<const From*>(x.data) + x.at(batch, rows.head[r], rows.row[r]), x.column, count,
@@ -185,7 +270,7 @@ MMFAST_INLINE bool in_place(const View& x) {
 
 template <class T>
 void pack_block(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, T* to) {
-    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const from = static_cast<const From*>(x.data) + x.at(batch, head, first);
         for (int64_t k = 0; k < count; ++k) pack_row<T>(from + k * x.row, x.column, width, width, T(1), to + k * width);
@@ -205,8 +290,9 @@ MMFAST_INLINE Block<T> block_of(const View& x, int64_t batch, int64_t head, int6
 template <class T>
 void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, const Rows& rows, const Target& to,
                     int64_t offset, bool add) {
-    constexpr int64_t N = Simd<T>::lanes, W = kPanel<T>;
-    mmfast::dispatch(to.type, [&](auto* kind) __attribute__((always_inline)) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const int64_t W = up_to_multiple(rows.n, N);
+    dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.data) + offset;
         for (int64_t v = 0; v < rows.n; v += N) {
@@ -267,9 +353,8 @@ MMFAST_INLINE int64_t key_head(const Problem& p, int source, int64_t head) {
 
 template <class T>
 T value_at(const View& x, int64_t at) {
-    if (x.boolean) return static_cast<const uint8_t*>(x.data)[at] ? T(0) : -infinity<T>();
     T result = 0;
-    mmfast::dispatch(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch_mask(x, [&](auto* kind) __attribute__((always_inline)) {
         result = T(static_cast<const std::remove_pointer_t<decltype(kind)>*>(x.data)[at]);
     });
     return result;
@@ -282,7 +367,7 @@ MMFAST_INLINE Vec<T> masked(Vec<T> score, Vec<T> added) {
 
 template <class T, int S>
 void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, int64_t count, T* tile, T* buffer) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int N = Simd<T>::lanes, W = S * N;
     if (mask.row == 0 && (mask.head == 0 || rows.one_head)) {  // the same for all lanes
         for (int64_t k = 0; k < count; ++k) {
             const T added = value_at<T>(mask, mask.at(batch, rows.head[0], 0) + (first + k) * mask.column) * T(kLog2e);
@@ -294,7 +379,7 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         return;
     }
     const int64_t columns = mask.column ? count : 1;
-    pack_columns<T>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
+    pack_mask<T>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
     for (int64_t k = 0; k < count; ++k)
         for (int v = 0; v < S; ++v) {
             const Vec<T> added = Simd<T>::load(buffer + (mask.column ? k : 0) * W + v * N);
@@ -305,9 +390,9 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
 // tile[key][lane]: what the softmax is taken of, times log2 e. `queries` are packed with that factor and the scale.
 template <class T, int S>
 void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, const Block<T>& key, const T* queries,
-            T* tile, T* buffer) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
-    product_strip<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero);
+            T* tile, T* buffer, Ahead& ahead) {
+    constexpr int N = Simd<T>::lanes, W = S * N;
+    product_strip<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead);
     for (const View& mask : p.sources[s.source].added)
         if (mask.data) add_mask<T, S>(mask, batch, rows, s.first, s.count, tile, buffer);
     if (!p.causal) return;

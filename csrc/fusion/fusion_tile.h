@@ -14,6 +14,7 @@ template <class T>
 struct ForwardJob {
     const Problem* problem;
     int64_t fold;
+    int64_t panels;  // of a fold
     Target out;
     T* lse;
     // Several items share the keys of the same rows: each writes output [value_dim][panel], maximum [panel] and sum [panel]
@@ -22,10 +23,11 @@ struct ForwardJob {
 };
 
 struct Item {
-    int64_t batch, head;    // the first head of the fold
+    int64_t batch, head;    // the first head of the first fold
+    int64_t heads;          // number of folds
     int64_t panel, panels;  // first and number
     int64_t split, splits;  // share of the keys
-    int64_t slot;           // among the partial results
+    int64_t slot;  // among the partial results; that of the next panel is `splits` on, and the next fold's behind
 };
 
 // Sums of the gradients that several items contribute to: each run has its own copy, added up afterwards.
@@ -46,7 +48,8 @@ struct BackwardJob {
 };
 
 struct BackwardItem {
-    int64_t batch, head;    // the first head of the fold
+    int64_t batch, head;  // the first head of the first fold
+    int64_t heads;  // number of folds; more than one only if no source has its keys in common with another of them
     int64_t panel, panels;  // first and number
     int64_t first, last;    // keys, counted through all sources
     int64_t query_run, key_run[kMostSources], value_run[kMostSources];
@@ -67,10 +70,10 @@ struct WeightsItem {
 template <class T>
 struct TileKernels {
     int64_t panel;
-    int64_t (*forward_scratch)(const Problem&);  // elements
+    int64_t (*forward_scratch)(const Problem&, int64_t heads);  // elements, for items of so many folds
     void (*forward)(const ForwardJob<T>&, const Item&, T* scratch);
     void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
-    int64_t (*backward_scratch)(const Problem&);
+    int64_t (*backward_scratch)(const Problem&, int64_t heads);
     void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
     int64_t (*weights_scratch)(const Problem&);
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);

@@ -16,7 +16,7 @@ int64_t scratch_size(const Problem& p) {
 // sum[key][lane] (+)= factor exp(score - lse)
 template <class T, int S>
 void add_weights(int64_t count, const T* tile, const T* lse, T factor, bool add, T* sum) {
-    constexpr int N = Simd<T>::lanes, W = kPanel<T>;
+    constexpr int N = Simd<T>::lanes, W = S * N;
     Vec<T> shift[S];
     for (int v = 0; v < S; ++v) shift[v] = Simd<T>::load(lse + v * N);
     for (int64_t k = 0; k < count; ++k)
@@ -30,10 +30,11 @@ void add_weights(int64_t count, const T* tile, const T* lse, T factor, bool add,
 
 template <class T, int S>
 void weights_panel(const WeightsJob<T>& job, const WeightsItem& item, const Keys& keys, T* scratch) {
-    constexpr int64_t W = kPanel<T>;
+    constexpr int64_t W = S * Simd<T>::lanes;
     const Problem& p = *job.problem;
     T *const queries = scratch, *const tile = queries + W * p.heads * p.dim, *const sum = tile + W * kBlockKeys;
     T *const mask = sum + W * kBlockKeys, *const copies = mask + W * kBlockKeys;
+    Ahead ahead;
     Rows rows;
     for (int64_t h = 0; h < item.heads; ++h) {
         set_rows<T>(p, 1, item.head + h, item.panel, rows);
@@ -47,13 +48,13 @@ void weights_panel(const WeightsJob<T>& job, const WeightsItem& item, const Keys
                 for (int64_t h = 0; h < item.heads; ++h) {
                     const int64_t head = item.head + h;
                     set_rows<T>(p, 1, head, item.panel, rows);
-                    alignas(64) T lse[W];
+                    alignas(64) T lse[kPanel<T>];
                     gather(p, job.lse, item.batch, rows, T(0), lse);
                     for (int64_t i = 0; i < W; ++i)
                         lse[i] = lse[i] == -infinity<T>() ? infinity<T>() : lse[i] * T(kLog2e);
                     const Block<T> key = block_of<T>(p.sources[s.source].key, item.batch, key_head(p, s.source, head),
                                                      s.first, s.count, p.dim, false, copies);
-                    scores<T, S>(p, item.batch, rows, s, key, queries + h * W * p.dim, tile, mask);
+                    scores<T, S>(p, item.batch, rows, s, key, queries + h * W * p.dim, tile, mask, ahead);
                     add_weights<T, S>(s.count, tile, lse, factor, h > 0, sum);
                 }
                 if (item.heads > 1)
