@@ -74,8 +74,11 @@ MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_
                                             c + i * c_stride, c_stride, start, factor);
         i += R;
     };
-    if constexpr (2 * S <= kProductWidth)
+    if constexpr (2 * S <= kProductWidth) {
         while (i + 2 * kProductRows <= rows) block.template operator()<2 * kProductRows>();
+        if (i + 8 <= rows) block.template operator()<8>();
+        if (i + 4 <= rows) block.template operator()<4>();
+    }
     while (i + kProductRows <= rows) block.template operator()<kProductRows>();
     if (i + 3 <= rows) block.template operator()<3>();
     if (i + 2 <= rows) block.template operator()<2>();

@@ -85,6 +85,18 @@ struct Simd {
         return part[0];
     }
 
+    // Lane i is the sum of the lanes of x[i], of `lanes` vectors: twice as many of them side by side in each round.
+    template <int kSide = 1>
+    static MMFAST_INLINE V sums(V* x) {
+        if constexpr (kSide == lanes) {
+            return x[0];
+        } else {
+            for (int i = 0; i < lanes / kSide / 2; ++i)
+                x[i] = add_sides<kSide>(x[2 * i], x[2 * i + 1], std::make_index_sequence<lanes>());
+            return sums<2 * kSide>(x);
+        }
+    }
+
     // Lanes 1 .. of x, then `next`.
     static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
 
@@ -124,6 +136,11 @@ struct Simd {
     static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
 
 private:
+    template <size_t n, size_t... K>
+    static MMFAST_INLINE V add_sides(V a, V b, std::index_sequence<K...>) {
+        return __builtin_shufflevector(a, b, (K / (2 * n) * 2 * n + K % n + K / n % 2 * lanes)...) +
+               __builtin_shufflevector(a, b, (K / (2 * n) * 2 * n + K % n + K / n % 2 * lanes + n)...);
+    }
     template <size_t... K>
     static MMFAST_INLINE V shift_in(V x, T next, std::index_sequence<K...>) {
         return __builtin_shufflevector(x, splat(next), (K + 1)...);

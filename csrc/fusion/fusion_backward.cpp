@@ -23,8 +23,8 @@ struct Buffers {
         of = *this;
         of.dk += h * most * dim;
         of.dv += h * most * value_dim;
-        of.keys += h * most * p.dim;
-        of.values += h * most * p.value_dim;
+        of.keys += h * most * copy_stride<T>(p.dim);
+        of.values += h * most * copy_stride<T>(p.value_dim);
     }
 };
 
@@ -55,8 +55,8 @@ MMFAST_INLINE int64_t lay_out(const Problem& p, int64_t heads, T* scratch, Buffe
     take(b.grad_rows, W * b.value_dim);
     take(b.dk, heads * n * b.dim);
     take(b.dv, heads * n * b.value_dim);
-    take(b.keys, heads * n * p.dim);
-    take(b.values, heads * n * p.value_dim);
+    take(b.keys, heads * n * copy_stride<T>(p.dim));
+    take(b.values, heads * n * copy_stride<T>(p.value_dim));
     return at;
 }
 
@@ -181,10 +181,10 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
         set_lanes<T, S>(job, item.batch, rows, softmax, lanes);
         for_each(lo, hi, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
             const Source& from = p.sources[s.source];
-            const Block<T> key =
-                block_of<T>(from.key, item.batch, head, s.first, s.count, p.dim, true, b.keys + at * p.dim);
-            const Block<T> value = block_of<T>(from.value, item.batch, head, s.first, s.count, p.value_dim, true,
-                                               b.values + at * p.value_dim);
+            const Block<T> key = block_of<T>(from.key, true, item.batch, head, s.first, s.count, p.dim, true,
+                                             b.keys + at * copy_stride<T>(p.dim));
+            const Block<T> value = block_of<T>(from.value, false, item.batch, head, s.first, s.count, p.value_dim, true,
+                                               b.values + at * copy_stride<T>(p.value_dim));
             scores<T, S>(p, item.batch, rows, s, key, b.queries, b.p + at * W, b.mask, ahead);
             product_strip<T, S, false>(s.count, p.value_dim, value.data, value.stride, b.grad_out, W, b.dp + at * W, W,
                                        Start::zero, nullptr, ahead);
@@ -201,8 +201,8 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
     Start start = Start::zero;
     for_each(item.first, item.last, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
         if (job.query.target.data) {
-            const Block<T> key = block_of<T>(p.sources[s.source].key, item.batch, head, s.first, s.count, p.dim, true,
-                                             b.keys + at * p.dim);
+            const Block<T> key = block_of<T>(p.sources[s.source].key, true, item.batch, head, s.first, s.count, p.dim,
+                                             true, b.keys + at * copy_stride<T>(p.dim));
             product_strip<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
             start = Start::add;
         }
@@ -260,9 +260,10 @@ void begin_head(const Problem& p, const BackwardItem& item, const Keys& keys, co
     for_sources(p, item, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t at) {
         count = smaller(count, keys.length[j] - first);
         if (count <= 0) return;
-        block_of<T>(p.sources[j].key, item.batch, head, first, count, p.dim, false, b.keys + at * p.dim);
-        block_of<T>(p.sources[j].value, item.batch, head, first, count, p.value_dim, false,
-                    b.values + at * p.value_dim);
+        block_of<T>(p.sources[j].key, true, item.batch, head, first, count, p.dim, false,
+                    b.keys + at * copy_stride<T>(p.dim));
+        block_of<T>(p.sources[j].value, false, item.batch, head, first, count, p.value_dim, false,
+                    b.values + at * copy_stride<T>(p.value_dim));
     });
 }
 

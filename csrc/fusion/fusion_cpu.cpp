@@ -67,6 +67,10 @@ double cost_of(int64_t panel, int64_t keys, int64_t features) {
 }
 
 // Items enough to keep the threads busy to the end.
+// From so many keys on a single panel goes through them with all its heads, which together have at most so many bytes in the
+// second cache: see the note [Wide].
+constexpr int64_t kWideFrom = 96, kWideBytes = 640 << 10;
+
 int64_t wanted_items() {
     return 4 * max_threads();
 }
@@ -98,21 +102,27 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t panel_rows = std::min(k.panel, fold * p.rows);
     const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
     const int64_t threads = max_threads();
+    const bool single = panels == 1 && !p.decoupled && keys > kWideFrom;
+    const Order order = !single ? Order::panels : panel_rows <= kFewRows ? Order::few : Order::wide;
     int64_t splits = 1;
-    if (!p.decoupled && threads > 1 && groups * panels < wanted_items())
-        splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), groups * panels), keys / 512), 1,
-                                     std::max<int64_t>(1, int64_t(cost / 50e3)));
+    const int64_t units = single ? p.batch : groups * panels;
+    if (!p.decoupled && threads > 1 && units < wanted_items())
+        splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), units), keys / 512), 1,
+                                     std::max<int64_t>(1, int64_t(cost * double(single ? folds : 1) / 50e3)));
     ForwardJob<T> job{&p, fold, panels, out, lse, nullptr};
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
-    const bool copied = p.sources[0].key.type != scalar_type_of<T>();
-    const int64_t heads = heads_together<T>(p, folds, panels, panels, panels > 1 || copied),
-                  parts = divide_up(folds, heads);
+    int64_t heads = heads_together<T>(p, folds, panels, panels * splits, panels > 1);
+    if (order == Order::wide) {
+        const int64_t each = (up_to_multiple(panel_rows, 16) + 64) * (p.dim + p.value_dim) * int64_t(sizeof(T));
+        heads = std::clamp<int64_t>(kWideBytes / std::max<int64_t>(1, each), 1, heads);
+    }
+    const int64_t parts = divide_up(folds, heads);
     // Neighbouring panels are one item: what is converted for the first serves the others.
     const int64_t run = splits > 1 ? 1 : std::clamp<int64_t>(p.batch * parts * panels / (8 * threads), 1, 8);
     const int64_t runs = divide_up(panels, run);
-    const size_t bytes = size_t(k.forward_scratch(p, heads)) * sizeof(T);
+    const size_t bytes = size_t(k.forward_scratch(p, run > 1 || single ? heads : 1, order)) * sizeof(T);
     deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
              [&](int64_t i, char* scratch) {
                  const int64_t split = i % splits, panel = i / splits % runs * run, part = i / splits / runs % parts;
@@ -122,6 +132,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
                                  std::min(heads, folds - first),
                                  panel,
                                  std::min(run, panels - panel),
+                                 order,
                                  split,
                                  splits,
                                  ((batch * folds + first) * panels + panel) * splits + split};
@@ -130,7 +141,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (splits == 1) return;
     deal_out(groups * panels, double(size) * double(splits), bytes, [&](int64_t i, char* scratch) {
         const int64_t group = i / panels;
-        const Item item{group / folds, group % folds * fold, 1, i % panels, 1, 0, splits, i * splits};
+        const Item item{group / folds, group % folds * fold, 1, i % panels, 1, Order::panels, 0, splits, i * splits};
         k.merge(job, item, reinterpret_cast<T*>(scratch));
     });
 }

@@ -1,4 +1,5 @@
 // Attention of one panel of queries, source by source and block by block of keys.
+#include "fusion/fusion_few.h"
 #include "fusion/fusion_panel.h"
 
 namespace mmfast {
@@ -10,11 +11,17 @@ namespace {
 //   A tile of 64 queries and 96 keys is 24 KiB in float: it stays in the first cache between the two products. Up to as
 //   many keys the softmax is taken at once; with more of them the output so far is scaled where a maximum grows.
 constexpr int64_t kBlockKeys = 96;
+constexpr int64_t kWideKeys = 64;  // of forward_wide
+
+// Copies of keys and values: made for each block where they cannot be read in place; so, but of all keys at once, each at its
+// place; or of all that a block has, from the key `base` on.
+enum class Copies { now, resident, block };
 
 template <class T>
 struct Buffers {
     T *queries, *tile, *mask, *out, *sum_out, *keys, *values;
-    bool resident;  // keys and values of all sources fit into the buffers, each at its place
+    Copies copies = Copies::now;
+    int64_t base = 0;
     Ahead ahead;
 };
 
@@ -25,17 +32,30 @@ constexpr int64_t buffered_keys(const Problem& p) {
 }
 
 // Copies of the keys of one head, and of its values.
+template <class T>
 constexpr int64_t keys_size(const Problem& p) {
-    return up_to_multiple(buffered_keys(p) * p.dim, 16);
+    return up_to_multiple(buffered_keys(p) * copy_stride<T>(p.dim), 16);
 }
+template <class T>
 constexpr int64_t values_size(const Problem& p) {
-    return up_to_multiple(buffered_keys(p) * p.value_dim, 16);
+    return up_to_multiple(buffered_keys(p) * copy_stride<T>(p.value_dim), 16);
+}
+
+// A head of forward_wide: queries, output, maxima and sums of a panel of `width`.
+template <class T>
+constexpr int64_t state_size(const Problem& p, int64_t width) {
+    return width * (p.dim + p.value_dim + 2);
 }
 
 template <class T>
-int64_t scratch_size(const Problem& p, int64_t heads) {
+int64_t scratch_size(const Problem& p, int64_t heads, Order order) {
+    if (order == Order::few) return few_scratch<T>(p, heads);
     constexpr int64_t W = kPanel<T>;
-    return W * (p.dim + 2 * p.value_dim + 2 * kBlockKeys) + heads * (keys_size(p) + values_size(p));
+    const int64_t tiles = W * (p.dim + 2 * p.value_dim + 2 * kBlockKeys);
+    if (order == Order::wide)
+        return tiles +
+               heads * (state_size<T>(p, W) + kWideKeys * (copy_stride<T>(p.dim) + copy_stride<T>(p.value_dim)));
+    return tiles + heads * (keys_size<T>(p) + values_size<T>(p));
 }
 
 template <class T>
@@ -47,8 +67,7 @@ MMFAST_INLINE void set_buffers(const Problem& p, int64_t heads, T* scratch, Buff
     b.out = b.mask + W * kBlockKeys;
     b.sum_out = b.out + W * p.value_dim;
     b.keys = b.sum_out + W * p.value_dim;
-    b.values = b.keys + heads * keys_size(p);
-    b.resident = false;
+    b.values = b.keys + heads * keys_size<T>(p);
 }
 
 // Of a softmax so far: the maximum (in units of ln 2) and the sum of the exponentials less it.
@@ -73,7 +92,8 @@ void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
         shift[v] = maximum[v] == -infinity<T>() ? Vec<T>{} : maximum[v];
         const Vec<T> f = mmfast::exp2(running.maximum[v] - shift[v]);
         Simd<T>::store(factor + v * N, f);
-        sum[v] = running.sum[v] * f;
+        running.sum[v] *= f;
+        sum[v] = Vec<T>{};  // of the block alone: one long chain of additions would lose digits
         running.maximum[v] = maximum[v];
     }
     for (int64_t k = 0; k < count; ++k)
@@ -84,63 +104,83 @@ void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
             sum[v] += e;
             Simd<T>::store(at, e);
         }
-    for (int v = 0; v < S; ++v) running.sum[v] = sum[v];
+    for (int v = 0; v < S; ++v) running.sum[v] += sum[v];
 }
 
 int64_t blocks_of(int64_t keys) {
     return (keys + kBlockKeys - 1) / kBlockKeys;
 }
 
-// Unless there are copies of them.
 template <class T>
 void keys_ahead(const Problem& p, const Item& item, const Keys& keys, int64_t last, int64_t lo, int64_t hi,
                 Buffers<T>& b) {
     for_segments(p, keys, last, lo, hi, [&](const Segment& s) __attribute__((always_inline)) {
         const View &key = p.sources[s.source].key, &value = p.sources[s.source].value;
         const int64_t head = key_head(p, s.source, item.head);
-        if (in_place<T>(key) || !b.resident) b.ahead.add(key, item.batch, head, s.first, s.count, p.dim);
-        if (in_place<T>(value) || !b.resident) b.ahead.add(value, item.batch, head, s.first, s.count, p.value_dim);
+        b.ahead.add(key, item.batch, head, s.first, s.count, p.dim);
+        b.ahead.add(value, item.batch, head, s.first, s.count, p.value_dim);
     });
+}
+
+template <class T>
+MMFAST_INLINE Block<T> find(const View& x, bool values, int64_t width, const Item& item, int64_t head, const Segment& s,
+                            int64_t count, const Buffers<T>& b) {
+    T* const buffer = values ? b.values : b.keys;
+    const int64_t stride = copy_stride<T>(width);
+    if (b.copies == Copies::block) return {buffer + (s.place - b.base) * stride, stride};
+    const bool there = b.copies == Copies::resident;
+    return block_of<T>(x, values, item.batch, head, s.first, s.count, width, there,
+                       buffer + (there ? s.place : count) * stride);
+}
+
+// A block of keys; false if there was none of them to see yet.
+template <class T, int S>
+bool attend_block(const Problem& p, const Item& item, const Rows& rows, const Keys& keys, int64_t from, int64_t to,
+                  Buffers<T>& b, Running<T, S>& running, bool started) {
+    constexpr int64_t W = S * Simd<T>::lanes;
+    alignas(64) T factor[W];
+    int64_t count = 0;
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        const Block<T> key =
+            find(p.sources[s.source].key, false, p.dim, item, key_head(p, s.source, item.head), s, count, b);
+        scores<T, S>(p, item.batch, rows, s, key, b.queries, b.tile + count * W, b.mask, b.ahead);
+        count += s.count;
+    });
+    if (!count) return started;
+    exponentials<T, S>(count, b.tile, running, factor);
+    Start start = started ? Start::scale : Start::zero;
+    count = 0;
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        const Block<T> value =
+            find(p.sources[s.source].value, true, p.value_dim, item, key_head(p, s.source, item.head), s, count, b);
+        product_strip<T, S, true>(p.value_dim, s.count, value.data, value.stride, b.tile + count * W, W, b.out, W,
+                                  start, factor, b.ahead);
+        start = Start::add;
+        count += s.count;
+    });
+    return true;
+}
+
+template <class T, int S>
+MMFAST_INLINE void clear_out(const Problem& p, T* out) {
+    for (int64_t i = 0; i < p.value_dim * S; ++i) Simd<T>::store(out + i * Simd<T>::lanes, Vec<T>{});
 }
 
 // Keys lo .. hi - 1: out[value_dim][lane] is not yet divided by the sum.
 template <class T, int S>
 void attend(const Problem& p, const Item& item, const Rows& rows, const Keys& keys, int64_t lo, int64_t hi,
             Buffers<T>& b, Running<T, S>& running) {
-    constexpr int64_t W = S * Simd<T>::lanes;
-    alignas(64) T factor[W];
     bool started = false;
     const int64_t blocks = blocks_of(hi - lo);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t from = lo + (hi - lo) * i / blocks, to = lo + (hi - lo) * (i + 1) / blocks;
-        if (i + 1 < blocks) keys_ahead(p, item, keys, rows.last, to, lo + (hi - lo) * (i + 2) / blocks, b);
-        b.ahead.spread(product_steps(to - from) + product_steps(p.value_dim));
-        int64_t count = 0;
-        for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
-            const int64_t head = key_head(p, s.source, item.head), place = b.resident ? s.place : count;
-            const Block<T> key = block_of<T>(p.sources[s.source].key, item.batch, head, s.first, s.count, p.dim,
-                                             b.resident, b.keys + place * p.dim);
-            scores<T, S>(p, item.batch, rows, s, key, b.queries, b.tile + count * W, b.mask, b.ahead);
-            count += s.count;
-        });
-        if (!count) continue;
-        exponentials<T, S>(count, b.tile, running, factor);
-        Start start = started ? Start::scale : Start::zero;
-        count = 0;
-        for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
-            const int64_t head = key_head(p, s.source, item.head), place = b.resident ? s.place : count;
-            const Block<T> value = block_of<T>(p.sources[s.source].value, item.batch, head, s.first, s.count,
-                                               p.value_dim, b.resident, b.values + place * p.value_dim);
-            product_strip<T, S, true>(p.value_dim, s.count, value.data, value.stride, b.tile + count * W, W, b.out, W,
-                                      start, factor, b.ahead);
-            start = Start::add;
-            count += s.count;
-        });
-        started = true;
+        if (i + 1 < blocks && b.copies == Copies::now)
+            keys_ahead(p, item, keys, rows.last, to, lo + (hi - lo) * (i + 2) / blocks, b);
+        b.ahead.spread((b.copies == Copies::now ? 1 : blocks - i) *
+                       (product_steps(to - from) + product_steps(p.value_dim)));
+        started = attend_block<T, S>(p, item, rows, keys, from, to, b, running, started);
     }
-    if (!started)
-        for (int64_t k = 0; k < p.value_dim; ++k)
-            for (int v = 0; v < S; ++v) Simd<T>::store(b.out + k * W + v * Simd<T>::lanes, Vec<T>{});
+    if (!started) clear_out<T, S>(p, b.out);
 }
 
 // factor[lane] = 1 / sum, and the log-sum-exp of softmax number `softmax`.
@@ -168,6 +208,26 @@ MMFAST_INLINE void reset(Running<T, S>& running) {
     }
 }
 
+// What one softmax over all sources gives: the result, or this share of it.
+template <class T, int S>
+void conclude(const ForwardJob<T>& job, const Item& item, const Rows& rows, const Running<T, S>& running,
+              const T* out) {
+    constexpr int64_t N = Simd<T>::lanes, W = S * N;
+    const Problem& p = *job.problem;
+    if (!job.partial) {
+        alignas(64) T factor[W];
+        finish<T, S>(job, item, rows, 0, running, factor);
+        unpack_columns<T>(out, p.value_dim, factor, item.batch, rows, job.out, 0, false);
+        return;
+    }
+    T* const to = job.partial + item.slot * (p.value_dim + 2) * W;
+    for (int64_t i = 0; i < p.value_dim * W; i += N) Simd<T>::store(to + i, Simd<T>::load(out + i));
+    for (int v = 0; v < S; ++v) {
+        Simd<T>::store(to + p.value_dim * W + v * N, running.maximum[v]);
+        Simd<T>::store(to + (p.value_dim + 1) * W + v * N, running.sum[v]);
+    }
+}
+
 template <class T, int S>
 void forward_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows, const Keys& keys, Buffers<T>& b) {
     constexpr int N = Simd<T>::lanes;
@@ -181,18 +241,7 @@ void forward_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows,
         reset(running);
         attend<T, S>(p, item, rows, keys, total * item.split / item.splits, total * (item.split + 1) / item.splits, b,
                      running);
-        if (job.partial) {
-            T* const to = job.partial + item.slot * (p.value_dim + 2) * W;
-            for (int v = 0; v < S; ++v) {
-                for (int64_t k = 0; k < p.value_dim; ++k)
-                    Simd<T>::store(to + k * W + v * N, Simd<T>::load(b.out + k * W + v * N));
-                Simd<T>::store(to + p.value_dim * W + v * N, running.maximum[v]);
-                Simd<T>::store(to + (p.value_dim + 1) * W + v * N, running.sum[v]);
-            }
-            return;
-        }
-        finish<T, S>(job, item, rows, 0, running, factor);
-        unpack_columns<T>(b.out, p.value_dim, factor, item.batch, rows, job.out, 0, false);
+        conclude<T, S>(job, item, rows, running, b.out);
         return;
     }
     for (int j = 0; j < p.count; ++j) {
@@ -213,24 +262,133 @@ void forward_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows,
     unpack_columns<T>(b.sum_out, p.value_dim, static_cast<const T*>(nullptr), item.batch, rows, job.out, 0, false);
 }
 
-// Copies of the keys and values of all heads of an item, row by row as they lie.
+// Copies of the keys or values of a segment, row by row as they lie: those of the item's head h from the `place`-th row on of
+// to + h * size.
+template <class T>
+void copy_heads(const Problem& p, const Item& item, int64_t fold, const Segment& s, bool values, int64_t place,
+                int64_t size, T* to) {
+    const View& x = values ? p.sources[s.source].value : p.sources[s.source].key;
+    const int64_t width = values ? p.value_dim : p.dim, stride = copy_stride<T>(width);
+    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        const From* const from = static_cast<const From*>(x.data);
+        for (int64_t k = 0; k < s.count; ++k)
+            for (int64_t h = 0; h < item.heads; ++h)
+                pack_row<T>(from + x.at(item.batch, key_head(p, s.source, item.head + h * fold), s.first + k), x.column,
+                            width, width, T(1), to + h * size + (place + k) * stride);
+    });
+}
+
+// Copies of all keys and values of an item that cannot be read in place.
 template <class T>
 void make_resident(const Problem& p, const Item& item, int64_t fold, const Keys& keys, const Buffers<T>& b) {
-    for (int j = 0; j < p.count; ++j)
-        for (const bool of_keys : {true, false}) {
-            const View& x = of_keys ? p.sources[j].key : p.sources[j].value;
-            if (in_place<T>(x)) continue;
-            const int64_t width = of_keys ? p.dim : p.value_dim, size = of_keys ? keys_size(p) : values_size(p);
-            T* const to = (of_keys ? b.keys : b.values) + keys.start[j] * width;
-            dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
-                using From = std::remove_pointer_t<decltype(kind)>;
-                const From* const from = static_cast<const From*>(x.data);
-                for (int64_t k = 0; k < keys.length[j]; ++k)
-                    for (int64_t h = 0; h < item.heads; ++h)
-                        pack_row<T>(from + x.at(item.batch, key_head(p, j, item.head + h * fold), k), x.column, width,
-                                    width, T(1), to + h * size + k * width);
-            });
+    for (int j = 0; j < p.count; ++j) {
+        const Segment s{j, 0, keys.length[j], keys.start[j]};
+        if (!in_place<T>(p.sources[j].key)) copy_heads(p, item, fold, s, false, s.place, keys_size<T>(p), b.keys);
+        if (!in_place<T>(p.sources[j].value, true))
+            copy_heads(p, item, fold, s, true, s.place, values_size<T>(p), b.values);
+    }
+}
+
+// Note: [Wide]
+//   One panel of queries and more keys than a block: every key is needed once, and the time to read them is most of the time.
+//   So they are read as they lie, whole rows with all heads of the item, block by block, into copies that stay in the
+//   second cache, beside the queries, outputs and softmaxes so far of all heads.
+template <class T, int S>
+void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
+    constexpr int64_t N = Simd<T>::lanes, W = S * N;
+    const Problem& p = *job.problem;
+    T* const states = scratch;
+    const int64_t state = state_size<T>(p, W);
+    T *const all_keys = states + item.heads * state, *const all_values =
+                                                         all_keys + item.heads * kWideKeys * copy_stride<T>(p.dim);
+    Rows rows;
+    Item now = item;
+    const auto set_head = [&](int64_t h) {
+        now.head = item.head + h * job.fold;
+        now.slot = item.slot + h * job.panels * item.splits;
+        set_rows<T>(p, job.fold, now.head, item.panel, rows);
+        b.queries = states + h * state;
+        b.out = b.queries + W * p.dim;
+        b.keys = all_keys + h * kWideKeys * copy_stride<T>(p.dim);
+        b.values = all_values + h * kWideKeys * copy_stride<T>(p.value_dim);
+        return b.out + W * p.value_dim;
+    };
+    const auto load = [&](const T* from, Running<T, S>& running) {
+        for (int v = 0; v < S; ++v) {
+            running.maximum[v] = Simd<T>::load(from + v * N);
+            running.sum[v] = Simd<T>::load(from + W + v * N);
         }
+    };
+    for (int64_t h = 0; h < item.heads; ++h) {
+        T* const so_far = set_head(h);
+        pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
+        for (int v = 0; v < S; ++v) {
+            Simd<T>::store(so_far + v * N, Simd<T>::splat(-infinity<T>()));
+            Simd<T>::store(so_far + W + v * N, Vec<T>{});
+        }
+    }
+    const int64_t total = keys.start[p.count];
+    const int64_t lo = total * item.split / item.splits, hi = total * (item.split + 1) / item.splits;
+    const int64_t blocks = (hi - lo + kWideKeys - 1) / kWideKeys;
+    b.copies = Copies::block;
+    bool started = false;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t from = lo + (hi - lo) * i / blocks, to = lo + (hi - lo) * (i + 1) / blocks;
+        b.base = from;
+        for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+            copy_heads(p, item, job.fold, s, false, s.place - from, kWideKeys * copy_stride<T>(p.dim), all_keys);
+            copy_heads(p, item, job.fold, s, true, s.place - from, kWideKeys * copy_stride<T>(p.value_dim), all_values);
+        });
+        bool any = started;
+        for (int64_t h = 0; h < item.heads; ++h) {
+            T* const so_far = set_head(h);
+            Running<T, S> running;
+            load(so_far, running);
+            any = attend_block<T, S>(p, now, rows, keys, from, to, b, running, started);
+            for (int v = 0; v < S; ++v) {
+                Simd<T>::store(so_far + v * N, running.maximum[v]);
+                Simd<T>::store(so_far + W + v * N, running.sum[v]);
+            }
+        }
+        started = any;
+    }
+    for (int64_t h = 0; h < item.heads; ++h) {
+        const T* const so_far = set_head(h);
+        Running<T, S> running;
+        load(so_far, running);
+        if (!started) clear_out<T, S>(p, b.out);
+        conclude<T, S>(job, now, rows, running, b.out);
+    }
+}
+
+template <class T>
+void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const Problem& p = *job.problem;
+    Keys keys;
+    set_keys(p, item.batch, true, keys);
+    const int64_t total = keys.start[p.count];
+    const int64_t lo = total * item.split / item.splits, hi = total * (item.split + 1) / item.splits;
+    attend_few<T>(p, item, job.fold, keys, lo, hi, scratch,
+                  [&](int64_t h, const Rows& rows, const T* out, const T* maximum, const T* sum) {
+                      Item now = item;
+                      now.head = item.head + h * job.fold;
+                      now.slot = item.slot + h * job.panels * item.splits;
+                      for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+                          Running<T, S> running;
+                          alignas(64) T at[2][S * N] = {};
+                          for (int64_t r = 0; r < rows.n; ++r) {
+                              at[0][r] = maximum[r];
+                              at[1][r] = sum[r];
+                          }
+                          for (int v = 0; v < S; ++v) {
+                              running.maximum[v] = Simd<T>::load(at[0] + v * N);
+                              running.sum[v] = Simd<T>::load(at[1] + v * N);
+                          }
+                          conclude<T, S>(job, now, rows, running, out);
+                      });
+                  });
 }
 
 // Note: [Heads of an item]
@@ -239,21 +397,37 @@ void make_resident(const Problem& p, const Item& item, int64_t fold, const Keys&
 template <class T>
 void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     const Problem& p = *job.problem;
+    if (item.order == Order::few) return forward_few(job, item, scratch);
+    const bool together = item.panels > 1;  // the keys of all heads are used again
     Buffers<T> b;
-    set_buffers(p, item.heads, scratch, b);
+    set_buffers(p, together ? item.heads : 1, scratch, b);
     T *const all_keys = b.keys, *const all_values = b.values;
     Keys keys;
     set_keys(p, item.batch, true, keys);
-    b.resident = keys.start[p.count] <= buffered_keys(p);
-    if (b.resident) make_resident(p, item, job.fold, keys, b);
+    if (item.order == Order::wide)
+        return for_width<T>(smaller(kPanel<T>, job.fold * p.rows), [&]<int S>() __attribute__((always_inline)) {
+            forward_wide<T, S>(job, item, keys, b, b.keys);
+        });
+    const bool resident = keys.start[p.count] <= buffered_keys(p);
+    b.copies = resident ? Copies::resident : Copies::now;
+    if (resident && together) make_resident(p, item, job.fold, keys, b);
     const auto set = [&](int64_t panel, int64_t h, Rows& rows, Item& of) __attribute__((always_inline)) {
         of = item;
+        of.heads = 1;
         of.head = item.head + h * job.fold;
         of.slot = item.slot + (h * job.panels + panel) * item.splits;
         set_rows<T>(p, job.fold, of.head, item.panel + panel, rows);
     };
     Rows rows;
     Item now;
+    // What the head after this one will read before it asks for more itself.
+    const auto keys_of_next = [&]() {
+        for (int j = 0; j < (p.decoupled ? p.count : 1); ++j) {
+            const int64_t lo = p.decoupled ? keys.start[j] : keys.start[p.count] * item.split / item.splits;
+            const int64_t hi = p.decoupled ? keys.start[j + 1] : keys.start[p.count];
+            keys_ahead(p, now, keys, rows.last, lo, resident ? hi : smaller(lo + kBlockKeys, hi), b);
+        }
+    };
     for (int64_t i = 0; i < item.panels; ++i)
         for (int64_t h = 0; h < item.heads; ++h) {
             const bool last_head = h + 1 == item.heads;
@@ -263,16 +437,14 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
                     b.ahead.add(p.query, now.batch, now.head, rows.row[0], rows.n, p.dim);
                     if (!job.partial) b.ahead.add(job.out, now.batch, now.head, rows.row[0], rows.n, p.value_dim);
                 }
-                if (i == 0 && !last_head)
-                    for (int j = 0; j < (p.decoupled ? p.count : 1); ++j) {
-                        const int64_t lo = p.decoupled ? keys.start[j] : keys.start[p.count] * item.split / item.splits;
-                        const int64_t hi = p.decoupled ? keys.start[j + 1] : keys.start[p.count];
-                        keys_ahead(p, now, keys, rows.last, lo, smaller(lo + kBlockKeys, hi), b);
-                    }
+                if (i == 0 && !last_head) keys_of_next();
             }
             set(i, h, rows, now);
-            b.keys = all_keys + h * keys_size(p);
-            b.values = all_values + h * values_size(p);
+            if (resident && !together) make_resident(p, now, job.fold, keys, b);
+            if (together) {
+                b.keys = all_keys + h * keys_size<T>(p);
+                b.values = all_values + h * values_size<T>(p);
+            }
             for_width<T>(rows.n,
                          [&]<int S>() __attribute__((always_inline)) { forward_panel<T, S>(job, now, rows, keys, b); });
         }

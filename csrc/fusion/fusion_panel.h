@@ -263,9 +263,17 @@ struct Block {
     int64_t stride;
 };
 
+// Whether the kernels can read x where it lies. By columns, a few features of each key in turn, they cannot where the rows
+// are multiples of 512 bytes apart, as powers of two are: so many lines fall into few sets of the first cache.
 template <class T>
-MMFAST_INLINE bool in_place(const View& x) {
-    return x.type == scalar_type_of<T>() && x.column == 1;
+MMFAST_INLINE bool in_place(const View& x, bool by_columns = false) {
+    return x.type == scalar_type_of<T>() && x.column == 1 && !(by_columns && x.row * sizeof(T) % 512 == 0);
+}
+
+// From one row of a copy to the next.
+template <class T>
+constexpr int64_t copy_stride(int64_t width) {
+    return width * sizeof(T) % 512 == 0 ? width + Simd<T>::lanes : width;
 }
 
 template <class T>
@@ -273,17 +281,18 @@ void pack_block(const View& x, int64_t batch, int64_t head, int64_t first, int64
     dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const from = static_cast<const From*>(x.data) + x.at(batch, head, first);
-        for (int64_t k = 0; k < count; ++k) pack_row<T>(from + k * x.row, x.column, width, width, T(1), to + k * width);
+        for (int64_t k = 0; k < count; ++k)
+            pack_row<T>(from + k * x.row, x.column, width, width, T(1), to + k * copy_stride<T>(width));
     });
 }
 
 // The keys or values first .. of a source: where they lie, or a copy in `buffer`, made now unless it is `there`.
 template <class T>
-MMFAST_INLINE Block<T> block_of(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
-                                bool there, T* buffer) {
-    if (in_place<T>(x)) return {static_cast<const T*>(x.data) + x.at(batch, head, first), x.row};
+MMFAST_INLINE Block<T> block_of(const View& x, bool by_columns, int64_t batch, int64_t head, int64_t first,
+                                int64_t count, int64_t width, bool there, T* buffer) {
+    if (in_place<T>(x, by_columns)) return {static_cast<const T*>(x.data) + x.at(batch, head, first), x.row};
     if (!there) pack_block<T>(x, batch, head, first, count, width, buffer);
-    return {buffer, width};
+    return {buffer, copy_stride<T>(width)};
 }
 
 // target[row][column] = (or +=) factor[lane] * x[column][lane]; factor null for ones.

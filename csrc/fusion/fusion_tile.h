@@ -22,10 +22,15 @@ struct ForwardJob {
     T* partial;
 };
 
+// Panel by panel; or of a single panel all heads, block by block of the keys, with queries or features in the lanes.
+enum class Order { panels, wide, few };
+constexpr int64_t kFewRows = 8;  // at most, for Order::few
+
 struct Item {
     int64_t batch, head;    // the first head of the first fold
     int64_t heads;          // number of folds
     int64_t panel, panels;  // first and number
+    Order order;
     int64_t split, splits;  // share of the keys
     int64_t slot;  // among the partial results; that of the next panel is `splits` on, and the next fold's behind
 };
@@ -70,7 +75,7 @@ struct WeightsItem {
 template <class T>
 struct TileKernels {
     int64_t panel;
-    int64_t (*forward_scratch)(const Problem&, int64_t heads);  // elements, for items of so many folds
+    int64_t (*forward_scratch)(const Problem&, int64_t heads, Order order);  // elements, for items of so many folds
     void (*forward)(const ForwardJob<T>&, const Item&, T* scratch);
     void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
     int64_t (*backward_scratch)(const Problem&, int64_t heads);

@@ -10,7 +10,7 @@ constexpr int64_t kBlockKeys = 96;
 
 template <class T>
 int64_t scratch_size(const Problem& p) {
-    return kPanel<T> * (p.heads * p.dim + 3 * kBlockKeys) + kBlockKeys * p.dim;
+    return kPanel<T> * (p.heads * p.dim + 3 * kBlockKeys) + kBlockKeys * copy_stride<T>(p.dim);
 }
 
 // sum[key][lane] (+)= factor exp(score - lse)
@@ -52,8 +52,9 @@ void weights_panel(const WeightsJob<T>& job, const WeightsItem& item, const Keys
                     gather(p, job.lse, item.batch, rows, T(0), lse);
                     for (int64_t i = 0; i < W; ++i)
                         lse[i] = lse[i] == -infinity<T>() ? infinity<T>() : lse[i] * T(kLog2e);
-                    const Block<T> key = block_of<T>(p.sources[s.source].key, item.batch, key_head(p, s.source, head),
-                                                     s.first, s.count, p.dim, false, copies);
+                    const Block<T> key =
+                        block_of<T>(p.sources[s.source].key, false, item.batch, key_head(p, s.source, head), s.first,
+                                    s.count, p.dim, false, copies);
                     scores<T, S>(p, item.batch, rows, s, key, queries + h * W * p.dim, tile, mask, ahead);
                     add_weights<T, S>(s.count, tile, lse, factor, h > 0, sum);
                 }

@@ -24,5 +24,5 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, weights: bool 
         return "cpu"  # torch's has none
     together = query.shape[2] * min(query.shape[1] // s.key.shape[1] for s in sources)
     keys = max(s.key.shape[2] for s in sources)
-    full = query.dtype.itemsize >= 4
+    full = False
     return "torch" if full and together < FEW_QUERIES and keys >= LONG_KEYS else "cpu"

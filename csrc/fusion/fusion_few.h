@@ -1,0 +1,233 @@
+// Attention of few queries to many keys. For fusion_forward.cpp.
+//
+// Note: [Few]
+//   With queries in the lanes one query would use a sixteenth of a vector. Here features are: of a key's score the products
+//   of the features, added up when there are as many keys as lanes; of the output one probability times a value. Reading
+//   the keys and values is most of the time: 512 bytes a key, query and head of 64 features, which take 60 ns from memory and
+//   some 10 ns to use. So the block goes through all heads of the item before the next one, along the rows as they lie.
+#pragma once
+
+#include "fusion/fusion_panel.h"
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
+constexpr int64_t kFewKeys = 64;
+
+// Of one head: queries [row][dim], output so far [row][value_dim], in whole vectors, and of each row the softmax so far.
+template <class T>
+struct FewHead {
+    T *queries, *out, *maximum, *sum;
+};
+
+template <class T>
+constexpr int64_t few_head_size(const Problem& p) {
+    constexpr int64_t N = Simd<T>::lanes;
+    return kFewRows * (up_to_multiple(p.dim, N) + up_to_multiple(p.value_dim, N) + 2);
+}
+
+template <class T>
+constexpr int64_t few_scratch(const Problem& p, int64_t heads) {
+    return up_to_multiple(heads * few_head_size<T>(p), 16) +
+           kFewRows * (heads * kFewKeys + Simd<T>::lanes * Simd<T>::lanes) + p.value_dim * kPanel<T>;
+}
+
+template <class T>
+MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
+    constexpr int64_t N = Simd<T>::lanes;
+    FewHead<T> s;
+    s.queries = states + h * few_head_size<T>(p);
+    s.out = s.queries + kFewRows * up_to_multiple(p.dim, N);
+    s.maximum = s.out + kFewRows * up_to_multiple(p.value_dim, N);
+    s.sum = s.maximum + kFewRows;
+    return s;
+}
+
+// x[index], index + 1, .. of a vector's lanes, `step` apart.
+template <class T, class From>
+MMFAST_INLINE Vec<T> load_step(const From* p, int64_t step, int64_t n) {
+    if (step == 1) return load_columns<T>(p, n);
+    alignas(64) T part[Simd<T>::lanes] = {};
+    for (int64_t i = 0; i < smaller(n, Simd<T>::lanes); ++i) part[i] = T(p[i * step]);
+    return Simd<T>::load(part);
+}
+
+// tile[row][key] = scores of a segment's keys, in units of ln 2. `parts`: [row][lanes][lanes].
+template <class T, int R, class From>
+void few_scores(const Problem& p, const View& key, const From* from, int64_t count, const T* queries, T* parts,
+                T* tile) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const int64_t width = up_to_multiple(p.dim, N);
+    for (int64_t k0 = 0; k0 < count; k0 += N) {
+        const int64_t some = smaller(N, count - k0);
+        for (int64_t k = 0; k < N; ++k) {
+            Vec<T> sum[R] = {};
+            if (k < some)
+                for (int64_t d = 0; d < p.dim; d += N) {
+                    const Vec<T> x = load_step<T>(from + (k0 + k) * key.row + d * key.column, key.column, p.dim - d);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) sum[r] += x * Simd<T>::load(queries + r * width + d);
+                }
+            for (int r = 0; r < R; ++r) Simd<T>::store(parts + (r * N + k) * N, sum[r]);
+        }
+        for (int r = 0; r < R; ++r) {
+            Vec<T> part[N];
+            for (int64_t k = 0; k < N; ++k) part[k] = Simd<T>::load(parts + (r * N + k) * N);
+            Simd<T>::store(tile + r * kFewKeys + k0, Simd<T>::sums(part), int(some));
+        }
+    }
+}
+
+// C vectors of features from `d` on; see few_output.
+template <class T, int R, int C, class From>
+MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const From* from, int64_t count, const T* tile,
+                                    const T* factor, int64_t d, T* out) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const int64_t width = up_to_multiple(p.value_dim, N);
+    Vec<T> sum[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r][c] = factor[r] * Simd<T>::load(out + r * width + d + c * N);
+    for (int64_t k = 0; k < count; ++k) {
+        Vec<T> x[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const int64_t column = d + c * N;
+            x[c] = load_step<T>(from + k * value.row + column * value.column, value.column, p.value_dim - column);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sum[r][c] += tile[r * kFewKeys + k] * x[c];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) Simd<T>::store(out + r * width + d + c * N, sum[r][c]);
+}
+
+// out[row][..] = that times factor[row] + tile[row][key] values[key][..]
+template <class T, int R, class From>
+void few_output(const Problem& p, const View& value, const From* from, int64_t count, const T* tile, const T* factor,
+                T* out) {
+    constexpr int64_t N = Simd<T>::lanes;
+    constexpr int C = kProductWidth < 4 ? 1 : R <= 4 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + C * N <= p.value_dim; d += C * N) few_output_chunk<T, R, C>(p, value, from, count, tile, factor, d, out);
+    for (; d < p.value_dim; d += N) few_output_chunk<T, R, 1>(p, value, from, count, tile, factor, d, out);
+}
+
+template <class T>
+void few_masks(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, T* tile) {
+    for (int64_t r = 0; r < rows.n; ++r) {
+        T* const row = tile + r * kFewKeys;
+        for (const View& mask : p.sources[s.source].added)
+            if (mask.data)
+                for (int64_t k = 0; k < s.count; ++k) {
+                    const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + (s.first + k) * mask.column;
+                    const T added = value_at<T>(mask, at) * T(kLog2e);
+                    row[k] = added == -infinity<T>() ? added : row[k] + added;
+                }
+        if (p.causal)
+            for (int64_t k = larger(0, rows.row[r] + 1 - s.first); k < s.count; ++k) row[k] = -infinity<T>();
+    }
+}
+
+// Exponentials in place of `count` scores of one row; the factor of what there is so far.
+template <class T>
+T few_exponentials(int64_t count, T* row, T& maximum, T& sum) {
+    constexpr int64_t N = Simd<T>::lanes;
+    Vec<T> most = Simd<T>::splat(maximum);
+    for (int64_t k = count; k < up_to_multiple(count, N); ++k) row[k] = -infinity<T>();
+    for (int64_t k = 0; k < count; k += N) {
+        const Vec<T> x = Simd<T>::load(row + k);
+        most = x > most ? x : most;
+    }
+    T now = maximum;
+    for (int64_t i = 0; i < N; ++i) now = most[i] > now ? most[i] : now;
+    const T shift = now == -infinity<T>() ? T(0) : now;
+    const T factor = mmfast::exp2(Simd<T>::splat(maximum - shift))[0];
+    Vec<T> total{};
+    for (int64_t k = 0; k < count; k += N) {
+        const Vec<T> e = mmfast::exp2(Simd<T>::load(row + k) - shift);
+        total += e;
+        Simd<T>::store(row + k, e);
+    }
+    maximum = now;
+    sum = sum * factor + Simd<T>::sum(total);
+    return factor;
+}
+
+template <class T, class F>
+MMFAST_INLINE void for_few(int64_t n, const F& f) {
+    if (n == 1) return f.template operator()<1>();
+    if (n == 2) return f.template operator()<2>();
+    if (n <= 4) return f.template operator()<4>();
+    if (n == 5) return f.template operator()<5>();
+    f.template operator()<8>();
+}
+
+// Keys lo .. hi - 1 for all heads of the item; done(head, rows, output [value_dim][lane], maxima, sums) for each.
+template <class T, class F>
+void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& keys, int64_t lo, int64_t hi, T* scratch,
+                const F& done) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const int64_t width = up_to_multiple(p.dim, N), value_width = up_to_multiple(p.value_dim, N);
+    T* const tiles = scratch + up_to_multiple(item.heads * few_head_size<T>(p), 16);
+    T* const parts = tiles + item.heads * kFewRows * kFewKeys;
+    T* const columns = parts + kFewRows * N * N;
+    Rows rows;
+    for (int64_t h = 0; h < item.heads; ++h) {
+        const FewHead<T> s = few_head(p, scratch, h);
+        set_rows<T>(p, fold, item.head + h * fold, item.panel, rows);
+        for (int64_t i = 0; i < few_head_size<T>(p); ++i) s.queries[i] = T(0);
+        pack_rows<T>(p.query, item.batch, rows, p.dim, width, T(p.scale * kLog2e), s.queries);
+        for (int64_t r = 0; r < kFewRows; ++r) s.maximum[r] = -infinity<T>();
+    }
+    for (int64_t from = lo; from < hi; from += kFewKeys)
+        for_segments(p, keys, rows.last, from, smaller(from + kFewKeys, hi), [&](const Segment& seg) {
+            const Source& source = p.sources[seg.source];
+            const auto for_heads = [&](const View& x, const auto& f) __attribute__((always_inline)) {
+                dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+                    using From = std::remove_pointer_t<decltype(kind)>;
+                    for (int64_t h = 0; h < item.heads; ++h) {
+                        const int64_t head = item.head + h * fold;
+                        const From* const at = static_cast<const From*>(x.data) +
+                                               x.at(item.batch, key_head(p, seg.source, head), seg.first);
+                        for_few<T>(rows.n,
+                                   [&]<int R>() __attribute__((always_inline)) { f.template operator()<R>(h, at); });
+                    }
+                });
+            };
+            for_heads(source.key, [&]<int R>(int64_t h, const auto* at) __attribute__((always_inline)) {
+                few_scores<T, R>(p, source.key, at, seg.count, few_head(p, scratch, h).queries, parts,
+                                 tiles + h * kFewRows * kFewKeys);
+            });
+            for_heads(source.value, [&]<int R>(int64_t h, const auto* at) __attribute__((always_inline)) {
+                const FewHead<T> s = few_head(p, scratch, h);
+                T* const tile = tiles + h * kFewRows * kFewKeys;
+                T factor[kFewRows] = {};
+                set_rows<T>(p, fold, item.head + h * fold, item.panel, rows);
+                few_masks<T>(p, item.batch, rows, seg, tile);
+                for (int64_t r = 0; r < rows.n; ++r)
+                    factor[r] = few_exponentials<T>(seg.count, tile + r * kFewKeys, s.maximum[r], s.sum[r]);
+                few_output<T, R>(p, source.value, at, seg.count, tile, factor, s.out);
+            });
+        });
+    for (int64_t h = 0; h < item.heads; ++h) {
+        const FewHead<T> s = few_head(p, scratch, h);
+        set_rows<T>(p, fold, item.head + h * fold, item.panel, rows);
+        const int64_t lanes = up_to_multiple(rows.n, N);
+        for (int64_t k = 0; k < p.value_dim; ++k)
+            for (int64_t r = 0; r < lanes; ++r) columns[k * lanes + r] = r < rows.n ? s.out[r * value_width + k] : T(0);
+        done(h, rows, columns, s.maximum, s.sum);
+    }
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast
