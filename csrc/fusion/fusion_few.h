@@ -4,7 +4,8 @@
 //   With queries in the lanes one query would use a sixteenth of a vector. Here features are: of a key's score the products
 //   of the features, added up when there are as many keys as lanes; of the output one probability times a value. Reading
 //   the keys and values is most of the time: 512 bytes a key, query and head of 64 features, which take 60 ns from memory and
-//   some 10 ns to use. So the block goes through all heads of the item before the next one, along the rows as they lie.
+//   some 10 ns to use. So a few keys go through all heads of the item before the next ones, along the rows as they lie:
+//   then the hardware fetches ahead.
 #pragma once
 
 #include "fusion/fusion_panel.h"
@@ -15,6 +16,7 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr int64_t kFewKeys = 64;
+constexpr int64_t kFewTogether = 4;  // keys of one head before the next head's
 
 // Of one head: queries [row][dim], output so far [row][value_dim], in whole vectors, and of each row the softmax so far.
 template <class T>
@@ -31,7 +33,7 @@ constexpr int64_t few_head_size(const Problem& p) {
 template <class T>
 constexpr int64_t few_scratch(const Problem& p, int64_t heads) {
     return up_to_multiple(heads * few_head_size<T>(p), 16) +
-           kFewRows * (heads * kFewKeys + Simd<T>::lanes * Simd<T>::lanes) + p.value_dim * kPanel<T>;
+           kFewRows * heads * (kFewKeys + Simd<T>::lanes * Simd<T>::lanes) + p.value_dim * kPanel<T>;
 }
 
 template <class T>
@@ -54,44 +56,35 @@ MMFAST_INLINE Vec<T> load_step(const From* p, int64_t step, int64_t n) {
     return Simd<T>::load(part);
 }
 
-// tile[row][key] = scores of a segment's keys, in units of ln 2. `parts`: [row][lanes][lanes].
+// parts[row][k][..] = products of the features, added up by lanes, of keys k = first .. last - 1 of at most `lanes`.
 template <class T, int R, class From>
-void few_scores(const Problem& p, const View& key, const From* from, int64_t count, const T* queries, T* parts,
-                T* tile) {
+void few_parts(const Problem& p, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
+               T* parts) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(p.dim, N);
-    for (int64_t k0 = 0; k0 < count; k0 += N) {
-        const int64_t some = smaller(N, count - k0);
-        for (int64_t k = 0; k < N; ++k) {
-            Vec<T> sum[R] = {};
-            if (k < some)
-                for (int64_t d = 0; d < p.dim; d += N) {
-                    const Vec<T> x = load_step<T>(from + (k0 + k) * key.row + d * key.column, key.column, p.dim - d);
+    for (int64_t k = first; k < last; ++k) {
+        Vec<T> sum[R] = {};
+        for (int64_t d = 0; d < p.dim; d += N) {
+            const Vec<T> x = load_step<T>(from + k * key.row + d * key.column, key.column, p.dim - d);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) sum[r] += x * Simd<T>::load(queries + r * width + d);
-                }
-            for (int r = 0; r < R; ++r) Simd<T>::store(parts + (r * N + k) * N, sum[r]);
+            for (int r = 0; r < R; ++r) sum[r] += x * Simd<T>::load(queries + r * width + d);
         }
-        for (int r = 0; r < R; ++r) {
-            Vec<T> part[N];
-            for (int64_t k = 0; k < N; ++k) part[k] = Simd<T>::load(parts + (r * N + k) * N);
-            Simd<T>::store(tile + r * kFewKeys + k0, Simd<T>::sums(part), int(some));
-        }
+        for (int r = 0; r < R; ++r) Simd<T>::store(parts + (r * N + k) * N, sum[r]);
     }
 }
 
 // C vectors of features from `d` on; see few_output.
 template <class T, int R, int C, class From>
-MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const From* from, int64_t count, const T* tile,
-                                    const T* factor, int64_t d, T* out) {
+MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const From* from, int64_t first, int64_t last,
+                                    const T* tile, int64_t d, T* out) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(p.value_dim, N);
     Vec<T> sum[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] = factor[r] * Simd<T>::load(out + r * width + d + c * N);
-    for (int64_t k = 0; k < count; ++k) {
+        for (int c = 0; c < C; ++c) sum[r][c] = Simd<T>::load(out + r * width + d + c * N);
+    for (int64_t k = first; k < last; ++k) {
         Vec<T> x[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
@@ -109,15 +102,15 @@ MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const F
         for (int c = 0; c < C; ++c) Simd<T>::store(out + r * width + d + c * N, sum[r][c]);
 }
 
-// out[row][..] = that times factor[row] + tile[row][key] values[key][..]
+// out[row][..] += tile[row][key] values[key][..] for key = first .. last - 1
 template <class T, int R, class From>
-void few_output(const Problem& p, const View& value, const From* from, int64_t count, const T* tile, const T* factor,
+void few_output(const Problem& p, const View& value, const From* from, int64_t first, int64_t last, const T* tile,
                 T* out) {
     constexpr int64_t N = Simd<T>::lanes;
     constexpr int C = kProductWidth < 4 ? 1 : R <= 4 ? 4 : 2;
     int64_t d = 0;
-    for (; d + C * N <= p.value_dim; d += C * N) few_output_chunk<T, R, C>(p, value, from, count, tile, factor, d, out);
-    for (; d < p.value_dim; d += N) few_output_chunk<T, R, 1>(p, value, from, count, tile, factor, d, out);
+    for (; d + C * N <= p.value_dim; d += C * N) few_output_chunk<T, R, C>(p, value, from, first, last, tile, d, out);
+    for (; d < p.value_dim; d += N) few_output_chunk<T, R, 1>(p, value, from, first, last, tile, d, out);
 }
 
 template <class T>
@@ -178,7 +171,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
     const int64_t width = up_to_multiple(p.dim, N), value_width = up_to_multiple(p.value_dim, N);
     T* const tiles = scratch + up_to_multiple(item.heads * few_head_size<T>(p), 16);
     T* const parts = tiles + item.heads * kFewRows * kFewKeys;
-    T* const columns = parts + kFewRows * N * N;
+    T* const columns = parts + item.heads * kFewRows * N * N;
     Rows rows;
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);
@@ -187,35 +180,58 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
         pack_rows<T>(p.query, item.batch, rows, p.dim, width, T(p.scale * kLog2e), s.queries);
         for (int64_t r = 0; r < kFewRows; ++r) s.maximum[r] = -infinity<T>();
     }
+    // f<R>(head, first, last, its keys or values) for some neighbouring keys at a time, all heads of which come in turn.
+    const auto for_heads = [&](const Segment& seg, const View& x, int64_t first, int64_t last,
+                               const auto& f) __attribute__((always_inline)) {
+        dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+            using From = std::remove_pointer_t<decltype(kind)>;
+            for_few<T>(rows.n, [&]<int R>() __attribute__((always_inline)) {
+                for (int64_t k = first; k < last; k += kFewTogether)
+                    for (int64_t h = 0; h < item.heads; ++h) {
+                        const int64_t head = key_head(p, seg.source, item.head + h * fold);
+                        f.template operator()<R>(h, k, smaller(k + kFewTogether, last),
+                                                 static_cast<const From*>(x.data) + x.at(item.batch, head, seg.first));
+                    }
+            });
+        });
+    };
     for (int64_t from = lo; from < hi; from += kFewKeys)
         for_segments(p, keys, rows.last, from, smaller(from + kFewKeys, hi), [&](const Segment& seg) {
             const Source& source = p.sources[seg.source];
-            const auto for_heads = [&](const View& x, const auto& f) __attribute__((always_inline)) {
-                dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
-                    using From = std::remove_pointer_t<decltype(kind)>;
-                    for (int64_t h = 0; h < item.heads; ++h) {
-                        const int64_t head = item.head + h * fold;
-                        const From* const at = static_cast<const From*>(x.data) +
-                                               x.at(item.batch, key_head(p, seg.source, head), seg.first);
-                        for_few<T>(rows.n,
-                                   [&]<int R>() __attribute__((always_inline)) { f.template operator()<R>(h, at); });
+            for (int64_t k0 = 0; k0 < seg.count; k0 += N) {
+                const int64_t some = smaller(N, seg.count - k0);
+                for_heads(seg, source.key, k0, k0 + some,
+                          [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
+                              __attribute__((always_inline)) {
+                                  few_parts<T, R>(p, source.key, at + k0 * source.key.row, first - k0, last - k0,
+                                                  few_head(p, scratch, h).queries, parts + h * kFewRows * N * N);
+                              });
+                for (int64_t h = 0; h < item.heads; ++h)
+                    for (int64_t r = 0; r < rows.n; ++r) {
+                        Vec<T> part[N];
+                        for (int64_t k = 0; k < N; ++k)
+                            part[k] = Simd<T>::load(parts + ((h * kFewRows + r) * N + k) * N);
+                        Simd<T>::store(tiles + (h * kFewRows + r) * kFewKeys + k0, Simd<T>::sums(part), int(some));
                     }
-                });
-            };
-            for_heads(source.key, [&]<int R>(int64_t h, const auto* at) __attribute__((always_inline)) {
-                few_scores<T, R>(p, source.key, at, seg.count, few_head(p, scratch, h).queries, parts,
-                                 tiles + h * kFewRows * kFewKeys);
-            });
-            for_heads(source.value, [&]<int R>(int64_t h, const auto* at) __attribute__((always_inline)) {
+            }
+            for (int64_t h = 0; h < item.heads; ++h) {
                 const FewHead<T> s = few_head(p, scratch, h);
                 T* const tile = tiles + h * kFewRows * kFewKeys;
-                T factor[kFewRows] = {};
                 set_rows<T>(p, fold, item.head + h * fold, item.panel, rows);
                 few_masks<T>(p, item.batch, rows, seg, tile);
-                for (int64_t r = 0; r < rows.n; ++r)
-                    factor[r] = few_exponentials<T>(seg.count, tile + r * kFewKeys, s.maximum[r], s.sum[r]);
-                few_output<T, R>(p, source.value, at, seg.count, tile, factor, s.out);
-            });
+                for (int64_t r = 0; r < rows.n; ++r) {
+                    const T factor = few_exponentials<T>(seg.count, tile + r * kFewKeys, s.maximum[r], s.sum[r]);
+                    if (factor == 1) continue;
+                    for (int64_t d = r * value_width; d < (r + 1) * value_width; d += N)
+                        Simd<T>::store(s.out + d, factor * Simd<T>::load(s.out + d));
+                }
+            }
+            for_heads(seg, source.value, 0, seg.count,
+                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
+                          __attribute__((always_inline)) {
+                              few_output<T, R>(p, source.value, at, first, last, tiles + h * kFewRows * kFewKeys,
+                                               few_head(p, scratch, h).out);
+                          });
         });
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);
