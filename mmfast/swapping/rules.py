@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmfast.swapping import sharding
 from mmfast.swapping.changes import ClassChange
 
 
@@ -240,14 +241,14 @@ def veto(subject: Any, classes: dict[type, Rule], around: Iterable[Any] = ()) ->
         base = next(base for base in cls.__mro__ if base in classes)
         if isinstance(subject, nn.Module) and nn.utils.parametrize.is_parametrized(subject):
             return "parametrized, which gave it a class of its own; swap first, then parametrize"
-        if _sharded(subject):
+        if sharding.by_fully_shard(subject):
             return "fully_shard gave it a class of its own; swap first, then shard"
         return f"a subclass of {base.__name__}, which may compute something else"
     if "forward" in vars(subject):
         return "its forward was replaced on this instance"
     if not isinstance(subject, nn.Module):
         return None
-    gathered = any(map(_sharded, around))  # before its forward is called
+    gathered = any(map(sharding.by_fully_shard, around))  # before its forward is called
     for module in subject.modules():
         for name, p in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
@@ -255,10 +256,6 @@ def veto(subject: Any, classes: dict[type, Rule], around: Iterable[Any] = ()) ->
             if type(p) not in _PLAIN and not (gathered and type(p).__name__ == "DTensor"):
                 return f"{name} is a {type(p).__name__}, which native kernels do not take"
     return None
-
-
-def _sharded(module: Any) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.parameter.Buffer)
