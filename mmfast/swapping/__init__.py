@@ -45,6 +45,8 @@ def swap(
     ``MelSpectrogram``, ``MFCC``,
     ``LFCC``
     ``nn.MultiheadAttention``      `mmfast.nn.MultiheadAttention`, also inside ``nn.TransformerDecoderLayer`` and others
+    NeMo's ``FilterbankFeatures``  `mmfast.compat.nemo.FilterbankFeatures`, also inside
+                                   ``AudioToMelSpectrogramPreprocessor``; NeMo's class is kept beneath it
     processors of diffusers        those of `mmfast.compat.diffusers`; what sets new ones later, as ``load_ip_adapter``
                                    does, brings back diffusers' own
     models of transformers         ``attn_implementation="mmfast"`` (`mmfast.compat.transformers_attention`)
