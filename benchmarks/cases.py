@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -61,6 +61,10 @@ class MelCase:
         c = self.config
         sizes = [c.n_fft, c.hop_length, c.n_mels] + ([c.n_mfcc] if c.n_mfcc else [])
         return f"{self.batch} × {self.seconds:g} s, {'/'.join(map(str, sizes))}"
+
+    def small(self):
+        """The same of two short clips, for tests."""
+        return replace(self, batch=min(self.batch, 2), seconds=min(self.seconds, 1.0))
 
     def inputs(self, seed: int, device: str = "cpu") -> torch.Tensor:
         """The waveforms, ``(batch, samples)`` float32."""

@@ -225,6 +225,29 @@ def table(runs: list[Run]) -> str:
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 
 
+def gains(runs: list[Run]) -> str:
+    """Each reference run beside its fused one, as a table in Markdown; `NaN` where the system does not tell memory."""
+    from tabulate import tabulate
+
+    lines = []
+    for slow in (run for run in runs if run.backend == "reference"):
+        fast = next(run for run in runs if run.backend != "reference" and run.variant == slow.variant)
+        lines.append(
+            (
+                slow.variant or "all",
+                f"{slow.milliseconds:.0f}",
+                f"{fast.milliseconds:.0f}",
+                f"{slow.milliseconds / fast.milliseconds:.2f}×",
+                *(f"{run.peak / 1e6:.0f}" if run.peak else "NaN" for run in (slow, fast)),
+                f"{slow.losses[-1]:.4f}",
+                f"{fast.losses[-1] - slow.losses[-1]:+.1e}",
+            )
+        )
+    headers = ("", "ms a step, reference", "fused", "ratio", "peak extra memory, MB, reference", "fused")
+    headers += (f"loss at step {len(runs[0].losses)}, reference", "fused − reference")
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+
+
 def plot_curves(runs: list[Run], path: Path) -> None:
     """Loss and quality over steps, quality over time; the reference dashed."""
     from matplotlib.figure import Figure
@@ -273,12 +296,10 @@ def shares(labels: Tensor, found: Tensor, count: int) -> np.ndarray:
     return (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 
-def main(system: type[System], settings: type[Settings], about: str, arguments: list[str] | None = None) -> int:
-    """The command line of an example."""
-    from data import Unavailable
-
+def options(system: type[System], settings: type[Settings], about: str = "") -> argparse.ArgumentParser:
+    """The command line of an example: its settings, its variants, and which backends."""
     name = Path(sys.modules[system.__module__].__file__).stem
-    p = argparse.ArgumentParser(description=about.splitlines()[0])
+    p = argparse.ArgumentParser(description=(about.splitlines() or [""])[0])
     for entry in dataclasses.fields(settings):
         p.add_argument(
             f"--{entry.name}", type=type(entry.default), default=entry.default, help=f"default: {entry.default}"
@@ -288,15 +309,30 @@ def main(system: type[System], settings: type[Settings], about: str, arguments: 
     p.add_argument("--backend", choices=list(BACKENDS), default="auto")
     p.add_argument("--compare", action="store_true", help="both backends, side by side")
     p.add_argument("--out", type=Path, default=Path(name), metavar="DIR", help="where the pictures go")
-    args = p.parse_args(arguments)
+    return p
+
+
+def train_asked(system: type[System], settings: type[Settings], args: argparse.Namespace) -> list[Run]:
+    """The runs that a command line asks for."""
     chosen = settings(**{entry.name: getattr(args, entry.name) for entry in dataclasses.fields(settings)})
     variants = getattr(args, system.option) if len(system.variants) > 1 else list(system.variants)
+    return train_each(system, chosen, variants, list(BACKENDS) if args.compare else [args.backend])
+
+
+def main(system: type[System], settings: type[Settings], about: str, arguments: list[str] | None = None) -> int:
+    """Runs an example from its command line."""
+    from data import Unavailable
+
+    args = options(system, settings, about).parse_args(arguments)
     try:
-        runs = train_each(system, chosen, variants, list(BACKENDS) if args.compare else [args.backend])
+        runs = train_asked(system, settings, args)
     except (Unavailable, OSError) as error:
+        name = Path(sys.modules[system.__module__].__file__).stem
         print(f"{name} needs data that cannot be had: {error}", file=sys.stderr)
         return 1
     print(table(runs))
+    if args.compare:
+        print(f"\n{gains(runs)}\n")
     plot_curves(runs, args.out / "curves.png")
     system.draw([run for run in runs if run.backend == runs[-1].backend], args.out / "picture.png")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import UserDict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -90,7 +91,7 @@ def definition(x, seq_len, *, linear_spec=False, narrow=(), **given):
             valid = (valid - valid.mean(1, keepdim=True)) / ((valid.std(1, keepdim=True) if count > 1 else 0.0) + 1e-5)
         elif o["normalize"] == "all_features" and count:
             valid = (valid - valid.mean()) / (valid.std() + 1e-5)
-        elif isinstance(o["normalize"], dict):
+        elif isinstance(o["normalize"], UserDict):
             mean, std = (torch.as_tensor(o["normalize"][k]).to(x.dtype) for k in ("fixed_mean", "fixed_std"))
             valid = (valid - mean[:, None]) / std[:, None]
         items.append(torch.nn.functional.pad(valid, (0, total - count), value=float(o["pad_value"])))
@@ -118,7 +119,7 @@ OPTIONS = [
     {"exact_pad": True},
     {"exact_pad": True, "preemph": None, "pad_to": 0, "normalize": None, "pad_value": 1},
     {"frame_splicing": 3, "normalize": "all_features", "pad_value": 2.0},
-    {"normalize": {"fixed_mean": np.linspace(-3, 3, 64), "fixed_std": np.linspace(1, 2, 64)}},
+    {"normalize": UserDict(fixed_mean=np.linspace(-3, 3, 64), fixed_std=np.linspace(1, 2, 64))},
     {"sample_rate": 8000, "n_window_size": 200, "n_window_stride": 80},
 ]
 

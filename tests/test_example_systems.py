@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -166,11 +167,38 @@ def test_command_prints_a_table_and_draws(load, stand_in, monkeypatch, tmp_path,
         arguments += ["--copies", "2"]
     assert training.main(system, module.Settings, module.__doc__, arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 5 and f"{option} reference" in lines[2] and f"{option} fused" in lines[3]
+    assert len(lines) == 8 and f"{option} reference" in lines[2] and f"{option} fused" in lines[3]
     assert "1.00×" in lines[2] and "×" in lines[3] and "chance" in lines[4]
+    assert lines[7].startswith(f"| {option}") and re.search(r"\d× .*[+-]\d\.\de[+-]\d\d", lines[7])
     for picture in ("curves.png", "picture.png"):
         written = (tmp_path / picture).read_bytes()
         assert written.startswith(b"\x89PNG") and len(written) > 5000
+
+
+def test_gains_are_written_into_the_pages(load, stand_in, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tabulate")
+    monkeypatch.setenv("MMFAST_CACHE", str(stand_in))
+    gains, training = load("gains"), load("training")
+
+    def here(system, settings, variants, backends):
+        return [training.train(system, settings, v, b) for v in variants for b in backends]
+
+    monkeypatch.setattr(training, "train_each", here)
+    monkeypatch.setattr(gains, "FOLDER", tmp_path)
+    for name in gains.EXAMPLES:
+        page = (FOLDER / f"{name}.md").read_text()
+        assert page.count("\n## Gain of the swap\n\n<!-- gain: begin -->\n") == 1
+        (tmp_path / f"{name}.md").write_text(page)
+    assert gains.main(["picture_text_classifier", "--steps", "1"]) == 0
+    page, before = ((at / "picture_text_classifier.md").read_text() for at in (tmp_path, FOLDER))
+    outside = gains.written(page, ""), gains.written(before, "")
+    assert outside[0] == outside[1] and page != before
+    assert "--fusion attention --steps 1 --compare" in page and "| attention |" in page
+    assert page.split("<!-- gain: begin -->\n")[1].split("<!-- gain: end -->")[0] in capsys.readouterr().out
+    with pytest.raises(ValueError, match="one section between"):
+        gains.written("# A page", "")
+    with pytest.raises(SystemExit):
+        gains.main(["no_such_example"])
 
 
 def test_each_run_has_a_process_of_its_own(load, stand_in, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from fusion_cases import CASES, ENGINES, kv, randn
 
 import mmfast
 from mmfast.fusion import PackedSource, Source, attention_pool, merge, packed_attention
+from mmfast.fusion import packed as module
+from mmfast.fusion.attention import attend
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -172,6 +176,47 @@ def test_packed(engine, options, dtype):
     gradients = (torch.autograd.grad(x, tensors, weight) for x in (out, expected))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_packed_groups(monkeypatch):
+    """Short items share a call, whatever stands in one of them; what is long or has no like is computed in place."""
+    calls = []
+    monkeypatch.setattr(module, "attend", lambda query, *rest: calls.append(query.shape) or attend(query, *rest))
+    lengths = [[int(n) for n in torch.randint(low, high, (64,))] for low, high in ((1, 12), (0, 20), (1, 5))]
+    (query, of_query), *keys = (packed(given, 2, 3) for given in lengths)
+    sources = [PackedSource(key, randn(len(key), 2, 3), offsets) for key, offsets in keys]
+    leaves = [query, sources[0].key, sources[1].value]
+    for x in leaves:
+        x.requires_grad_()
+
+    def run():
+        out, lse = packed_attention(query, of_query, sources, return_lse=True)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.exp().sum(), leaves)
+
+    expected = packed_attention(query, of_query, sources, return_lse=True, backend="reference")
+    calls.clear()
+    before = run()
+    assert len(calls) <= 3 and sum(shape[0] for shape in calls) == 64, calls
+    for found, wanted in zip(before, expected, strict=False):
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        of_key = keys[0][1]
+        sources[0].key[of_key[5] : of_key[6]] = math.nan
+    others = [torch.ones(len(x), dtype=torch.bool) for x in before]
+    for other, offsets in zip(others, (of_query, of_query, of_query, of_key, keys[1][1]), strict=True):
+        other[offsets[5] : offsets[6]] = False
+    for found, wanted, other in zip(run(), before, others, strict=True):
+        assert torch.equal(found[other], wanted[other])
+    wide = (256, 256)
+    assert module._groups([(600, 900), (600, 900), (9, 20), (1, 12), (0, 3)], wide) == [[3, 2], [0], [1]]
+
+
+def test_packed_double_backward():
+    (query, of_query), (key, of_key) = packed((2, 1, 3), 1, 2), packed((1, 4, 2), 1, 2)
+    inputs = query.requires_grad_(), key.requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda q, k: packed_attention(q, of_query, PackedSource(k, k, of_key), return_lse=True), inputs
+    )
 
 
 def test_packed_without_items():

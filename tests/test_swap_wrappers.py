@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -44,51 +42,6 @@ def test_data_parallel():
     report = mmfast.swap(wrapped, only="first", check=inputs)
     assert [row.path for row in report.swapped] == ["module.first"] and report.differences
     wrapped(*inputs).sum().backward()
-
-
-DISTRIBUTED = """
-import torch, mmfast, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from test_swap import Attends, attends_inputs
-dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
-inputs = attends_inputs()
-ddp = torch.nn.parallel.DistributedDataParallel(Attends())
-assert len(mmfast.swap(ddp, only=["first", "second"], check=inputs).swapped) == 2
-ddp(*inputs).sum().backward()
-ddp(*inputs).sum().backward()
-assert ddp.module.first.in_proj_bias.grad is not None
-for flat in (True, False):
-    fsdp = FullyShardedDataParallel(Attends(), device_id=torch.device("cpu"), use_orig_params=not flat)
-    expected = fsdp(*inputs)
-    report = mmfast.swap(fsdp, only="first", check=inputs)
-    assert [row.path for row in report.swapped] == ["_fsdp_wrapped_module.first"], report
-    assert "forward only" in report.notes[0]
-    torch.testing.assert_close(fsdp(*inputs), expected)
-    fsdp(*inputs).sum().backward()
-model, mesh = Attends(), init_device_mesh("cpu", (1,))
-fully_shard(model.third, mesh=mesh)
-fully_shard(model, mesh=mesh)
-report = mmfast.swap(model)
-assert [row.path for row in report.swapped] == ["first", "second"], report
-assert "fully_shard" in report.left_alone[0].why
-model(*inputs).sum().backward()
-assert model.first.in_proj_bias.grad is not None
-dist.destroy_process_group()
-print("fine")
-"""
-
-
-def test_distributed(tmp_path):
-    """DDP, and FSDP in both versions, with one process."""
-    script = DISTRIBUTED.format(file=tmp_path / "store")
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
 
 
 FACTORY = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -37,7 +38,7 @@ class FilterbankFeatures(nn.Module):
         n_window_size, n_window_stride: window and hop in samples.
         window: ``"hann"``, ``"hamming"``, ``"blackman"``, ``"bartlett"`` (all symmetric) or ``"none"``.
         normalize: ``"per_feature"`` (mean and deviation of each filter over the item's frames), ``"all_features"`` (of
-            the whole item), a dict of ``fixed_mean`` and ``fixed_std``, each ``(nfilt,)`` or ``(batch, nfilt)``;
+            the whole item), a mapping of ``fixed_mean`` and ``fixed_std``, each ``(nfilt,)`` or ``(batch, nfilt)``;
             anything else is no normalisation. Deviations are unbiased, plus 1e-5; that of a single frame counts as 0.
         n_fft: default the next power of two.
         preemph: coefficient, or None.
@@ -78,7 +79,7 @@ class FilterbankFeatures(nn.Module):
         n_window_size: int = 320,
         n_window_stride: int = 160,
         window: str = "hann",
-        normalize: str | dict | None = "per_feature",
+        normalize: str | Mapping | None = "per_feature",
         n_fft: int | None = None,
         preemph: float | None = 0.97,
         nfilt: int = 64,
@@ -206,7 +207,7 @@ class FilterbankFeatures(nn.Module):
 
     def _normalized(self, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         kind = self.normalize
-        if isinstance(kind, dict) and "fixed_mean" in kind and "fixed_std" in kind:
+        if isinstance(kind, Mapping) and "fixed_mean" in kind and "fixed_std" in kind:
             mean, std = (
                 torch.as_tensor(kind[name], dtype=features.dtype, device=features.device).reshape(-1, self.nfilt, 1)
                 for name in ("fixed_mean", "fixed_std")

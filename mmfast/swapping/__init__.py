@@ -45,6 +45,8 @@ def swap(
     ``MelSpectrogram``, ``MFCC``,
     ``LFCC``
     ``nn.MultiheadAttention``      `mmfast.nn.MultiheadAttention`, also inside ``nn.TransformerDecoderLayer`` and others
+    NeMo's ``FilterbankFeatures``  `mmfast.compat.nemo.FilterbankFeatures`, also inside
+                                   ``AudioToMelSpectrogramPreprocessor``; NeMo's class is kept beneath it
     processors of diffusers        those of `mmfast.compat.diffusers`; what sets new ones later, as ``load_ip_adapter``
                                    does, brings back diffusers' own
     models of transformers         ``attn_implementation="mmfast"`` (`mmfast.compat.transformers_attention`)
@@ -64,7 +66,8 @@ def swap(
     ``DistributedDataParallel``, ``FullyShardedDataParallel`` and modules with ``fully_shard`` around them is swapped;
     a module to which ``fully_shard`` or a parametrization was itself applied is not, nor are scripted or exported
     modules, whose code is fixed. A graph that was captured (CUDA graphs, ``torch.export``) goes on running what it
-    captured.
+    captured. Each process swaps its own copy: call it in all of them. With ``check`` the processes of a sharded model
+    keep and undo the same swaps; those of a ``DistributedDataParallel`` decide each by its own inputs.
 
     Args:
         model: a module; or a metric of ignite. A pipeline of diffusers is none: swap its ``unet`` or ``transformer``.
@@ -249,23 +252,26 @@ def _checked(units: list[_Unit], check: Check, report: Report) -> list[_Unit]:
     kept: list[_Unit] = []
 
     def settle(some: list[_Unit]) -> None:
-        apply_all([change for unit in some for change in unit.changes])
+        changes = [change for unit in some for change in unit.changes]
         complaint = None
+        apply_all(changes)
         try:
-            found = check.differences()
-            if not all(d.agrees for d in found):
-                complaint = _complaint(found[0])
-        except BaseException as error:
-            undo_all([change for unit in some for change in unit.changes])
-            if not isinstance(error, Exception):
-                raise
-            complaint = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            if complaint is None:
-                kept.extend(some)
-                report.differences = found
-                return
-            undo_all([change for unit in some for change in unit.changes])
+            try:
+                found = check.differences()
+                if not all(d.agrees for d in found):
+                    complaint = _complaint(found[0])
+            except Exception as error:
+                complaint = f"{type(error).__name__}: {error}".splitlines()[0]
+            fine = check.agreed(complaint is None)
+        except BaseException:
+            undo_all(changes)
+            raise
+        if fine:
+            kept.extend(some)
+            report.differences = found
+            return
+        undo_all(changes)
+        complaint = complaint or "it disagrees in another process of this sharded model"
         if len(some) == 1:
             for row in some[0].rows:
                 row.action, row.why = UNDONE, complaint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-_ABSENT = object()
+ABSENT = object()
 
 
 class Change:
@@ -34,7 +34,7 @@ class ClassChange(Change):
     Args:
         subject: the object.
         new: its class from now on.
-        attributes: what instances of ``new`` have besides.
+        attributes: what instances of ``new`` have besides; those that are `ABSENT` they lose.
     """
 
     subject: Any
@@ -47,12 +47,15 @@ class ClassChange(Change):
         self.old = type(self.subject)
 
     def apply(self) -> None:
-        before = {name: getattr(self.subject, name, _ABSENT) for name in self.attributes}
+        before = {name: getattr(self.subject, name, ABSENT) for name in self.attributes}
         self.subject.__class__ = self.new
         try:
             for name, value in self.attributes.items():
                 self._before[name] = before[name]
-                setattr(self.subject, name, value)
+                if value is not ABSENT:
+                    setattr(self.subject, name, value)
+                elif before[name] is not ABSENT:
+                    delattr(self.subject, name)
         except BaseException:
             self.undo()
             raise
@@ -60,7 +63,7 @@ class ClassChange(Change):
     def undo(self) -> None:
         while self._before:
             name, value = self._before.popitem()
-            if value is not _ABSENT:
+            if value is not ABSENT:
                 setattr(self.subject, name, value)
             elif hasattr(self.subject, name):
                 delattr(self.subject, name)

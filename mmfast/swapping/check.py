@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.swapping import sharding
 from mmfast.swapping.report import Difference
 
 # Relative to the largest value, where there is no float64 result to say how exact the model was before.
@@ -41,7 +42,8 @@ class Check:
     def __init__(self, model: Any, inputs: Any, tolerance: float | None = None) -> None:
         self.model, self.inputs, self.tolerance = _unwrap(model), inputs, tolerance
         self.notes: list[str] = []
-        self._sharded = any("FullySharded" in type(m).__name__ or _is_fsdp2(m) for m in self.model.modules())
+        self._sharded = sharding.is_sharded(self.model)
+        self._dtypes = sharding.dtypes(self.model) if self._sharded else ()
         self.before = self._run(self.model, self.inputs)
         self.gold = self._gold()
         mode = "training" if self.model.training else "evaluation"
@@ -49,6 +51,10 @@ class Check:
         self.notes.insert(
             0, f"checked in {mode} mode without dropout, forward {'and backward' if backward else 'only'}"
         )
+
+    def agreed(self, verdict: bool) -> bool:
+        """Whether ``verdict`` holds here, and for a sharded model in all the processes that run it together."""
+        return sharding.agreed(self.model, verdict) if self._sharded else verdict
 
     def differences(self) -> list[Difference]:
         """Of every tensor, the worst in units of its tolerance first."""
@@ -82,7 +88,8 @@ class Check:
             # A gradient that is zero but for rounding is as large as its neighbours' rounding.
             tolerance = 16 * gold_before + 64 * eps + eps * _ratio(largest, scale)
         else:
-            tolerance = _TOLERANCE.get(before.dtype, 1e-1) * max(1.0, 1e-2 * _ratio(largest, scale))
+            coarsest = max(_TOLERANCE.get(dtype, 1e-1) for dtype in (before.dtype, *self._dtypes))
+            tolerance = coarsest * max(1.0, 1e-2 * _ratio(largest, scale))
         dtype = str(before.dtype).removeprefix("torch.")
         return Difference(name, moved, _ratio(moved, scale), tolerance, dtype, gold_before, gold_after)
 
@@ -104,7 +111,8 @@ class Check:
         return double
 
     def _run(self, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-        with _untouched(model), torch.enable_grad():
+        # The gradients of sharded parameters go elsewhere than torch.autograd.grad looks.
+        with _untouched(model), torch.set_grad_enabled(not self._sharded):
             leaves: dict[int, tuple[str, Tensor]] = {}
             outputs = _call(model, inputs if callable(inputs) else _as_leaves(inputs, leaves))
             named = dict(_tensors(outputs, "output"))
@@ -131,10 +139,6 @@ def _unwrap(model: Any) -> nn.Module:
             model = model._orig_mod
         else:
             return model
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _mapped(inputs: Any, function: Callable[[Tensor], Tensor], memo: dict | None = None) -> Any:
@@ -205,20 +209,28 @@ def _untouched(model: nn.Module):
     modules = list(model.modules())
     devices = {p.device for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"}
     buffers = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
-    saved = [(vars(m), {k: v for k, v in vars(m).items() if _plain(v)}) for m in modules]
+    # A FullyShardedDataParallel writes down that it was set up.
+    saved = [(vars(m), {k: v for k, v in vars(m).items() if _plain(v)}) for m in modules if not sharding.by_wrapper(m)]
     configs = {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "__dict__")}
     saved += [(vars(c), {k: v for k, v in vars(c).items() if _plain(v)}) for c in configs.values()]
     kernels = [(m._buffers, dict(m._buffers)) for m in modules]
+    failed = True
     try:
         for attributes, plain in saved:
             attributes.update({k: 0.0 for k, v in plain.items() if isinstance(v, float) and "drop" in k.lower()})
         for module in modules:
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
+            elif isinstance(
+                module, nn.parallel.DistributedDataParallel
+            ):  # within the model: it does not wait for others
+                module.require_forward_param_sync = module.require_backward_grad_sync = False
         with torch.random.fork_rng([d.index for d in devices]):
             torch.manual_seed(0)
             yield
+        failed = False
     finally:
+        sharding.reshard(model, failed)
         for attributes, plain in saved:
             attributes.update(plain)
         for current, before in kernels:

@@ -12,12 +12,14 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmfast.swapping.changes import ClassChange
+from mmfast.swapping import sharding
+from mmfast.swapping.changes import ABSENT, ClassChange
 
 
 class Unfit(Exception):
@@ -35,6 +37,8 @@ class Rule:
         attributes: for an object the attributes that the drop-in has besides; raises `Unfit`.
         within: only as a part of these classes, whose fused pass needs it.
         note: for the report.
+        mixed: the drop-in's methods stand before those of the library's class, which it keeps: `isinstance` too.
+        no_grad: the library puts ``forward`` under ``torch.no_grad()`` on each instance; the drop-in does so itself.
     """
 
     home: str
@@ -43,6 +47,8 @@ class Rule:
     attributes: Callable[[Any], dict[str, Any]] = lambda subject: {}
     within: tuple[str, ...] = ()
     note: str = ""
+    mixed: bool = False
+    no_grad: bool = False
 
     def classes(self) -> list[type]:
         """The known class, under the homes that are imported."""
@@ -56,7 +62,13 @@ class Rule:
             new = getattr(importlib.import_module(f"mmfast.{module}"), name)
         except ImportError as error:
             raise Unfit(f"its counterpart does not import here: {error}") from error
+        new = _mixed(new, type(subject)) if self.mixed else new
         return ClassChange(subject, new, self.attributes(subject))
+
+
+@lru_cache
+def _mixed(new: type, old: type) -> type:
+    return type(new.__name__, (new, old), {"__module__": new.__module__, "__doc__": new.__doc__})
 
 
 def _imported(home: str) -> Any:
@@ -175,6 +187,39 @@ def _deepda(loss: Any) -> dict[str, Any]:
     return {}
 
 
+def _nemo(features: Any) -> dict[str, Any]:
+    from mmfast.compat.nemo import FilterbankFeatures
+
+    if features.exact_pad:
+        raise Unfit("exact_pad=True: NeMo counts a frame less than it documents, mmfast's does not")
+    if features.preemph is None:
+        raise Unfit("preemph=None: NeMo lets what lies past an item's end into its last frames, mmfast's does not")
+    if features.window is None:
+        raise Unfit("window='none' does not run in NeMo")
+    # Versions of NeMo differ in the number of frames: what this one computes must be seen.
+    theirs, ours = copy.copy(features), copy.copy(features)
+    ours.__class__ = FilterbankFeatures
+    vars(theirs).pop("forward", None)
+    vars(ours).pop("forward", None)
+    theirs.training = ours.training = False
+    samples = 2 * features.n_fft + 7 * features.hop_length + 1
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.randn(1, samples, generator=generator).to(features.fb.device)
+    try:
+        for length in (samples, samples - features.n_fft):
+            with torch.no_grad():
+                expected, found = (module(wave, torch.tensor([length]).to(wave.device)) for module in (theirs, ours))
+            if not torch.equal(expected[1], found[1]) or expected[0].shape != found[0].shape:
+                raise Unfit("this version of NeMo counts frames otherwise")
+            if not torch.allclose(expected[0], found[0], rtol=1e-3, atol=1e-3):
+                raise Unfit("this version of NeMo computes something else")
+    except Unfit:
+        raise
+    except Exception as error:
+        raise Unfit(f"it does not run like NeMo's: {error}") from error
+    return {"forward": ABSENT} if "forward" in vars(features) else {}
+
+
 _CHAINS = ("MelSpectrogram", "MFCC", "LFCC")
 _DIFFUSERS = "diffusers.models.attention_processor"
 _AUDIO = "compat.torchaudio.transforms"
@@ -191,6 +236,15 @@ RULES = (
     Rule("torchaudio.transforms:LFCC", f"{_AUDIO}:LFCC", "mel"),
     Rule("torchaudio.transforms:MelScale", f"{_AUDIO}:MelScale", "mel", within=_CHAINS),
     Rule("torchaudio.transforms:AmplitudeToDB", f"{_AUDIO}:AmplitudeToDB", "mel", within=_CHAINS),
+    Rule(
+        "nemo.collections.asr.parts.preprocessing.features:FilterbankFeatures",
+        "compat.nemo:FilterbankFeatures",
+        "mel",
+        _nemo,
+        note="dither in training leaves the waveform that it is given as it is",
+        mixed=True,
+        no_grad=True,
+    ),
     Rule("geomloss:SamplesLoss", "compat.geomloss:SamplesLoss", "mmd", _geomloss),
     Rule("pytorch_adapt.layers:MMDLoss", "compat.pytorch_adapt:MMDLoss", "mmd", _pytorch_adapt),
     Rule("pytorch_adapt.layers:MMDBatchedLoss", "compat.pytorch_adapt:MMDBatchedLoss", "mmd", _pytorch_adapt),
@@ -240,14 +294,14 @@ def veto(subject: Any, classes: dict[type, Rule], around: Iterable[Any] = ()) ->
         base = next(base for base in cls.__mro__ if base in classes)
         if isinstance(subject, nn.Module) and nn.utils.parametrize.is_parametrized(subject):
             return "parametrized, which gave it a class of its own; swap first, then parametrize"
-        if _sharded(subject):
+        if sharding.by_fully_shard(subject):
             return "fully_shard gave it a class of its own; swap first, then shard"
         return f"a subclass of {base.__name__}, which may compute something else"
-    if "forward" in vars(subject):
+    if "forward" in vars(subject) and not (classes[cls].no_grad and _only_no_grad(subject)):
         return "its forward was replaced on this instance"
     if not isinstance(subject, nn.Module):
         return None
-    gathered = any(map(_sharded, around))  # before its forward is called
+    gathered = any(map(sharding.by_fully_shard, around))  # before its forward is called
     for module in subject.modules():
         for name, p in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
@@ -257,8 +311,14 @@ def veto(subject: Any, classes: dict[type, Rule], around: Iterable[Any] = ()) ->
     return None
 
 
-def _sharded(module: Any) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+def _only_no_grad(module: nn.Module) -> bool:
+    """Whether ``forward`` of this instance is that of its class, bound to it, under ``torch.no_grad()``."""
+    forward = module.forward
+    if getattr(forward, "__globals__", {}).get("__name__") != torch.no_grad.__call__.__globals__["__name__"]:
+        return False
+    inside = getattr(forward, "__wrapped__", None)
+    # A deep copy's is bound to the module that was copied.
+    return getattr(inside, "__func__", None) is type(module).forward and inside.__self__ is module
 
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.parameter.Buffer)

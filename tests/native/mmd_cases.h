@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string>
 
+#include "common/isa.h"
 #include "slow_mmd.h"
 
 namespace test {
@@ -146,6 +147,25 @@ inline std::string describe(const Kernel& kernel) {
         s += "]";
     }
     return s;
+}
+
+template <class T>
+void fill(const Buffer<T>& to, T value) {
+    std::fill_n(to.data(), to.size(), value);
+}
+
+template <class T>
+std::unique_ptr<Buffer<T>> normals(int64_t n, Random& random, double mean = 0) {
+    auto b = std::make_unique<Buffer<T>>(n, random.below(4));
+    for (int64_t i = 0; i < n; ++i) {
+        (*b)[i] = T(mean + random.normal());
+    }
+    return b;
+}
+
+// The matrix unit multiplies what is rounded to 17 bits, with errors of either sign.
+inline bool split() {
+    return mmfast::best_isa() == mmfast::Isa::amx;
 }
 
 }  // namespace test
