@@ -80,7 +80,7 @@ def form(x: Tensor, y: Tensor, coefs: Tensor, terms: Terms, diagonal: bool = Fal
 
 
 def _counts(rule: MeanDistance | None, n: int, m: int) -> list[int]:
-    """Do pairs of x, of y and of both count in a rule's mean, and what twice their sum is divided by; 0 without rule."""
+    """Do pairs of x, of y and of both count in a rule's mean, and what twice their sum is divided by (or 0)."""
     if rule is None:
         return [0, 0, 0, 0]
     if rule.points == "cross":

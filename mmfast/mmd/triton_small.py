@@ -3,15 +3,15 @@
 Note: [Three launches for a training step]
   With P rows of both samples and D features a step reads 4 P D bytes or more and writes as many: 8 MB at P = 512 and
   D = 2048, 2 µs at 4 TB/s. There its products, 3 P² D multiplications with three for each, are 5 GFLOP, 10 µs for an
-  H100's tensor cores with TF32. At P = 128, D = 256 both are far below the 2 to 3 µs that any launch takes. So the number
-  of launches is what counts, then that each has work for all multiprocessors:
+  H100's tensor cores with TF32. At P = 128, D = 256 both are far below the 2 to 3 µs that any launch takes. So the
+  number of launches is what counts, then that each has work for all multiprocessors:
 
   1. `distances`: tiles of |z_i - z_j|² over a share of the features each. A tile takes off the mean of its own rows:
-     distances do not change by that, and no launch has to find the mean of all rows first. The sum of a tile's distances
-     is all that a rule for the bandwidth needs.
+     distances do not change by that, and no launch has to find the mean of all rows first. The sum of a tile's
+     distances is all that a rule for the bandwidth needs.
   2. `values`: adds up the shares and the sums, evaluates each pair of points once, and leaves ∂value/∂distance as a
-     matrix (P, P) of float32, at most 1 MB, which stays in the cache. The program that finishes last adds up the tiles'
-     totals, in their order: a counter of whole numbers says which program that is, and the result does not depend on it.
+     matrix (P, P) of float32, at most 1 MB, which stays in the cache. The program that finishes last adds up the
+     tiles' totals, in their order: a counter of whole numbers says which one that is, and no result depends on it.
   3. `gradient`, in the backward pass: (Σ G) z - G z, times the gradient that arrives, without an exponential.
 
   Lengths that are found in the data scale the distances, so that the kernel's parameters can be constants. Products are
