@@ -35,7 +35,7 @@ def takes_points(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
         and 4 * b * (n + m) ** 2 <= _MOST_BYTES
         and x[0].dtype != torch.float64
         and (x[0].dtype != torch.float32 or _precision.current() == "float32")
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None)
     )
 
 
