@@ -121,7 +121,7 @@ def test_strides(forms):
 @pytest.mark.parametrize("kernel", [k.Gaussian(4.0), k.Laplacian(4.0), k.Energy()], ids=str)
 def test_far_and_near(kernel, forms):
     """Data far from the origin, and points that coincide, of the two samples and of one."""
-    x, y = (t + 100 for t in cases.samples(9, 10, 24, shift=1.0))
+    x, y = (t + 100 for t in cases.samples(9, 10, 150, shift=1.0))
     y[:5], y[9] = x[:5], y[8]
     check(kernel, x, y)
     assert len(forms) == 1
