@@ -88,7 +88,7 @@ def mmd2(
     if weights_x is None and weights_y is None:
         compute = _ESTIMATES[estimator]
         extra = (block_size,) if estimator == "block" else ()
-        if kernel.data_dependent and xs[0].shape[0] != 1:
+        if kernel.data_dependent and xs[0].shape[0] != 1 and not _finds_lengths(xs, ys, kernel, estimator, chosen):
             value = by_item(kernel, lambda a, b: compute(a, b, kernel, chosen, backend, *extra), xs, ys)
         else:
             value = compute(xs, ys, kernel, chosen, backend, *extra)
@@ -107,7 +107,7 @@ def mmd2(
             None if wy is None else [wy],
         )
     value = value.to(compute_dtype(xs[0].dtype))
-    return value[0] if single else value
+    return value.squeeze(0) if single else value
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,6 +127,57 @@ def _parts(xs: Layers, ys: Layers, kernel: Kernel, backend: str | None) -> list[
     return [(apply(t, xs), apply(t, ys), terms) for t, terms in kernel.parts(xs, ys, resolver(backend))]
 
 
+def _small(chosen: str):
+    """`mmfast.mmd.small`, where its kernels are at hand."""
+    if chosen not in ("cuda", "triton"):
+        return None
+    from mmfast.mmd import small
+
+    return small
+
+
+def _means(xs: Layers, ys: Layers, kernel: Kernel, chosen: str) -> Terms | None:
+    """Terms whose lengths are left to be found along with the value."""
+    small = _small(chosen)
+    return kernel.in_means(xs) if small is not None and small.takes_points(xs, ys) else None
+
+
+def _finds_lengths(xs: Layers, ys: Layers, kernel: Kernel, estimator: str, chosen: str) -> bool:
+    return estimator in ("biased", "unbiased", "one_sample_u") and _means(xs, ys, kernel, chosen) is not None
+
+
+def _estimate(xs: Layers, ys: Layers, coefs: tuple[float, ...], kernel, chosen, backend, **pairs: bool) -> Tensor:
+    """The sum over the kernel's parts of `_form`, with the lengths that rules find."""
+    terms = _means(xs, ys, kernel, chosen)
+    parts = [(xs, ys, terms)] if terms is not None else _parts(xs, ys, kernel, backend)
+    return _form(parts, coefs, chosen, **pairs)
+
+
+def _form(
+    parts: list[tuple[Layers, Layers, Terms]],
+    coefs: tuple[float, ...],
+    chosen: str,
+    self_pairs: bool = False,
+    skip_aligned: bool = False,
+) -> Tensor:
+    """Σ c_0 k(x_i, x_j) + Σ c_1 k(y_i, y_j) + Σ c_2 k(x_i, y_j), see `mmfast.mmd.small.form` for i = j."""
+    on_device, small = constant(coefs, parts[0][0][0].device), _small(chosen)
+    values = []
+    for a, b, terms in parts:
+        if small is not None and small.takes(a, b, terms):
+            values.append(small.form(a[0], b[0], on_device, terms, self_pairs, skip_aligned))
+            continue
+        values.append(primitives(chosen).quadratic(a, b, None, None, on_device, terms)[0])
+        if self_pairs and any(METRIC[family] == DOT for family in terms.families):
+            values += [diagonal(t, terms).sum(1) * c for t, c in zip((a, b), coefs[:2], strict=True)]
+        elif self_pairs:  # the same for all points
+            each = diagonal([layer[:, :1] for layer in a], terms)[:, 0]
+            values.append(each * (coefs[0] * a[0].shape[1] + coefs[1] * b[0].shape[1]))
+        if skip_aligned:
+            values.append(aligned(a, b, terms).sum(1, dtype=torch.float64) * -coefs[2])
+    return _total(values)
+
+
 def _total(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
@@ -135,25 +186,14 @@ def _biased(xs, ys, kernel, chosen, backend) -> Tensor:
     need_rows("x", xs, 1, "estimator='biased'")
     need_rows("y", ys, 1, "estimator='biased'")
     n, m = xs[0].shape[1], ys[0].shape[1]
-    coefs = constant((1 / n**2, 1 / m**2, -2 / (n * m)), xs[0].device)
-    quadratic = primitives(chosen).quadratic
-    values = []
-    for a, b, terms in _parts(xs, ys, kernel, backend):
-        values.append(quadratic(a, b, None, None, coefs, terms)[0])
-        if any(METRIC[family] == DOT for family in terms.families):
-            values += [diagonal(a, terms).sum(1) / n**2, diagonal(b, terms).sum(1) / m**2]
-        else:  # the same for all points
-            values.append(diagonal([layer[:, :1] for layer in a], terms)[:, 0] * (1 / n + 1 / m))
-    return _total(values)
+    return _estimate(xs, ys, (1 / n**2, 1 / m**2, -2 / (n * m)), kernel, chosen, backend, self_pairs=True)
 
 
 def _unbiased(xs, ys, kernel, chosen, backend) -> Tensor:
     need_rows("x", xs, 2, "estimator='unbiased'")
     need_rows("y", ys, 2, "estimator='unbiased'")
     n, m = xs[0].shape[1], ys[0].shape[1]
-    coefs = constant((1 / (n * (n - 1)), 1 / (m * (m - 1)), -2 / (n * m)), xs[0].device)
-    quadratic = primitives(chosen).quadratic
-    return _total([quadratic(a, b, None, None, coefs, t)[0] for a, b, t in _parts(xs, ys, kernel, backend)])
+    return _estimate(xs, ys, (1 / (n * (n - 1)), 1 / (m * (m - 1)), -2 / (n * m)), kernel, chosen, backend)
 
 
 def weighted(xs, ys, wx, wy, kernel, chosen, backend, unbiased: bool) -> Tensor:
@@ -195,20 +235,12 @@ def _need_equal(xs: Layers, ys: Layers, estimator: str) -> int:
 
 
 def _one_sample_u(xs, ys, kernel, chosen, backend) -> Tensor:
-    _need_equal(xs, ys, "one_sample_u")
-    return _one_sample_u_of(_parts(xs, ys, kernel, backend), chosen)
+    n = _need_equal(xs, ys, "one_sample_u")
+    return _estimate(xs, ys, _one_sample_coefs(n), kernel, chosen, backend, skip_aligned=True)
 
 
-def _one_sample_u_of(parts: list[tuple[Layers, Layers, Terms]], chosen: str) -> Tensor:
-    n = parts[0][0][0].shape[1]
-    scale = 1 / (n * (n - 1))
-    coefs = constant((scale, scale, -2 * scale), parts[0][0][0].device)
-    quadratic = primitives(chosen).quadratic
-    values = []
-    for a, b, terms in parts:
-        values.append(quadratic(a, b, None, None, coefs, terms)[0])
-        values.append(aligned(a, b, terms).sum(1, dtype=torch.float64) * (2 * scale))
-    return _total(values)
+def _one_sample_coefs(n: int) -> tuple[float, ...]:
+    return 1 / (n * (n - 1)), 1 / (n * (n - 1)), -2 / (n * (n - 1))
 
 
 def _linear(xs, ys, kernel, chosen, backend) -> Tensor:
@@ -248,7 +280,7 @@ def _block(xs, ys, kernel, chosen, backend, block_size: int | None) -> Tensor:
         return [t[:, : blocks * size].reshape(batch * blocks, size, t.shape[2]) for t in layers]
 
     parts = [(split(a), split(b), terms) for a, b, terms in _parts(xs, ys, kernel, backend)]
-    return _one_sample_u_of(parts, chosen).view(batch, blocks).mean(1)
+    return _form(parts, _one_sample_coefs(size), chosen, skip_aligned=True).view(batch, blocks).mean(1)
 
 
 _ESTIMATES = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.mmd.bandwidth import Rule, as_rule
+from mmfast.mmd.bandwidth import MeanDistance, Rule, as_rule
 from mmfast.mmd.terms import (
     ENERGY,
     GAUSSIAN,
@@ -66,6 +67,10 @@ class Kernel(nn.Module):
         """
         raise NotImplementedError
 
+    def in_means(self, x: Layers) -> Terms | None:
+        """The terms with lengths in multiples of a rule's mean squared distance, where they are all of this form."""
+        return None
+
     @property
     def data_dependent(self) -> bool:
         """Whether a rule finds a parameter in the data."""
@@ -119,6 +124,10 @@ class Kernel(nn.Module):
         return {**self.__dict__, "_cache": {}}
 
 
+def _is_mean(rule: Rule | None) -> bool:
+    return type(rule) is MeanDistance and rule.detach
+
+
 class _Single(Kernel):
     """One term whose length is a number, a tensor or a rule."""
 
@@ -152,6 +161,13 @@ class _Single(Kernel):
             return self._cached(key, lambda: [(self._transform, self._terms(float(length) ** 2, x))])
         length = length.to(device, torch.float64) if isinstance(length, Tensor) else length
         return [(self._transform, self._terms(length * length, x))]
+
+    def in_means(self, x):
+        if not _is_mean(getattr(self, "rule", None)) or self._parameters or self._buffers:
+            return None
+        # What the rule multiplies the mean with goes with the constants.
+        terms = self._cached((x[0].device, "means"), lambda: self._terms(self.rule.scale, x))
+        return replace(terms, rule=self.rule)
 
     _transform: Transform | None = None
 
@@ -419,6 +435,13 @@ class MultiGaussian(Kernel):
         bandwidth = self.bandwidth if self.rule is None else resolve(self.rule, x, y)
         return [(None, self._terms(device, bandwidth))]
 
+    def in_means(self, x):
+        if not _is_mean(self.rule) or isinstance(self.weights, Tensor):
+            return None
+        device = x[0].device
+        terms = self._cached((device, "means"), lambda: self._terms(device, self.rule.scale))
+        return replace(terms, rule=self.rule)
+
     def _terms(self, device: torch.device, bandwidth: float | Tensor | None) -> Terms:
         if isinstance(self.weights, Tensor) or isinstance(self.bandwidths, Tensor):
             params = self._trained(device, bandwidth)
@@ -485,6 +508,12 @@ class Scaled(Kernel):
 
         return self._cached((x[0].device, *(t.shape[-1] for t in x)), scaled) if self.constant else scaled()
 
+    def in_means(self, x):
+        found = None if isinstance(self.weight, Tensor) else self.kernel.in_means(x)
+        if found is None:
+            return None
+        return replace(self._cached((x[0].device, "means"), lambda: self._scale(found)), rule=found.rule)
+
     def _scale(self, terms: Terms) -> Terms:
         weight = self.weight
         if isinstance(weight, Tensor):
@@ -519,6 +548,13 @@ class Sum(Kernel):
             return _merge([part for kernel in self.kernels for part in kernel.parts(x, y, resolve)])
 
         return self._cached((x[0].device, *(t.shape[-1] for t in x)), merged) if self.constant else merged()
+
+    def in_means(self, x):
+        found = [kernel.in_means(x) for kernel in self.kernels]
+        if any(terms is None for terms in found) or len({replace(terms.rule, scale=1.0) for terms in found}) > 1:
+            return None
+        ((_, terms),) = self._cached((x[0].device, "means"), lambda: _merge([(None, terms) for terms in found]))
+        return replace(terms, rule=found[0].rule)
 
 
 def _merge(parts: list[Part]) -> list[Part]:

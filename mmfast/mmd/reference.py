@@ -29,13 +29,13 @@ from mmfast.mmd.terms import (
     METRIC,
     POLYNOMIAL,
     POWER,
+    ROOTS,
     Terms,
 )
 
 Layers = Sequence[Tensor]
 
 _FEW = 8  # features up to which differences are taken one by one
-_ROOTS = (LAPLACIAN, MATERN32, MATERN52, ENERGY)  # families of the distance itself, which magnifies errors near 0
 _NEAR = 32 * torch.finfo(torch.float64).eps  # what cancellation leaves of a zero, relative to the squared norms
 
 
@@ -121,7 +121,7 @@ def _measure(x: Tensor, y: Tensor, same: bool, families: list[int]) -> tuple[Ten
         return x @ y.transpose(1, 2), None
     if metric == L1:
         return (x[:, :, None] - y[:, None]).abs().sum(-1), None
-    roots = any(family in _ROOTS for family in families)
+    roots = any(family in ROOTS for family in families)
     if x.shape[2] <= _FEW:
         square = x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
         for a, b in zip(x.unbind(2), y.unbind(2), strict=True):
@@ -152,7 +152,7 @@ def _values(terms: Terms, layer: int, measure: Tensor, zero: Tensor | None) -> T
     """Σ of a layer's terms at squared distances, distances or products; ``zero`` marks zero distances."""
     families = _families(terms, layer)
     root = None
-    if any(family in _ROOTS for family in families):
+    if any(family in ROOTS for family in families):
         root = measure.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
     total = None
     for t in _rows(terms, layer):

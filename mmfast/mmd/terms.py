@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmfast.mmd.bandwidth import MeanDistance
 
 # Families: with s = |x - y|², d = |x - y|, d1 = |x - y|_1 and p = <x, y>, and the four columns of `Terms.params`:
 GAUSSIAN = 0  # w exp(-γ s)
@@ -21,6 +25,7 @@ POLYNOMIAL = 7  # w (γ p + offset) ** exponent
 
 L2, L1, DOT = "l2", "l1", "dot"
 METRIC = (L2, L2, L2, L2, L2, L2, L1, DOT)
+ROOTS = (LAPLACIAN, MATERN32, MATERN52, ENERGY)  # of the distance itself, which magnifies errors near 0
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class Terms:
     """K = Π over layers (Σ over that layer's terms), the form in which the primitives take a kernel.
 
     ``params`` is ``(T, 4)`` float64 with the columns weight, gamma, offset, exponent; what a family does not use is 0.
-    It may require a gradient. All terms of one layer share their metric.
+    It may require a gradient. All terms of one layer share their metric. With a ``rule`` (a mean of squared distances)
+    the lengths are multiples of what it finds: the form that `mmfast.mmd.small` takes, and nothing else.
     """
 
     families: tuple[int, ...]
     layers: tuple[int, ...]
     params: Tensor
+    rule: MeanDistance | None = None
 
 
 def check_scalar(name: str, value: object, positive: bool = True) -> None:

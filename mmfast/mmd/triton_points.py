@@ -13,13 +13,12 @@ from torch import Tensor
 
 from mmfast.mmd import triton_kernels, triton_tuning
 from mmfast.mmd.reference import compute_dtype
-from mmfast.mmd.terms import DOT, L1, METRIC
+from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS
 from mmfast.mmd.triton_tuning import Sizes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 FEW = 16  # features up to which squared distances are summed difference by difference
-_ROOTS = (1, 3, 4, 5)  # families of the distance itself, which magnifies errors near 0
 _MAX_SCALE = 60
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -91,7 +90,7 @@ class Layout:
             return BY_L1
         if self.dims[layer] <= FEW:
             return BY_DIFFERENCES
-        return NEAR_EXACT if any(f in _ROOTS for f in families) else BY_PRODUCTS
+        return NEAR_EXACT if any(f in ROOTS for f in families) else BY_PRODUCTS
 
     @property
     def ladders(self) -> tuple[bool, ...]:

@@ -8,9 +8,15 @@ import torch
 
 from mmfast import kernels as k
 from mmfast import mmd
-from mmfast.mmd import triton_launch
+from mmfast.mmd import small, triton_launch
 
 BACKEND, DEVICE = "triton", "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch):
+    """Sizes of these tests stand for larger ones; `test_mmd_small.py` is about small batches."""
+    monkeypatch.setattr(small, "MOST_ROWS", 0)
 
 
 @pytest.mark.parametrize("name", cases.KERNELS)
