@@ -74,11 +74,12 @@ $(VENV)/docs.stamp: constraints.txt | $(VENV)/mmfast.stamp
 	$(PIP) 'mkdocs-material' 'mkdocstrings[python]'
 	touch $@
 
-# The stand-alone C++ tests: kernels and their scalar core, without torch.
-native-test: $(VENV)/torch.stamp
-	cmake -S . -B $(BUILD)/native -G Ninja -DMMFAST_NATIVE_TESTS=ON -DMMFAST_WERROR=ON
-	cmake --build $(BUILD)/native $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
-	ctest --test-dir $(BUILD)/native --output-on-failure --no-tests=error
+# The C++ tests: kernels and their scalar core, without torch, from the objects of the extension, in its build folder.
+native-test: setup
+	folder=$$($(PY) setup.py --print-build-folder) && \
+	{ test -f $$folder/build.ninja || $(PY) setup.py build_ext --inplace; } && \
+	cmake --build $$folder --target native_tests $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) && \
+	ctest --test-dir $$folder --output-on-failure --no-tests=error --parallel $(WORKERS)
 
 # The Triton kernels in Triton's interpreter, on the CPU: in the version of the oldest torch and in the newest one, each
 # beside the environment and not in it, where torch would find it in every other test.

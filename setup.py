@@ -10,6 +10,8 @@ Environment:
     MMFAST_NO_EXT=1         no extension at all: everything runs on the reference, in plain PyTorch
     MMFAST_CUDA=1|0         with or without CUDA kernels; FORCE_CUDA means the same; by default with CUDA if it can be
     CUDA_HOME, CUDA_PATH    the CUDA toolkit to use; by default that of the nvcc on PATH, or /usr/local/cuda
+    MMFAST_ISAS             instruction sets to compile the CPU kernels for beside baseline, for example "avx2 avx512";
+                            by default all that the compiler has
     TORCH_CUDA_ARCH_LIST    as in torch, for example "8.0 9.0+PTX"
     CXX                     the C++ compiler
     MAX_JOBS                compilations at the same time
@@ -155,8 +157,7 @@ class CMakeBuild(build_ext):
         nvcc = find_nvcc()
         cuda, reason = decide_cuda(torch.__version__, torch.version.cuda, nvcc[1] if nvcc else None)
         print(f"mmfast: building {'with' if cuda else 'without'} CUDA: {reason}", flush=True)
-        # In the tree, where pip's own temporary folder would be gone before the next build.
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build = build_folder()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         arguments = [
             f"-DCMAKE_BUILD_TYPE={'Debug' if flag('DEBUG') else 'Release'}",
@@ -164,6 +165,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DMMFAST_PYTHON={sys.executable}",
             f"-DMMFAST_VERSION={self.distribution.get_version()}",
+            f"-DMMFAST_ISAS={os.environ.get('MMFAST_ISAS', '')}",
             f"-DMMFAST_CUDA={'ON' if cuda else 'OFF'}",
             f"-DMMFAST_CUDA_REASON={reason}",
         ]
@@ -182,6 +184,11 @@ class CMakeBuild(build_ext):
     def call(self, command: list[str]):
         if subprocess.run(command, check=False).returncode:
             fail(f"the build failed (see above) in\n    {shlex.join(command)}")
+
+
+def build_folder() -> Path:
+    """In the tree, where pip's own temporary folder would be gone before the next build."""
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 
 
 def forget_other_tree(build: Path):
@@ -208,5 +215,7 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:] == ["--print-nvcc"]:  # for the Makefile
         print(*(find_nvcc() or ())[:1])
+    elif sys.argv[1:] == ["--print-build-folder"]:
+        print(build_folder())
     else:
         main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,27 @@ def sdist(tmp_path_factory) -> Path:
     return next((folder / "out").iterdir())
 
 
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ("avx2 sse9", ["MMFAST_ISAS", "'sse9'", "baseline"]),
+        pytest.param(
+            "baseline, amx",
+            ["MMFAST_ISAS", "amx", "leaves the others to avx512", "baseline, amx"],
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="no AMX there"),
+        ),
+    ],
+)
+def test_instruction_sets_that_cannot_be_built(setup_py, tmp_path, asked, parts):
+    command = [setup_py.find_cmake(), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DMMFAST_ISAS={asked}"]
+    ninja = f"-DCMAKE_MAKE_PROGRAM={setup_py.find_tool('ninja', 'BIN_DIR')}"
+    log = run(*command, ninja, "-DMMFAST_NATIVE_TESTS=ON", "-DMMFAST_EMULATE_AMX=ON", succeeds=False)
+    log = " ".join(log.split())  # CMake breaks lines
+    for part in parts:
+        assert part in log
+
+
 def test_sdist_has_every_source(sdist):
     for folder in ("csrc", "cmake", "mmfast"):
         for file in (ROOT / folder).rglob("*"):
@@ -196,14 +218,23 @@ print(mmfast.__file__, mmfast._backend._C, *extract(torch.randn(2, 16000), MelCo
 
 
 @pytest.mark.native
-@pytest.mark.skipif(os.environ.get("MMFAST_SLOW_TESTS") != "1", reason="compiles everything once more; .ci/run does")
+@pytest.mark.skipif(os.environ.get("MMFAST_SLOW_TESTS") != "1", reason="compiles the extension again; .ci/run does")
 def test_wheel_from_sdist(sdist, tmp_path):
-    """The extension builds from what the source distribution holds, and loads from where pip puts it."""
-    assert "mmfast: building with" in wheel(sdist, tmp_path, MMFAST_NO_EXT="")
+    """The extension builds from what the source distribution holds, loads from where pip puts it, and computes."""
+    # One instruction set: the others are the same files.
+    assert "mmfast: building with" in wheel(sdist, tmp_path, MMFAST_NO_EXT="", MMFAST_ISAS="baseline")
     site = installed(tmp_path)
-    code = "from mmfast import _backend as b; print(b._C.__file__, b._C.build_info()['mmfast'])"
-    output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert output.strip().startswith(f"{site}/mmfast/_C")
+    code = """
+import torch
+from mmfast import _backend as b
+from mmfast.mel import MelConfig, extract
+x, config = torch.randn(2, 16000, dtype=torch.float64), MelConfig(n_mels=40)
+torch.testing.assert_close(extract(x, config, backend="cpu"), extract(x, config, backend="reference"))
+print(b._C.__file__, *b._C.build_info()["isa_built"], b._C.build_info()["isa_used"])
+"""
+    output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site), MMFAST_CPU_ISA="").strip()
+    assert output.startswith(f"{site}/mmfast/_C")
+    assert output.endswith(" baseline baseline")
 
 
 def test_error_reaches_the_user(sdist, tmp_path):

@@ -16,6 +16,19 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
 
+constexpr Isa kBuilt[] = {
+    Isa::baseline,
+#if defined(MMFAST_AVX2)
+    Isa::avx2,
+#endif
+#if defined(MMFAST_AVX512)
+    Isa::avx512,
+#endif
+#if defined(MMFAST_AMX)
+    Isa::amx,
+#endif
+};
+
 // The matrix unit for bfloat16, which the operating system lends to a process that asks.
 bool amx_granted() {
 #if defined(MMFAST_EMULATE_AMX)
@@ -46,15 +59,22 @@ Isa supported() {
 #endif
 }
 
+Isa best_built(Isa limit) {
+    Isa best = Isa::baseline;
+    for (Isa isa : kBuilt)
+        if (isa <= limit) best = isa;
+    return best;
+}
+
 Isa limited() {
     const Isa best = supported();
     const char* limit = std::getenv("MMFAST_CPU_ISA");
     if (limit == nullptr || *limit == '\0') {
-        return best;
+        return best_built(best);
     }
     for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
         if (std::string(limit) == isa_name(isa)) {
-            return isa < best ? isa : best;
+            return best_built(isa < best ? isa : best);
         }
     }
     throw std::invalid_argument("MMFAST_CPU_ISA must be 'baseline', 'avx2', 'avx512' or 'amx', got '" +
@@ -73,13 +93,17 @@ const char* isa_name(Isa isa) {
 }
 
 const char* isa_built() {
-#if defined(MMFAST_AMX)
-    return "baseline avx2 avx512 amx";
-#elif defined(MMFAST_X86)
-    return "baseline avx2 avx512";
-#else
-    return "baseline";
+    return "baseline"
+#if defined(MMFAST_AVX2)
+           " avx2"
 #endif
+#if defined(MMFAST_AVX512)
+           " avx512"
+#endif
+#if defined(MMFAST_AMX)
+           " amx"
+#endif
+        ;
 }
 
 }  // namespace mmfast

@@ -23,12 +23,21 @@ const char* isa_built();
 
 }  // namespace mmfast
 
-// name's variant for isa: MMFAST_FOR_ISA(isa, mel, tile_f32) is mmfast::mel::<isa>::tile_f32.
-#if defined(MMFAST_X86)
-#define MMFAST_FOR_ISA(isa, slice, name)                             \
-    ((isa) >= ::mmfast::Isa::avx512 ? &::mmfast::slice::avx512::name \
-     : (isa) == ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name   \
-                                    : &::mmfast::slice::baseline::name)
+// The copies of the CPU kernels that were built define MMFAST_AVX2, MMFAST_AVX512 and MMFAST_AMX; baseline always is.
+#if defined(MMFAST_AVX2)
+#define MMFAST_FROM_AVX2(isa, slice, name, otherwise) \
+    ((isa) >= ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name : (otherwise))
 #else
-#define MMFAST_FOR_ISA(isa, slice, name) ((void)(isa), &::mmfast::slice::baseline::name)
+#define MMFAST_FROM_AVX2(isa, slice, name, otherwise) (otherwise)
 #endif
+#if defined(MMFAST_AVX512)
+#define MMFAST_FROM_AVX512(isa, slice, name, otherwise) \
+    ((isa) >= ::mmfast::Isa::avx512 ? &::mmfast::slice::avx512::name : (otherwise))
+#else
+#define MMFAST_FROM_AVX512(isa, slice, name, otherwise) (otherwise)
+#endif
+
+// name's variant for isa: MMFAST_FOR_ISA(isa, mel, tile_f32) is mmfast::mel::<isa>::tile_f32.
+#define MMFAST_FOR_ISA(isa, slice, name) \
+    ((void)(isa),                        \
+     MMFAST_FROM_AVX512(isa, slice, name, MMFAST_FROM_AVX2(isa, slice, name, &::mmfast::slice::baseline::name)))

@@ -115,17 +115,18 @@ private:
         p.convolution = convolution_.get();
     }
 
-    // DFT of a power of two, by the transform itself in double precision.
+    // DFT of the points of a convolution, by the transform itself in double precision.
     static std::vector<T> spectrum(const std::vector<double>& re, const std::vector<double>& im) {
         const int64_t n = int64_t(re.size());
         FftTables<double> tables(FftTables<double>::PowerOfTwo{n});
         std::vector<Complex<double>> x(n), w(2 * n);
         for (int64_t i = 0; i < n; ++i) x[i] = {re[i], im[i]};
         std::vector<T> out(2 * n);
-        transform_direct(tables.plan().row, Elements<double>{x.data()}, w.data(), [&](int64_t k, double a, double b) {
-            out[2 * k] = T(a);
-            out[2 * k + 1] = T(b);
-        });
+        transform_direct<Sizes::convolution>(tables.plan().row, Elements<double>{x.data()}, w.data(),
+                                             [&](int64_t k, double a, double b) {
+                                                 out[2 * k] = T(a);
+                                                 out[2 * k + 1] = T(b);
+                                             });
         return out;
     }
 

@@ -87,10 +87,12 @@ struct Few {
         return w ? w[item * (second ? job.m : job.n) + i] : T(1);
     }
 
-    // A layer's value at z: one exponential and squarings where each gamma is twice the next one's.
+    // A layer's value at z: one exponential and squarings where each gamma is twice the next one's. All its terms have the
+    // metric; what needs another one is not compiled.
+    template <Metric metric>
     MMFAST_INLINE Value<T> at(T z) const {
         const int n = job.terms;
-        if (memory.ladder) {
+        if (metric == Metric::l2 && memory.ladder) {
             const Term<T>& widest = memory.terms[n - 1];
             T u = Numbers<T>::exp(-widest.gamma * z);
             Value<T> v{widest.weight * u, -widest.gamma * widest.weight * u};
@@ -103,7 +105,10 @@ struct Few {
         }
         Value<T> v{T(0), T(0)};
         for (int t = 0; t < n; ++t) {
-            const Value<T> more = value<Numbers<T>>(memory.terms[t], z);
+            Term<T> term = memory.terms[t];
+            if (metric == Metric::l1) term.family = Family::laplacian_l1;
+            if (metric == Metric::dot) term.family = Family::polynomial;
+            const Value<T> more = value<Numbers<T>>(term, z);
             v.k += more.k;
             v.h += more.h;
         }
@@ -156,7 +161,7 @@ struct Few {
                      : difference < 0       ? -difference
                                             : difference;
             }
-            const Value<T> v = at(z);
+            const Value<T> v = at<metric>(z);
             const T w = memory.weights[c];
             sum += w * v.k;
             if (job.gradient == nullptr) continue;

@@ -1,47 +1,9 @@
-// The quadratic forms for few features on the GPU: mmd_block.h by a block of 128 threads, a row each.
-#include <cuda_runtime.h>
+#include "mmd/mmd_cuda.cuh"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
-
-#include "mmd/mmd_cuda.h"
 
 namespace mmfast {
 namespace mmd {
-namespace {
-
-void check(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // or the next one to ask would take it for its own
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-struct CudaBlock {
-    template <class F>
-    __device__ __forceinline__ void each(int n, const F& f) const {
-        for (int i = int(threadIdx.x); i < n; i += kFewRows) f(i);
-        __syncthreads();
-    }
-};
-
-template <class T, int D>
-__global__ void __launch_bounds__(kFewRows) few(const __grid_constant__ FewJob<T> job) {
-    __shared__ FewMemory<T, D> memory;
-    const CudaBlock block;
-    Few<T, D, CudaBlock>(job, block, memory, int64_t(blockIdx.x)).run();
-}
-
-template <class T, int D>
-void launch(const FewJob<T>& job, cudaStream_t stream) {
-    static_assert(sizeof(FewMemory<T, D>) <= 48 * 1024, "static shared memory");
-    const int64_t blocks = few_tiles(job.n, job.m, kFewRows) * job.shares * job.batch;
-    if (blocks == 0) return;
-    few<T, D><<<static_cast<unsigned>(blocks), kFewRows, 0, stream>>>(job);
-    check(cudaGetLastError(), "mmd: quadratic forms of few features");
-}
-
-}  // namespace
 
 int few_shares(int64_t batch, int64_t n, int64_t m, int device) {
     int processors = 0;
@@ -51,17 +13,7 @@ int few_shares(int64_t batch, int64_t n, int64_t m, int device) {
     return int(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, few_tiles(n, m, kFewColumns))));
 }
 
-template <class T>
-void quadratic_few_cuda(const FewJob<T>& job, cudaStream_t stream) {
-    if (job.dimension <= 2) return launch<T, 2>(job, stream);
-    if (job.dimension == 3) return launch<T, 3>(job, stream);
-    if (job.dimension <= 4) return launch<T, 4>(job, stream);
-    if (job.dimension <= 8) return launch<T, 8>(job, stream);
-    launch<T, kFewFeatures>(job, stream);
-}
-
 template void quadratic_few_cuda<float>(const FewJob<float>&, cudaStream_t);
-template void quadratic_few_cuda<double>(const FewJob<double>&, cudaStream_t);
 
 }  // namespace mmd
 }  // namespace mmfast

@@ -28,19 +28,6 @@ namespace mmfast {
 namespace mmd {
 
 template <class T>
-const TileKernels<T>& tiles() {
-    static const TileKernels<T> t = [] {
-#if defined(MMFAST_AMX)
-        if constexpr (sizeof(T) == 4)
-            if (best_isa() == Isa::amx) return amx::mmd_tiles_float();
-#endif
-        if constexpr (sizeof(T) == 4) return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_float)();
-        else return MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_double)();
-    }();
-    return t;
-}
-
-template <class T>
 Program<T> program_of(const Layer& layer);
 
 // The distance between rows: whole vectors, and an odd number of cache lines, or rows a power of two apart would share one

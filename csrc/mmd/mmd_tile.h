@@ -94,6 +94,14 @@ struct TileKernels {
                   T* a_gradient, T* b_gradient);
 };
 
+// Those of best_isa() (mmd_isa.cpp).
+template <class T>
+const TileKernels<T>& tiles();
+template <>
+const TileKernels<float>& tiles();
+template <>
+const TileKernels<double>& tiles();
+
 #define MMFAST_DECLARE_TILES(isa)           \
     namespace isa {                         \
     TileKernels<float> mmd_tiles_float();   \
