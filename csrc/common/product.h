@@ -31,10 +31,7 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < S; ++v) {
-            sum[r][v] = start == Start::zero ? V{} : Simd<T>::load(c + r * c_stride + v * N);
-            if (start == Start::scale) sum[r][v] *= Simd<T>::load(factor + v * N);
-        }
+        for (int v = 0; v < S; ++v) sum[r][v] = V{};
     for (int64_t k = 0; k < depth; ++k) {
         V row[S];
 #pragma GCC unroll 8
@@ -49,7 +46,13 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < S; ++v) Simd<T>::store(c + r * c_stride + v * N, sum[r][v]);
+        for (int v = 0; v < S; ++v) {
+            // Only now added to what is there: one chain of additions through all products would lose digits.
+            T* const to = c + r * c_stride + v * N;
+            if (start == Start::add) sum[r][v] += Simd<T>::load(to);
+            if (start == Start::scale) sum[r][v] += Simd<T>::load(to) * Simd<T>::load(factor + v * N);
+            Simd<T>::store(to, sum[r][v]);
+        }
 }
 
 struct Nothing {

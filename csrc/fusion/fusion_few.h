@@ -47,7 +47,7 @@ MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
     return s;
 }
 
-// x[index], index + 1, .. of a vector's lanes, `step` apart.
+// A vector of n elements at most, `step` apart.
 template <class T, class From>
 MMFAST_INLINE Vec<T> load_step(const From* p, int64_t step, int64_t n) {
     if (step == 1) return load_columns<T>(p, n);
@@ -154,7 +154,7 @@ T few_exponentials(int64_t count, T* row, T& maximum, T& sum) {
     return factor;
 }
 
-template <class T, class F>
+template <class F>
 MMFAST_INLINE void for_few(int64_t n, const F& f) {
     if (n == 1) return f.template operator()<1>();
     if (n == 2) return f.template operator()<2>();
@@ -185,7 +185,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
                                const auto& f) __attribute__((always_inline)) {
         dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
             using From = std::remove_pointer_t<decltype(kind)>;
-            for_few<T>(rows.n, [&]<int R>() __attribute__((always_inline)) {
+            for_few(rows.n, [&]<int R>() __attribute__((always_inline)) {
                 for (int64_t k = first; k < last; k += kFewTogether)
                     for (int64_t h = 0; h < item.heads; ++h) {
                         const int64_t head = key_head(p, seg.source, item.head + h * fold);

@@ -2,7 +2,7 @@
 
 | queries that share their keys | keys | dtype | taken | why |
 |---|---|---|---|---|
-| 2 to `FEW_QUERIES`; 1 with gradients | from `LONG_KEYS` on | float32, float64 | torch | ours take 1.1 to 1.4 times as long |
+| 2 to `FEW_QUERIES`; 1 with gradients | from `LONG_KEYS` | float32, float64 | torch | 1.1 to 1.4 times as fast |
 | others | any | any | ours | 1.0 to 7 times as fast with AVX-512, from 77 keys to 65 536 |
 """
 
