@@ -109,6 +109,8 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (!p.decoupled && threads > 1 && units < wanted_items())
         splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), units), keys / 512), 1,
                                      std::max<int64_t>(1, int64_t(cost * double(single ? folds : 1) / 50e3)));
+    // Sums of very many keys keep their digits in parts.
+    if (single) splits = std::max(splits, keys / 16384);
     ForwardJob<T> job{&p, fold, panels, out, lse, nullptr};
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
