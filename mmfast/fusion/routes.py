@@ -27,5 +27,6 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, weights: bool 
     keys = max(s.key.shape[2] for s in sources)
     full = query.dtype.itemsize >= 4
     tensors = (query, *[x for s in sources for x in (s.key, s.value)])
-    one = not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))  # of one query ours is faster forward
-    return "torch" if full and one < together <= FEW_QUERIES and keys >= LONG_KEYS else "cpu"
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    fewest = 1 if gradients else 2  # of one query ours is faster forward
+    return "torch" if full and fewest <= together <= FEW_QUERIES and keys >= LONG_KEYS else "cpu"
