@@ -511,16 +511,20 @@ def test_routes(monkeypatch):
             lambda *a, _name=name, **k: taken.append(_name) or reference.attention(*a, **k),
         )
     few, long = routes.FEW_QUERIES, routes.LONG_KEYS
-    for rows, keys, weights in (
-        (few - 1, long, False),
-        (few - 1, long, True),
-        (few, long, False),
-        (1, long - 1, False),
+    for rows, keys, weights, gradients in (
+        (few, long, False, False),
+        (few, long, True, False),
+        (few + 1, long, False, False),
+        (few, long - 1, False, False),
+        (2, long, False, False),
+        (1, long, False, False),
+        (1, long, False, True),
     ):
-        attend(None, randn(1, 1, rows, 2), (randn(1, 1, keys, 2), randn(1, 1, keys, 2)), return_weights=weights)
+        key = randn(1, 1, keys, 2).requires_grad_(gradients)
+        attend(None, randn(1, 1, rows, 2), (key, randn(1, 1, keys, 2)), return_weights=weights)
     half = torch.randn(1, 1, long, 2).bfloat16()
-    attend(None, half[:, :, :1], (half, half))
-    assert taken == ["torch", "cpu", "cpu", "cpu", "cpu"]
+    attend(None, half[:, :, :few], (half, half))
+    assert taken == ["torch", "cpu", "cpu", "cpu", "torch", "cpu", "torch", "cpu"]
 
 
 def broken():
