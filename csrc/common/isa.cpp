@@ -93,17 +93,15 @@ const char* isa_name(Isa isa) {
 }
 
 const char* isa_built() {
-    return "baseline"
-#if defined(MMFAST_AVX2)
-           " avx2"
-#endif
-#if defined(MMFAST_AVX512)
-           " avx512"
-#endif
-#if defined(MMFAST_AMX)
-           " amx"
-#endif
-        ;
+    static const std::string names = [] {
+        std::string all;
+        for (Isa isa : kBuilt) {
+            if (!all.empty()) all += ' ';
+            all += isa_name(isa);
+        }
+        return all;
+    }();
+    return names.c_str();
 }
 
 }  // namespace mmfast

@@ -66,11 +66,11 @@ double cost_of(int64_t panel, int64_t keys, int64_t features) {
     return multiply_adds / (sizeof(T) == 4 ? 20 : 8);
 }
 
-// Items enough to keep the threads busy to the end.
 // From so many keys on a single panel goes through them with all its heads, which together have at most so many bytes in the
 // second cache: see the note [Wide].
 constexpr int64_t kWideFrom = 96, kWideBytes = 640 << 10;
 
+// Items enough to keep the threads busy to the end.
 int64_t wanted_items() {
     return 4 * max_threads();
 }
@@ -117,7 +117,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
     int64_t heads = heads_together<T>(p, folds, panels, panels * splits, panels > 1);
     if (order == Order::wide) {
-        const int64_t each = (up_to_multiple(panel_rows, 16) + 64) * (p.dim + p.value_dim) * int64_t(sizeof(T));
+        const int64_t each = (up_to_multiple(panel_rows, 16) + kWideKeys) * (p.dim + p.value_dim) * int64_t(sizeof(T));
         heads = std::clamp<int64_t>(kWideBytes / std::max<int64_t>(1, each), 1, heads);
     }
     const int64_t parts = divide_up(folds, heads);

@@ -47,15 +47,6 @@ MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
     return s;
 }
 
-// A vector of n elements at most, `step` apart.
-template <class T, class From>
-MMFAST_INLINE Vec<T> load_step(const From* p, int64_t step, int64_t n) {
-    if (step == 1) return load_columns<T>(p, n);
-    alignas(64) T part[Simd<T>::lanes] = {};
-    for (int64_t i = 0; i < smaller(n, Simd<T>::lanes); ++i) part[i] = T(p[i * step]);
-    return Simd<T>::load(part);
-}
-
 // parts[row][k][..] = products of the features, added up by lanes, of keys k = first .. last - 1 of at most `lanes`.
 template <class T, int R, class From>
 void few_parts(const Problem& p, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
@@ -122,7 +113,7 @@ void few_masks(const Problem& p, int64_t batch, const Rows& rows, const Segment&
                 for (int64_t k = 0; k < s.count; ++k) {
                     const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + (s.first + k) * mask.column;
                     const T added = value_at<T>(mask, at) * T(kLog2e);
-                    row[k] = added == -infinity<T>() ? added : row[k] + added;
+                    row[k] = masked<T>(row[k], added);
                 }
         if (p.causal)
             for (int64_t k = larger(0, rows.row[r] + 1 - s.first); k < s.count; ++k) row[k] = -infinity<T>();

@@ -11,7 +11,6 @@ namespace {
 //   A tile of 64 queries and 96 keys is 24 KiB in float: it stays in the first cache between the two products. Up to as
 //   many keys the softmax is taken at once; with more of them the output so far is scaled where a maximum grows.
 constexpr int64_t kBlockKeys = 96;
-constexpr int64_t kWideKeys = 64;  // of forward_wide
 
 // Copies of keys and values: made for each block where they cannot be read in place; so, but of all keys at once, each at its
 // place; or of all that a block has, from the key `base` on.
@@ -76,6 +75,35 @@ struct Running {
     Vec<T> maximum[S], sum[S];
 };
 
+// The same in memory: maxima, then sums.
+template <class T, int S>
+MMFAST_INLINE void load_running(const T* from, Running<T, S>& running) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int v = 0; v < S; ++v) {
+        running.maximum[v] = Simd<T>::load(from + v * N);
+        running.sum[v] = Simd<T>::load(from + (S + v) * N);
+    }
+}
+
+template <class T, int S>
+MMFAST_INLINE void store_running(const Running<T, S>& running, T* to) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int v = 0; v < S; ++v) {
+        Simd<T>::store(to + v * N, running.maximum[v]);
+        Simd<T>::store(to + (S + v) * N, running.sum[v]);
+    }
+}
+
+// The places of an item's share of all keys.
+struct Share {
+    int64_t lo, hi;
+};
+
+MMFAST_INLINE Share share_of(const Problem& p, const Item& item, const Keys& keys) {
+    const int64_t total = keys.start[p.count];
+    return {total * item.split / item.splits, total * (item.split + 1) / item.splits};
+}
+
 // Exponentials in place of the scores; factor[lane] = what outputs so far are to be scaled by.
 template <class T, int S>
 void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
@@ -107,8 +135,8 @@ void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
     for (int v = 0; v < S; ++v) running.sum[v] += sum[v];
 }
 
-int64_t blocks_of(int64_t keys) {
-    return (keys + kBlockKeys - 1) / kBlockKeys;
+int64_t blocks_of(int64_t keys, int64_t most) {
+    return (keys + most - 1) / most;
 }
 
 template <class T>
@@ -171,7 +199,7 @@ template <class T, int S>
 void attend(const Problem& p, const Item& item, const Rows& rows, const Keys& keys, int64_t lo, int64_t hi,
             Buffers<T>& b, Running<T, S>& running) {
     bool started = false;
-    const int64_t blocks = blocks_of(hi - lo);
+    const int64_t blocks = blocks_of(hi - lo, kBlockKeys);
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t from = lo + (hi - lo) * i / blocks, to = lo + (hi - lo) * (i + 1) / blocks;
         if (i + 1 < blocks && b.copies == Copies::now)
@@ -222,10 +250,7 @@ void conclude(const ForwardJob<T>& job, const Item& item, const Rows& rows, cons
     }
     T* const to = job.partial + item.slot * (p.value_dim + 2) * W;
     for (int64_t i = 0; i < p.value_dim * W; i += N) Simd<T>::store(to + i, Simd<T>::load(out + i));
-    for (int v = 0; v < S; ++v) {
-        Simd<T>::store(to + p.value_dim * W + v * N, running.maximum[v]);
-        Simd<T>::store(to + (p.value_dim + 1) * W + v * N, running.sum[v]);
-    }
+    store_running<T, S>(running, to + p.value_dim * W);
 }
 
 template <class T, int S>
@@ -237,10 +262,9 @@ void forward_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows,
     Running<T, S> running;
     pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
     if (!p.decoupled) {
-        const int64_t total = keys.start[p.count];
+        const Share share = share_of(p, item, keys);
         reset(running);
-        attend<T, S>(p, item, rows, keys, total * item.split / item.splits, total * (item.split + 1) / item.splits, b,
-                     running);
+        attend<T, S>(p, item, rows, keys, share.lo, share.hi, b, running);
         conclude<T, S>(job, item, rows, running, b.out);
         return;
     }
@@ -296,7 +320,7 @@ void make_resident(const Problem& p, const Item& item, int64_t fold, const Keys&
 //   second cache, beside the queries, outputs and softmaxes so far of all heads.
 template <class T, int S>
 void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
-    constexpr int64_t N = Simd<T>::lanes, W = S * N;
+    constexpr int64_t W = S * Simd<T>::lanes;
     const Problem& p = *job.problem;
     T* const states = scratch;
     const int64_t state = state_size<T>(p, W);
@@ -314,23 +338,15 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
         b.values = all_values + h * kWideKeys * copy_stride<T>(p.value_dim);
         return b.out + W * p.value_dim;
     };
-    const auto load = [&](const T* from, Running<T, S>& running) {
-        for (int v = 0; v < S; ++v) {
-            running.maximum[v] = Simd<T>::load(from + v * N);
-            running.sum[v] = Simd<T>::load(from + W + v * N);
-        }
-    };
+    Running<T, S> running;
     for (int64_t h = 0; h < item.heads; ++h) {
         T* const so_far = set_head(h);
         pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
-        for (int v = 0; v < S; ++v) {
-            Simd<T>::store(so_far + v * N, Simd<T>::splat(-infinity<T>()));
-            Simd<T>::store(so_far + W + v * N, Vec<T>{});
-        }
+        reset(running);
+        store_running<T, S>(running, so_far);
     }
-    const int64_t total = keys.start[p.count];
-    const int64_t lo = total * item.split / item.splits, hi = total * (item.split + 1) / item.splits;
-    const int64_t blocks = (hi - lo + kWideKeys - 1) / kWideKeys;
+    const auto [lo, hi] = share_of(p, item, keys);
+    const int64_t blocks = blocks_of(hi - lo, kWideKeys);
     b.copies = Copies::block;
     bool started = false;
     for (int64_t i = 0; i < blocks; ++i) {
@@ -343,20 +359,15 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
         bool any = started;
         for (int64_t h = 0; h < item.heads; ++h) {
             T* const so_far = set_head(h);
-            Running<T, S> running;
-            load(so_far, running);
+            load_running<T, S>(so_far, running);
             any = attend_block<T, S>(p, now, rows, keys, from, to, b, running, started);
-            for (int v = 0; v < S; ++v) {
-                Simd<T>::store(so_far + v * N, running.maximum[v]);
-                Simd<T>::store(so_far + W + v * N, running.sum[v]);
-            }
+            store_running<T, S>(running, so_far);
         }
         started = any;
     }
     for (int64_t h = 0; h < item.heads; ++h) {
         const T* const so_far = set_head(h);
-        Running<T, S> running;
-        load(so_far, running);
+        load_running<T, S>(so_far, running);
         if (!started) clear_out<T, S>(p, b.out);
         conclude<T, S>(job, now, rows, running, b.out);
     }
@@ -368,8 +379,7 @@ void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
     const Problem& p = *job.problem;
     Keys keys;
     set_keys(p, item.batch, true, keys);
-    const int64_t total = keys.start[p.count];
-    const int64_t lo = total * item.split / item.splits, hi = total * (item.split + 1) / item.splits;
+    const auto [lo, hi] = share_of(p, item, keys);
     attend_few<T>(p, item, job.fold, keys, lo, hi, scratch,
                   [&](int64_t h, const Rows& rows, const T* out, const T* maximum, const T* sum) {
                       Item now = item;
@@ -377,15 +387,12 @@ void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
                       now.slot = item.slot + h * job.panels * item.splits;
                       for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
                           Running<T, S> running;
-                          alignas(64) T at[2][S * N] = {};
+                          alignas(64) T at[2 * S * N] = {};
                           for (int64_t r = 0; r < rows.n; ++r) {
-                              at[0][r] = maximum[r];
-                              at[1][r] = sum[r];
+                              at[r] = maximum[r];
+                              at[S * N + r] = sum[r];
                           }
-                          for (int v = 0; v < S; ++v) {
-                              running.maximum[v] = Simd<T>::load(at[0] + v * N);
-                              running.sum[v] = Simd<T>::load(at[1] + v * N);
-                          }
+                          load_running<T, S>(at, running);
                           conclude<T, S>(job, now, rows, running, out);
                       });
                   });
@@ -423,8 +430,7 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     // What the head after this one will read before it asks for more itself.
     const auto keys_of_next = [&]() {
         for (int j = 0; j < (p.decoupled ? p.count : 1); ++j) {
-            const int64_t lo = p.decoupled ? keys.start[j] : keys.start[p.count] * item.split / item.splits;
-            const int64_t hi = p.decoupled ? keys.start[j + 1] : keys.start[p.count];
+            const auto [lo, hi] = p.decoupled ? Share{keys.start[j], keys.start[j + 1]} : share_of(p, item, keys);
             keys_ahead(p, now, keys, rows.last, lo, resident ? hi : smaller(lo + kBlockKeys, hi), b);
         }
     };

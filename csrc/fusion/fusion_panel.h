@@ -205,25 +205,25 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
 }
 
 // to[column][lane] = factor * x[row][column], zero in the lanes behind the rows.
-template <class T>
+template <class T, bool kMask = false>
 void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
     int64_t offsets[64];
     for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
-    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    const auto pack = [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
-    });
+    };
+    if constexpr (kMask) dispatch_mask(x, pack);
+    else dispatch<T>(x.type, pack);
 }
 
-// The same of a mask.
-template <class T>
-void pack_mask(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
-    int64_t offsets[64];
-    for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
-    dispatch_mask(x, [&](auto* kind) __attribute__((always_inline)) {
-        using From = std::remove_pointer_t<decltype(kind)>;
-        pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
-    });
+// A vector of n elements at most, `step` apart.
+template <class T, class From>
+MMFAST_INLINE Vec<T> load_step(const From* p, int64_t step, int64_t n) {
+    if (step == 1) return load_as<T>(p, n);
+    alignas(64) T part[Simd<T>::lanes] = {};
+    for (int64_t i = 0; i < smaller(n, Simd<T>::lanes); ++i) part[i] = T(p[i * step]);
+    return Simd<T>::load(part);
 }
 
 template <class T, class From>
@@ -231,14 +231,7 @@ MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t count, int64
     constexpr int64_t N = Simd<T>::lanes;
     int64_t k = 0;
     for (; k < count; k += N) {
-        Vec<T> x;
-        if (step == 1) {
-            x = load_as<T>(from + k, count - k);
-        } else {
-            alignas(64) T part[N] = {};
-            for (int64_t i = 0; i < smaller(N, count - k); ++i) part[i] = T(from[(k + i) * step]);
-            x = Simd<T>::load(part);
-        }
+        const Vec<T> x = load_step<T>(from + k * step, step, count - k);
         if (k + N <= width) Simd<T>::store(to + k, x * factor);
         else Simd<T>::store(to + k, x * factor, int(width - k));
     }
@@ -369,8 +362,8 @@ T value_at(const View& x, int64_t at) {
     return result;
 }
 
-template <class T>
-MMFAST_INLINE Vec<T> masked(Vec<T> score, Vec<T> added) {
+template <class T, class X>
+MMFAST_INLINE X masked(X score, X added) {
     return added == -infinity<T>() ? added : score + added;  // what is excluded may be infinite
 }
 
@@ -388,7 +381,7 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         return;
     }
     const int64_t columns = mask.column ? count : 1;
-    pack_mask<T>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
+    pack_columns<T, true>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
     for (int64_t k = 0; k < count; ++k)
         for (int v = 0; v < S; ++v) {
             const Vec<T> added = Simd<T>::load(buffer + (mask.column ? k : 0) * W + v * N);

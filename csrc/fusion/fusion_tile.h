@@ -24,7 +24,8 @@ struct ForwardJob {
 
 // Panel by panel; or of a single panel all heads, block by block of the keys, with queries or features in the lanes.
 enum class Order { panels, wide, few };
-constexpr int64_t kFewRows = 8;  // at most, for Order::few
+constexpr int64_t kFewRows = 8;    // at most, for Order::few
+constexpr int64_t kWideKeys = 64;  // of a block, for Order::wide
 
 struct Item {
     int64_t batch, head;    // the first head of the first fold

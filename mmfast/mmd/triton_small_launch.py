@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from mmfast.mmd import triton_small
@@ -38,20 +39,16 @@ class Plan:
 def plan(b: int, n: int, m: int, d: int, dot: bool) -> Plan:
     size = block(n, m)
     small = size == 32
-    tiles_x = _parts(n, size)
-    tiles = tiles_x + _parts(m, size)
+    tiles_x = triton.cdiv(n, size)
+    tiles = tiles_x + triton.cdiv(m, size)
     pairs = tiles * (tiles + 1) // 2
     few = d <= FEW and not dot
     # With these steps and warps no registers spill.
     step, warps = min(64 if small else 32, max(16, 1 << (d - 1).bit_length())), 4 if small else 8
     # Each share of the features is one more matrix to write and read.
-    shares = 1 if few else max(1, min(_parts(d, 2 * step), _PROGRAMS // (pairs * b), 16))
-    each = _parts(_parts(d, shares), step) * step
-    return Plan(size, tiles_x, tiles, pairs, few, step, each, _parts(d, each), warps)
-
-
-def _parts(count: int, size: int) -> int:
-    return -(-count // size)
+    shares = 1 if few else max(1, min(triton.cdiv(d, 2 * step), _PROGRAMS // (pairs * b), 16))
+    each = triton.cdiv(triton.cdiv(d, shares), step) * step
+    return Plan(size, tiles_x, tiles, pairs, few, step, each, triton.cdiv(d, each), warps)
 
 
 def forward(
@@ -97,8 +94,8 @@ def backward(
     (b, n, d), m = x.shape, y.shape[1]
     p = plan(b, n, m, d, dot)
     first, last = 0 if need[0] else p.tiles_x, p.tiles if need[1] else p.tiles_x
-    cols = 16 if d <= 16 else 64 if (last - first) * _parts(d, 64) * b >= _PROGRAMS else 32
-    triton_small.gradient[(last - first, _parts(d, cols), b)](
+    cols = 16 if d <= 16 else 64 if (last - first) * triton.cdiv(d, 64) * b >= _PROGRAMS else 32
+    triton_small.gradient[(last - first, triton.cdiv(d, cols), b)](
         grad, grad.stride(0), x, y, weights, grad_x, grad_y, n, m, d, p.tiles_x, p.tiles, first, x.stride(0),
         x.stride(1), y.stride(0), y.stride(1), DOT=dot, BLOCK=p.size, COLS=cols, num_warps=p.warps, num_stages=3,
     )  # fmt: skip
