@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.mmd import triton_kernels
+from mmfast.mmd import triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
     BY_DIFFERENCES,
@@ -398,7 +398,7 @@ def select(x: Tensor, y: Tensor | None, places: Sequence[int]) -> Tensor:
     found = torch.full((ranks,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=x.device)
 
     def look(counts: Tensor, shift: int, digit: int, find: bool) -> None:
-        triton_kernels.count_digits[(a.rows // sizes.block * strips,)](
+        triton_sweep.count_digits[(a.rows // sizes.block * strips,)](
             a.hi, a.lo, a.norms, a.cols, b.hi, b.lo, b.norms, b.cols, scales.factors, prefixes, counts, found,
             a.rows, b.rows, a.width, a.n, b.n, col_tiles, strips, shift, digit, ranks,
             DIMS=dims, WIDTHS=a.widths, HOW=how, SYMMETRIC=y is None, FIND=find, BINS=bins, STRIP=sizes.strip,

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.mmd import triton_kernels
+from mmfast.mmd import triton_multiply, triton_sweep
 from mmfast.mmd.triton_points import (
     BY_DOT,
     BY_L1,
@@ -47,7 +47,7 @@ class Problem:
 
 @dataclass
 class Upstream:
-    """What the derivative by a pair's kernel is made of; see `triton_kernels.sweep`."""
+    """What the derivative by a pair's kernel is made of; see `triton_sweep.sweep`."""
 
     mode: str = "none"
     coefs: Tensor | None = None
@@ -135,7 +135,7 @@ def sweep(
         if cols:
             make = torch.zeros if problem.symmetric else torch.empty  # tiles above the diagonal are not written
             out_cols = make((kernels, b, tiles, y.rows), dtype=kind.compute, device=device)
-        triton_kernels.sweep[(tiles * strips * b,)](
+        triton_sweep.sweep[(tiles * strips * b,)](
             x.hi, x.lo, x.norms, x.cols, y.hi, y.lo, y.norms, y.cols, problem.scales.factors, problem.params,
             given(up.coefs), w_x, w_y, given(up.rows), given(up.cols), given(up.products),
             *((nothing,) * 4 if u is None else (u.hi, u.lo, v.hi, v.lo)), given(up.factor),
@@ -194,7 +194,7 @@ def add_product(
         target = torch.empty(shares, b, out_tiles * block, dim, dtype=out.dtype, device=out.device)
         width, rows, to, first = dim, out_tiles * block, 0, 0
     of = own or z
-    triton_kernels.multiply[(out_tiles * b, columns, shares)](
+    triton_multiply.multiply[(out_tiles * b, columns, shares)](
         panel.hi, panel.lo, panel.scales, z.hi, z.lo, of.hi, of.lo, inverses, target,
         panel.hi.shape[2], panel.hi.shape[3], z.width, column, column, dim, rows, width, to, first,
         panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0), z.rows, of.rows,
@@ -216,7 +216,7 @@ def _add_signs(
     out_tiles = col_tiles if transposed else panel.tiles
     if transposed and problem.symmetric:
         out_tiles = min(col_tiles, panel.first + panel.tiles)
-    triton_kernels.signs[(out_tiles * b, dim)](
+    triton_multiply.signs[(out_tiles * b, dim)](
         panel.hi, panel.lo, panel.scales, own.cols, z.cols, out,
         panel.hi.shape[2], panel.hi.shape[3], column, dim, out.shape[1], out.shape[2], column,
         0 if transposed else panel.first * block, own.rows, z.rows, own.cols.shape[1],

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.mmd import triton_kernels, triton_tuning
+from mmfast.mmd import triton_prepare, triton_tuning
 from mmfast.mmd.reference import compute_dtype
 from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS
 from mmfast.mmd.triton_tuning import Sizes
@@ -168,7 +168,7 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
         if not blocks:
             continue
         most = torch.empty(b, layers, blocks, dtype=kind.compute, device=device)
-        triton_kernels.extents[(blocks * b,)](
+        triton_prepare.extents[(blocks * b,)](
             s, mean, most, s.shape[1], *s.stride(), blocks,
             DIMS=tuple(dims), BLOCK=sizes.block, STEP=sizes.step, ACC=triton_type(kind.compute),
         )  # fmt: skip
@@ -221,7 +221,7 @@ def fill(
     widths = points.widths[layer : layer + len(dims)]
     blocks = triton.cdiv(n, sizes.block)
     cols = points.cols is not points.norms
-    triton_kernels.prepare[(blocks * b,)](
+    triton_prepare.prepare[(blocks * b,)](
         x, scales.mean, scales.scales, points.hi, points.lo, points.norms, points.cols, n, *x.stride(), first,
         points.rows, points.width, sum(points.widths[:layer]), points.cols.shape[1], column, points.norms.shape[1],
         layer, blocks,

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmfast.mmd.triton_kernels import _terms, _total
+from mmfast.mmd.triton_terms import _terms, _total
 
 
 @triton.jit
