@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
+import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -74,6 +78,18 @@ def mmd_native() -> str:
     """The backend ``cpu``, for what only the native kernels of the mmd slice promise."""
     need_native_mmd()
     return "cpu"
+
+
+@pytest.fixture
+def run_without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, ModuleType], dict]:
+    """The names of a module that is run anew where a package cannot be imported."""
+
+    def run(package: str, module: ModuleType) -> dict:
+        for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
+        return runpy.run_path(module.__file__)
+
+    return run
 
 
 def need_cuda() -> None:
