@@ -87,7 +87,7 @@ TRITON_VERSIONS ?= 3.6.0 3.9.0
 triton-test: setup $(TRITON_VERSIONS:%=$(BUILD)/triton-%.stamp)
 	for version in $(TRITON_VERSIONS); do \
 	    PYTHONPATH="$(BUILD)/triton-$$version$${PYTHONPATH:+:$$PYTHONPATH}" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-	        $(PY) -m pytest tests/interpreter $(PYTEST_ARGS) || exit 1; \
+	        $(PY) -m pytest tests/interpreter -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || exit 1; \
 	done
 
 $(BUILD)/triton-%.stamp: | $(VENV)/venv.stamp
