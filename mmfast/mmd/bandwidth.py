@@ -51,8 +51,7 @@ class Rule:
         """The squared length from what was measured in features like ``x``."""
         if self.scale != 1:
             found = found * self.scale
-        # Points that all coincide have no length; with any other than 0 the kernel is 1 everywhere.
-        return found.clamp(min=torch.finfo(_compute(x)).tiny * 2.0**20)
+        return found.clamp(min=least_length(_compute(x)))
 
     def _measure(self, x: Tensor, y: Tensor | None, cross: bool, backend: str | None) -> Tensor:
         raise NotImplementedError
@@ -60,6 +59,11 @@ class Rule:
     def _need_pairs(self, count: int, pairs: int) -> None:
         if pairs == 0:
             raise ValueError(f"{type(self).__name__} finds no pair of points in a sample of {count}")
+
+
+def least_length(dtype: torch.dtype) -> float:
+    """Of points that all coincide and have no squared length: with any other than 0 the kernel is 1 everywhere."""
+    return torch.finfo(dtype).tiny * 2.0**20
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ torch.library.impl("mmfast::mmd_small_backward", ("cpu", "cuda"), _backward)
 
 @torch.library.register_fake("mmfast::mmd_small")
 def _(x, y, coefs, params, families, counts, diagonal, aligned, keep):
-    b, side = x.shape[0], _side(x.shape[1], y.shape[1])
+    size, _, tiles = tiling(x.shape[1], y.shape[1])
+    b, side = x.shape[0], tiles * size
     return (
         x.new_empty((b,), dtype=torch.float32),
         x.new_empty((b, side, side) if keep else (0,), dtype=torch.float32),
@@ -117,15 +118,11 @@ def _(x, y, coefs, params, families, counts, diagonal, aligned, keep):
     )
 
 
-def _side(n: int, m: int) -> int:
-    """Rows of both samples, each filled up to whole tiles."""
-    size = block(n, m)
-    return (-(-n // size) - (-m // size)) * size
-
-
-def block(n: int, m: int) -> int:
-    """Rows of a tile: enough tiles for the multiprocessors, and no more traffic than they need."""
-    return 32 if n + m <= 256 else 64
+def tiling(n: int, m: int) -> tuple[int, int, int]:
+    """Rows of a tile, tiles of x, and tiles of both: enough for the multiprocessors, no more traffic than they need."""
+    size = 32 if n + m <= 256 else 64
+    tiles_x = -(-n // size)
+    return size, tiles_x, tiles_x - (-m // size)
 
 
 @torch.library.register_fake("mmfast::mmd_small_backward")

@@ -11,13 +11,14 @@ import triton
 from torch import Tensor
 
 from mmfast.mmd import triton_small
-from mmfast.mmd.small import block
+from mmfast.mmd.bandwidth import least_length
+from mmfast.mmd.small import tiling
 from mmfast.mmd.terms import DOT, GAUSSIAN, METRIC, ROOTS
 from mmfast.mmd.triton_launch import NEAR
 from mmfast.mmd.triton_points import FEW
 
 _PROGRAMS = 132  # that should be at work at once: an H100's multiprocessors; more would but read more
-_LEAST = 2.0**-106  # the shortest squared length, `mmfast.mmd.bandwidth.Rule.finish`
+_LEAST = least_length(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)  # this stands before every launch
 def plan(b: int, n: int, m: int, d: int, dot: bool) -> Plan:
-    size = block(n, m)
+    size, tiles_x, tiles = tiling(n, m)
     small = size == 32
-    tiles_x = triton.cdiv(n, size)
-    tiles = tiles_x + triton.cdiv(m, size)
     pairs = tiles * (tiles + 1) // 2
     few = d <= FEW and not dot
     # With these steps and warps no registers spill.
