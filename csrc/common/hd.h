@@ -11,13 +11,23 @@
 #define MMFAST_CONSTANT constexpr
 #endif
 
+// Under the sanitizers each of the many copies would bring its own checks: minutes to compile.
+#if defined(__SANITIZE_ADDRESS__) && !defined(MMFAST_QUICK_COMPILE)
+#define MMFAST_QUICK_COMPILE
+#endif
+
 #if defined(__CUDA_ARCH__)
 #define MMFAST_UNROLL _Pragma("unroll")
-#elif defined(__CUDACC__)
+#elif defined(__CUDACC__) || defined(MMFAST_QUICK_COMPILE)
 #define MMFAST_UNROLL
 #else
 #define MMFAST_UNROLL _Pragma("GCC unroll 32")
 #endif
 
-// always_inline also keeps these functions out of the symbol table, see cmake/check_isa.cmake.
+// always_inline also keeps these functions out of the symbol table, see cmake/check_isa.cmake. For tests alone
+// MMFAST_QUICK_COMPILE leaves that to the compiler; then the linker takes the first copy of a scalar function, baseline's.
+#if defined(MMFAST_QUICK_COMPILE)
+#define MMFAST_INLINE MMFAST_HD inline
+#else
 #define MMFAST_INLINE MMFAST_HD inline __attribute__((always_inline))
+#endif
