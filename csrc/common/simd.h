@@ -76,13 +76,11 @@ struct Simd {
         return y;
     }
 
-    // Sum of the lanes, in pairs.
+    // Sum of the lanes, in pairs: one half and the other, until one lane is left.
+    template <int kLeft = lanes>
     static MMFAST_INLINE T sum(V x) {
-        alignas(64) T part[lanes];
-        store(part, x);
-        for (int n = lanes / 2; n > 0; n /= 2)
-            for (int i = 0; i < n; ++i) part[i] += part[i + n];
-        return part[0];
+        if constexpr (kLeft == 1) return x[0];
+        else return sum<kLeft / 2>(x + rotate<kLeft / 2>(x, std::make_index_sequence<lanes>()));
     }
 
     // Lane i is the sum of the lanes of x[i], of `lanes` vectors: twice as many of them side by side in each round.
@@ -136,6 +134,10 @@ struct Simd {
     static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
 
 private:
+    template <size_t n, size_t... K>
+    static MMFAST_INLINE V rotate(V x, std::index_sequence<K...>) {
+        return __builtin_shufflevector(x, x, ((K + n) % lanes)...);
+    }
     template <size_t n, size_t... K>
     static MMFAST_INLINE V add_sides(V a, V b, std::index_sequence<K...>) {
         return __builtin_shufflevector(a, b, (K / (2 * n) * 2 * n + K % n + K / n % 2 * lanes)...) +

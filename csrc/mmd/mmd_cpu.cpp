@@ -94,6 +94,9 @@ struct Reducer {
     void begin(const Tile<T>&, int64_t) const {}
     void end(const Tile<T>&, int64_t) const {}
     void weigh(const Tile<T>& tile, int q, T* x) const { tiles<T>().multiply(tile.rows, tile.g[q], x); }
+    // Whether a tile's values are only added up, the derivative by each being `factor`; then add() gets the sum.
+    bool is_sum(const Tile<T>&, T&) const { return false; }
+    void add(const Tile<T>&, double) const {}
 };
 
 // ---- Weighted sums -------------------------------------------------------------------------------------------------
@@ -115,9 +118,15 @@ public:
         }
     }
 
+    bool is_sum(const Tile<T>& t, T& factor) const {
+        factor = this->factor(t);
+        return weights_[0].empty() && weights_[1].empty() && !gradients_.weights_x && !gradients_.weights_y;
+    }
+    void add(const Tile<T>& t, double sum) { sums_[t.slot * 3 + kind(t)] += times(t) * sum; }
+
     void take(const Tile<T>& t) {
-        const int kind = t.within() ? t.a : 2;
-        const double times = t.within() ? 2 : 1;  // a pair stands for both its orders
+        const int kind = this->kind(t);
+        const double times = this->times(t);
         const T *u = weights(t.batch, t.a, t.i0), *v = weights(t.batch, t.b, t.j0);
         double *const to_a = gradient(t.batch, t.a, t.i0), *const to_b = gradient(t.batch, t.b, t.j0);
         double rows[kTile] = {}, columns[kTile] = {};
@@ -128,13 +137,15 @@ public:
     }
 
     void weigh(const Tile<T>& t, int, T* x) const {
-        tiles<T>().scale(t.rows, T(coefs_[t.within() ? t.a : 2] * (t.within() ? 2 : 1)), weights(t.batch, t.a, t.i0),
-                         weights(t.batch, t.b, t.j0), x);
+        tiles<T>().scale(t.rows, factor(t), weights(t.batch, t.a, t.i0), weights(t.batch, t.b, t.j0), x);
     }
 
     void put(int64_t batch, double* sums) const { add_slots(sums_, batch, 3, sums); }
 
 private:
+    static int kind(const Tile<T>& t) { return t.within() ? t.a : 2; }
+    static double times(const Tile<T>& t) { return t.within() ? 2 : 1; }  // a pair stands for both its orders
+    T factor(const Tile<T>& t) const { return T(coefs_[kind(t)] * times(t)); }
     const T* weights(int64_t batch, int side, int64_t i) const {
         return weights_[side].empty() ? nullptr : weights_[side].data() + batch * stride_[side] + i;
     }

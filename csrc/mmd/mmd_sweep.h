@@ -88,6 +88,7 @@ public:
             gradients_ |= g.gradients.x || g.gradients.y;
             parameters_ |= g.gradients.parameters != nullptr;
         }
+        simple_ = groups_.size() == 1 && programs_[0].size() == 1 && !parameters_;
         make_blocks();
         make_centres();
         lay_out();
@@ -159,7 +160,12 @@ private:
 
     void make_blocks() {
         int64_t count = groups_[0].x->count + (groups_[0].y && pairs_ != Pairs::within_x ? groups_[0].y->count : 0);
-        block_size_ = count >= 16384 ? 512 : count >= 4096 ? 256 : count >= 1024 ? 128 : 64;
+        // Large blocks are packed less often. With gradients a round has half as many tasks as there are blocks, and they
+        // have to be enough for many threads.
+        block_size_ = count >= 16384  ? 512
+                      : count >= 4096 ? gradients_ ? 256 : 512
+                      : count >= 1024 ? gradients_ ? 128 : 256
+                                      : 64;
         // A block and its gradient stay in the second cache.
         while (block_size_ > kTile && block_size_ * widest_ * int64_t(sizeof(T)) > (int64_t(5) << 17)) block_size_ /= 2;
         const auto cut = [&](int side, int64_t n) {
@@ -333,6 +339,11 @@ private:
                 tile.i0 = a.first + i;
                 tile.rows = std::min(kTile, a.count - i);
                 tile.diagonal = diagonal && i == j;
+                T factor = 0;
+                if (simple_ && tile.columns == kTile && !tile.diagonal && reducer.is_sum(tile, factor)) {
+                    reducer.add(tile, compute_sum(tile, i, s, factor, column_sums[0]));
+                    continue;
+                }
                 compute(tile, i, s);
                 reducer.take(tile);
                 if (differentiates()) differentiate(tile, i, s, reducer, column_sums);
@@ -390,6 +401,23 @@ private:
         }
     }
 
+    // The sum of a whole tile's values, one kernel of one layer, each weighted with `factor` in what is differentiated: the
+    // values are never stored, and the derivatives take the place of the distances.
+    double compute_sum(const Tile<T>& tile, int64_t i, char* s, T factor, double* column_sums) const {
+        const Part& p = parts_[0][0];
+        const Program<T>& program = programs_[0][0];
+        const int64_t dimension = groups_[0].kernel.layers[0].dimension;
+        T* const z = at(s, p.z);
+        tiles<T>().compare(program.metric, program.roots, dimension, a_points(p, s), i, tile.rows, b_points(p, s),
+                           tile.columns, z);
+        const bool sums = gradients_ && needs_sums(0, 0);
+        const double sum =
+            tiles<T>().evaluate_sum(program, tile.rows, gradients_, factor, z, sums ? row_sums(s, 0, 0) + i : nullptr,
+                                    sums ? column_sums : nullptr);
+        if (gradients_) multiply_gradient(0, 0, p, tile, i, s, z);
+        return sum;
+    }
+
     template <class R>
     void differentiate(const Tile<T>& tile, int64_t i, char* s, R& reducer,
                        double (&column_sums)[2 * kMostLayers][kTile]) {
@@ -417,6 +445,17 @@ private:
     // What derivatives w by the distances (or products) of a tile add to the gradients of its rows and columns.
     void add_gradient(size_t q, size_t l, const Part& p, const Tile<T>& tile, int64_t i, char* s, T* w,
                       double* column_sums) const {
+        if (needs_sums(q, l)) tiles<T>().reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
+        multiply_gradient(q, l, p, tile, i, s, w);
+    }
+
+    // Squared distances from products need the sums of w as well.
+    bool needs_sums(size_t q, size_t l) const {
+        return programs_[q][l].metric == Metric::l2 && groups_[q].kernel.layers[l].dimension > kFewDimensions;
+    }
+
+    // The same but for the sums of w.
+    void multiply_gradient(size_t q, size_t l, const Part& p, const Tile<T>& tile, int64_t i, char* s, T* w) const {
         const auto& t = tiles<T>();
         const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
         const T* const from_a = a_points(p, s).rows + i * p.stride;
@@ -429,7 +468,6 @@ private:
         if (metric == Metric::l2 && groups_[q].kernel.layers[l].dimension <= kFewDimensions)
             return t.differences(tile.rows, tile.columns, groups_[q].kernel.layers[l].dimension, w, from_a,
                                  b_points(p, s), to_a, to_b);
-        if (metric == Metric::l2) t.reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
         if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
         if (gradient(q, tile.a)) t.product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);
         if (gradient(q, tile.b) && !tile.diagonal)
@@ -494,6 +532,7 @@ private:
     int x_blocks_ = 0;
     size_t product_[2] = {}, g_[2] = {}, a_sums_ = 0, sizes_ = 0;
     bool gradients_ = false, parameters_ = false;
+    bool simple_ = false;  // one kernel of one layer, whose parameters have no gradients
 };
 
 }  // namespace mmd

@@ -31,6 +31,8 @@ constexpr int kGroup = 6, kWide = 2;
 constexpr int kStrip = 2;
 // Dimensions whose panels fit into the first cache.
 constexpr int64_t kDepth = 128;
+// Rows fetched ahead of the one that is packed: a row waits for the third cache, and a page ends any prefetcher's guess.
+constexpr int64_t kAhead = 6;
 
 template <class T>
 struct Math {
@@ -42,9 +44,11 @@ struct Math {
 
 // ---- Points --------------------------------------------------------------------------------------------------------
 
-// One row less the centre (which is as long as the row's stride, or null), and the square of its length.
+// One row less the centre (which is as long as the row's stride, or null), and the square of its length. What lies `ahead`
+// is fetched meanwhile.
 template <class T, class From>
-MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, const T* centre, int64_t stride, T* to) {
+MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t ahead, int64_t dimension, const T* centre,
+                         int64_t stride, T* to) {
     constexpr int64_t N = Simd<T>::lanes;
     Vec<T> square{};
     int64_t k = 0;
@@ -55,7 +59,10 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t dimension, cons
     };
     if constexpr (sizeof(From) == sizeof(T)) {
         if (step == 1)
-            for (; k < dimension; k += N) put(Simd<T>::load(reinterpret_cast<const T*>(from) + k, int(dimension - k)));
+            for (; k < dimension; k += N) {
+                __builtin_prefetch(from + k + ahead);
+                put(Simd<T>::load(reinterpret_cast<const T*>(from) + k, int(dimension - k)));
+            }
     }
     for (; k < dimension; k += N) {
         alignas(64) T part[N] = {};
@@ -73,8 +80,8 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(from.data);
         for (int64_t i = 0; i < count; ++i)
-            to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, from.dimension, centre,
-                                   to.stride, to.rows + i * to.stride);
+            to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, kAhead * from.row_stride,
+                                   from.dimension, centre, to.stride, to.rows + i * to.stride);
     });
 #if defined(MMFAST_AMX_TILES)
     if (to.split_rows) split_rows(count, from.dimension, to);
@@ -264,6 +271,39 @@ void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, i
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
+// Sums in double of what vectors hold.
+template <class T>
+struct Accumulator {
+    using Wide = Simd<double>;
+    static constexpr int N = Simd<T>::lanes, kParts = int(sizeof(double) / sizeof(T));
+    Wide::V sum[kParts] = {};
+    MMFAST_INLINE void add(Vec<T> x, double factor = 1) {
+#if defined(__AVX512F__)
+        if constexpr (kParts == 2) {  // GCC converts in quarters
+            sum[0] += (Wide::V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)) * factor;
+            sum[1] += (Wide::V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)) * factor;
+            return;
+        }
+#endif
+        typename VectorOf<T, N / kParts>::type part[kParts];
+        __builtin_memcpy(part, &x, sizeof x);
+        for (int i = 0; i < kParts; ++i) sum[i] += __builtin_convertvector(part[i], Wide::V) * factor;
+    }
+    MMFAST_INLINE double total() const {
+        double s = 0;
+        for (int i = 0; i < kParts; ++i) s += Wide::sum(sum[i]);
+        return s;
+    }
+};
+
+// sums[j] += the values of a row of vectors.
+template <class T, size_t C>
+MMFAST_INLINE void add_to(const Vec<T> (&columns)[C], double* sums) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (size_t c = 0; c < C; ++c)
+        for (int64_t l = 0; l < N; ++l) sums[c * N + l] += double(columns[c][l]);
+}
+
 template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
@@ -279,22 +319,51 @@ MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T
     }
 }
 
+// One chain in which each Gaussian is the square of the one before, as DAN's are and as one alone is.
+template <class T>
+MMFAST_INLINE bool only_doubles(const Program<T>& p) {
+    bool all = p.chains == 1 && p.others == 0 && p.chain[0].squarings[0] == 0;
+    for (int i = 1; all && i < p.chain[0].count; ++i) all = p.chain[0].squarings[i] == 1;
+    return all;
+}
+
+template <class T, int U, bool kSlope>
+MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
+    Vec<T> t[U];
+    const T exponent = c.exponent * T(1.4426950408889634);
+    for (int u = 0; u < U; ++u) {
+        t[u] = exp2(exponent * z[u]);
+        k[u] = c.weight[0] * t[u];
+        if (kSlope) h[u] = c.slope[0] * t[u];
+    }
+    for (int i = 1; i < c.count; ++i)
+        for (int u = 0; u < U; ++u) {
+            t[u] *= t[u];
+            k[u] += c.weight[i] * t[u];
+            if (kSlope) h[u] += c.slope[i] * t[u];
+        }
+}
+
+// ks = the kernel at zs, hs = its derivative.
+template <class T, int U, bool kSlope>
+MMFAST_INLINE void evaluate_vectors(const Program<T>& p, const Vec<T> (&zs)[U], Vec<T> (&ks)[U], Vec<T> (&hs)[U]) {
+    for (int u = 0; u < U; ++u) ks[u] = hs[u] = Vec<T>{};
+    for (int c = 0; c < p.chains; ++c) evaluate_chain<T, U, kSlope>(p.chain[c], zs, ks, hs);
+    for (int t = 0; t < p.others; ++t)
+        for (int u = 0; u < U; ++u) {
+            const auto [value, slope] = mmd::value<Math<T>>(p.other[t], zs[u]);
+            ks[u] += value;
+            if (kSlope) hs[u] += slope;
+        }
+}
+
 template <class T, bool kSlope>
 MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
     constexpr int U = kWide, N = Simd<T>::lanes;
     for (int64_t at = 0; at < rows * kTile; at += U * N) {
         Vec<T> zs[U], ks[U], hs[U];
-        for (int u = 0; u < U; ++u) {
-            zs[u] = Simd<T>::load(z + at + u * N);
-            ks[u] = hs[u] = Vec<T>{};
-        }
-        for (int c = 0; c < p.chains; ++c) evaluate_chain<T, U, kSlope>(p.chain[c], zs, ks, hs);
-        for (int t = 0; t < p.others; ++t)
-            for (int u = 0; u < U; ++u) {
-                const auto [value, slope] = mmd::value<Math<T>>(p.other[t], zs[u]);
-                ks[u] += value;
-                if (kSlope) hs[u] += slope;
-            }
+        for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(z + at + u * N);
+        evaluate_vectors<T, U, kSlope>(p, zs, ks, hs);
         for (int u = 0; u < U; ++u) {
             Simd<T>::store(k + at + u * N, ks[u]);
             if (kSlope) Simd<T>::store(h + at + u * N, hs[u]);
@@ -306,6 +375,53 @@ template <class T>
 void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
     if (h) evaluate_tile<T, true>(p, rows, z, k, h);
     else evaluate_tile<T, false>(p, rows, z, k, h);
+}
+
+// Rows whose values are added up before the sum goes on in double.
+constexpr int64_t kRowsInFloat = 4;
+
+template <class T, bool kSlope, bool kDoubling>
+MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor, T* z, double* row_sums,
+                                     double* column_sums) {
+    constexpr int64_t U = kWide, N = Simd<T>::lanes, C = kTile / N;
+    Accumulator<T> all;
+    Vec<T> columns[C] = {}, values{};
+    for (int64_t i = 0; i < rows; ++i) {
+        T* const row = z + i * kTile;
+        Vec<T> slopes{};
+#pragma GCC unroll 1
+        for (int64_t c = 0; c < C; c += U) {
+            Vec<T> zs[U], ks[U], hs[U];
+            for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(row + (c + u) * N);
+            if constexpr (kDoubling) evaluate_doubling<T, U, kSlope>(p.chain[0], zs, ks, hs);
+            else evaluate_vectors<T, U, kSlope>(p, zs, ks, hs);
+            for (int u = 0; u < U; ++u) {
+                values += ks[u];
+                if (!kSlope) continue;
+                const Vec<T> h = factor * hs[u];
+                Simd<T>::store(row + (c + u) * N, h);
+                slopes += h;
+                columns[c + u] += h;
+            }
+        }
+        if (i % kRowsInFloat == kRowsInFloat - 1 || i == rows - 1) {
+            all.add(values);
+            values = Vec<T>{};
+        }
+        if (kSlope && row_sums) row_sums[i] += Simd<T>::sum(slopes);
+    }
+    if (kSlope && column_sums) add_to<T>(columns, column_sums);
+    return all.total();
+}
+
+template <class T>
+double evaluate_sum(const Program<T>& p, int64_t rows, bool slopes, T factor, T* z, double* row_sums,
+                    double* column_sums) {
+    if (only_doubles(p))
+        return slopes ? evaluate_sum_of<T, true, true>(p, rows, factor, z, row_sums, column_sums)
+                      : evaluate_sum_of<T, false, true>(p, rows, factor, z, nullptr, nullptr);
+    return slopes ? evaluate_sum_of<T, true, false>(p, rows, factor, z, row_sums, column_sums)
+                  : evaluate_sum_of<T, false, false>(p, rows, factor, z, nullptr, nullptr);
 }
 
 template <class T>
@@ -334,21 +450,6 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
 
 // ---- Reductions ----------------------------------------------------------------------------------------------------
 
-// Sums in double of what float vectors hold.
-template <class T>
-struct Accumulator {
-    static constexpr int N = Simd<T>::lanes;
-    typename VectorOf<double, N>::type sum{};
-    MMFAST_INLINE void add(Vec<T> x, double factor = 1) {
-        sum += __builtin_convertvector(x, typename VectorOf<double, N>::type) * factor;
-    }
-    MMFAST_INLINE double total() const {
-        double s = 0;
-        for (int i = 0; i < N; ++i) s += sum[i];
-        return s;
-    }
-};
-
 template <class T>
 double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums) {
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N;
@@ -364,9 +465,7 @@ double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums
         if (row_sums) row_sums[i] += Simd<T>::sum(row);
         all.add(row, u ? double(u[i]) : 1.0);
     }
-    if (column_sums)
-        for (int64_t c = 0; c < C; ++c)
-            for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += double(columns[c][l]);
+    if (column_sums) add_to<T>(columns, column_sums);
     return all.total();
 }
 
@@ -454,8 +553,8 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #else
     constexpr bool splits = false;
 #endif
-    return {Simd<T>::lanes, splits,      pack<T>,  compare<T>, evaluate<T>,    parameters<T>, reduce<T>,
-            inner<T>,       multiply<T>, scale<T>, product<T>, differences<T>, signs<T>};
+    return {Simd<T>::lanes, splits,   pack<T>,     compare<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,
+            reduce<T>,      inner<T>, multiply<T>, scale<T>,   product<T>,  differences<T>,  signs<T>};
 }
 
 }  // namespace

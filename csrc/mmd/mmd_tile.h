@@ -75,6 +75,10 @@ struct TileKernels {
                     const Points<T>& b, int64_t columns, T* z);
     // k = the kernel at z; h = its derivative by z, unless null.
     void (*evaluate)(const Program<T>& program, int64_t rows, const T* z, T* k, T* h);
+    // The sum of the kernel's values at z; with `slopes`, z becomes factor times the derivatives by z, whose sums are added to
+    // row_sums[i] and column_sums[j] unless null.
+    double (*evaluate_sum)(const Program<T>& program, int64_t rows, bool slopes, T factor, T* z, double* row_sums,
+                           double* column_sums);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
     // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij unless null.
