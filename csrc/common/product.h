@@ -82,10 +82,16 @@ MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_
         if (i + 8 <= rows) block.template operator()<8>();
         if (i + 4 <= rows) block.template operator()<4>();
     }
-    while (i + kProductRows <= rows) block.template operator()<kProductRows>();
-    if (i + 3 <= rows) block.template operator()<3>();
-    if (i + 2 <= rows) block.template operator()<2>();
-    if (i < rows) block.template operator()<1>();
+    // A single row would wait for its own sums: rather two smaller blocks at the end.
+    while (i + kProductRows <= rows && rows - i != kProductRows + 1) block.template operator()<kProductRows>();
+    if (rows - i == kProductRows + 1) block.template operator()<4>();
+    switch (rows - i) {
+        case 5: return block.template operator()<5>();
+        case 4: return block.template operator()<4>();
+        case 3: return block.template operator()<3>();
+        case 2: return block.template operator()<2>();
+        case 1: return block.template operator()<1>();
+    }
 }
 
 }  // namespace MMFAST_ISA

@@ -286,6 +286,8 @@ void forward_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows,
     unpack_columns<T>(b.sum_out, p.value_dim, static_cast<const T*>(nullptr), item.batch, rows, job.out, 0, false);
 }
 
+constexpr int64_t kCopyAhead = 2;
+
 // Copies of the keys or values of a segment, row by row as they lie: those of the item's head h from the `place`-th row on of
 // to + h * size.
 template <class T>
@@ -297,9 +299,14 @@ void copy_heads(const Problem& p, const Item& item, int64_t fold, const Segment&
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const from = static_cast<const From*>(x.data);
         for (int64_t k = 0; k < s.count; ++k)
-            for (int64_t h = 0; h < item.heads; ++h)
-                pack_row<T>(from + x.at(item.batch, key_head(p, s.source, item.head + h * fold), s.first + k), x.column,
-                            width, width, T(1), to + h * size + (place + k) * stride);
+            for (int64_t h = 0; h < item.heads; ++h) {
+                const From* const row =
+                    from + x.at(item.batch, key_head(p, s.source, item.head + h * fold), s.first + k);
+                // The hardware fetches ahead within a page, which has a row or two.
+                for (int64_t at = 0; x.column == 1 && at < width; at += 64 / int64_t(sizeof(From)))
+                    __builtin_prefetch(row + kCopyAhead * x.row + at, 0, 3);
+                pack_row<T>(row, x.column, width, width, T(1), to + h * size + (place + k) * stride);
+            }
     });
 }
 

@@ -77,13 +77,12 @@ public:
     void add(const char* first, int64_t stride, int64_t rows, int64_t bytes) {
         if (next_ == count_) next_ = count_ = 0;
         if (count_ == kMost || rows <= 0 || bytes <= 0) return;
-        if (stride == bytes) {
-            bytes *= rows;
-            rows = 1;
+        if (stride == bytes) {  // one piece of memory, perhaps asked for a little beyond its end
+            rows = (rows * bytes + 255) / 256;
+            stride = bytes = 256;
         }
         parts_[count_++] = {first, stride, rows, bytes};
         lines_ += rows * (bytes / 64 + 1);
-        if (next_ + 1 == count_) start_row();
     }
     // The same of a View or Target.
     template <class X>
@@ -95,19 +94,7 @@ public:
     // What was added is to be asked for in so many steps.
     void spread(int64_t steps) { step_ = next_ < count_ ? lines_ / steps + 1 : 0; }
     MMFAST_INLINE void operator()() {
-        for (int64_t i = 0; i < step_; ++i) {
-            __builtin_prefetch(at_, 0, 2);
-            at_ += 64;
-            if (at_ < end_) continue;
-            Part& part = parts_[next_];
-            lines_ -= part.bytes / 64 + 1;
-            part.first += part.stride;
-            if (--part.rows == 0 && ++next_ == count_) {
-                step_ = lines_ = 0;
-                return;
-            }
-            start_row();
-        }
+        if (step_) step();
     }
 
 private:
@@ -115,16 +102,30 @@ private:
         const char* first;
         int64_t stride, rows, bytes;
     };
-    MMFAST_INLINE void start_row() {
-        const Part& part = parts_[next_];
-        at_ = part.first - reinterpret_cast<uintptr_t>(part.first) % 64;
-        end_ = part.first + part.bytes;
+    // Rows until their lines are as many as asked for; out of line, where all of it stays in registers.
+    __attribute__((noinline)) void step() {
+        int64_t lines = step_;
+        for (; next_ < count_; ++next_) {
+            Part& part = parts_[next_];
+            const char* first = part.first;
+            int64_t rows = part.rows;
+            for (; rows > 0 && lines > 0; --rows, first += part.stride)
+                for (const char* at = first - reinterpret_cast<uintptr_t>(first) % 64; at < first + part.bytes;
+                     at += 64) {
+                    __builtin_prefetch(at, 0, 2);
+                    --lines;
+                }
+            part.first = first;
+            part.rows = rows;
+            if (rows > 0) break;
+        }
+        lines_ -= step_ - lines;
+        if (next_ == count_) step_ = lines_ = 0;
     }
     static constexpr int kMost = 4 * kMostSources;
     Part parts_[kMost];
     int next_ = 0, count_ = 0;
     int64_t lines_ = 0, step_ = 0;  // to go, and a call
-    const char *at_ = nullptr, *end_ = nullptr;
 };
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
@@ -185,22 +186,29 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
             }
             continue;
         }
-        for (int64_t k = 0; k < count; k += N) {
+        const auto put = [&](int64_t k, Vec<T> column) __attribute__((always_inline)) {
+            Vec<T> x = column * factor;
+            if (lanes < N)
+                for (int64_t l = lanes; l < N; ++l) x[l] = 0;
+            Simd<T>::store(to + k * W + v, x);
+        };
+        // As many columns at a time as are transposed in registers, their number known to the compiler.
+        constexpr bool kDirect =
+            sizeof(From) == sizeof(T) && !std::is_integral_v<From> && !std::is_same_v<From, Allowed>;
+        constexpr int64_t kColumns = kDirect && sizeof(T) == 4 && N == 16 ? 4 : N;
+        int64_t k = 0;
+        const auto group = [&](int64_t some) __attribute__((always_inline)) {
             Vec<T> columns[N];
-            if constexpr (sizeof(From) == sizeof(T) && !std::is_integral_v<From>) {
-                Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns, smaller(N, count - k));
+            if constexpr (kDirect) {
+                Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns, some);
             } else {
                 for (int64_t i = 0; i < N; ++i) columns[i] = load_columns<T>(rows[i] + k, count - k);
                 Simd<T>::transpose(columns);
             }
-            const int64_t some = smaller(N, count - k);
-            for (int64_t i = 0; i < some; ++i) {
-                Vec<T> x = columns[i] * factor;
-                if (lanes < N)
-                    for (int64_t l = lanes; l < N; ++l) x[l] = 0;
-                Simd<T>::store(to + (k + i) * W + v, x);
-            }
-        }
+            for (int64_t i = 0; i < some; ++i) put(k + i, columns[i]);
+        };
+        for (; k + kColumns <= count; k += kColumns) group(kColumns);
+        if (k < count) group(count - k);
     }
 }
 

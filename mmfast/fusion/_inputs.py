@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FUSIONS = ("joint", "decoupled")
@@ -43,6 +44,27 @@ Sources = Sequence["Source | tuple[Tensor, Tensor]"]
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What attention of tensors of ``dtype`` is computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether an operator's kernel may be called past the dispatcher, which takes as long as a small attention.
+
+    So for ordinary tensors on the CPU, none of them tracked, outside every function transform, mode and compiler.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tracked = torch.is_grad_enabled()
+    return not any(
+        type(x) is not Tensor
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or (tracked and x.requires_grad)
+        or x.is_neg()
+        or x._is_zerotensor()
+        for x in tensors
+    )
 
 
 def as_sources(sources: Sources | Source | tuple[Tensor, Tensor]) -> list[Source]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion import reference
-from mmfast.fusion._inputs import Source, batch_of, compute_dtype
+from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager
 from mmfast.fusion.reference import Attention
 
 RESIDENT_KEYS = 512
@@ -99,7 +99,10 @@ def _attention(query: Tensor, sources: Sequence[Source], fusion: str, scale: flo
 
 
 def _run(*call) -> tuple[Tensor, Tensor]:
-    return torch.ops.mmfast.fusion_forward.default(*_arguments(*call))
+    arguments = query, keys, values, gates, extras, *_ = _arguments(*call)
+    if is_eager((query, *keys, *values, *gates, *extras)):
+        return _forward(*arguments)
+    return torch.ops.mmfast.fusion_forward.default(*arguments)
 
 
 def _arguments(query: Tensor, sources: Sequence[Source], decoupled: bool, is_causal: bool, scale: float) -> tuple:

@@ -116,6 +116,8 @@ def scores(
 def allowed(source: Source, rows: int, is_causal: bool) -> Tensor | None:
     """Where a query may attend, by boolean mask, lengths and causality; None where it always may."""
     may = source.mask if source.mask is not None and source.mask.dtype == torch.bool else None
+    if source.lengths is None and not is_causal:
+        return may
     index = torch.arange(source.key.shape[2], device=source.key.device)
     if source.lengths is not None:
         exists = index < source.lengths[:, None, None, None]
