@@ -26,6 +26,20 @@ const RealPlan<double>& Plan::fft<double>() const {
     std::call_once(once_[1], [this] { double_ = std::make_unique<FftTables<double>>(spec.n_fft); });
     return double_->plan();
 }
+template <>
+const RealPlan<float>& Plan::tile_fft<float>() const {
+    const int radix = FftTables<float>::tile_radix(spec.n_fft);
+    if (radix == FftTables<float>::real_radix(spec.n_fft)) return fft<float>();
+    std::call_once(once_[2], [&] { tile_float_ = std::make_unique<FftTables<float>>(spec.n_fft, radix); });
+    return tile_float_->plan();
+}
+template <>
+const RealPlan<double>& Plan::tile_fft<double>() const {
+    const int radix = FftTables<double>::tile_radix(spec.n_fft);
+    if (radix == FftTables<double>::real_radix(spec.n_fft)) return fft<double>();
+    std::call_once(once_[3], [&] { tile_double_ = std::make_unique<FftTables<double>>(spec.n_fft, radix); });
+    return tile_double_->plan();
+}
 
 // The run of bins between the first and the last non-zero weight of each row and, `by_bin`, the non-zero weights of each bin.
 template <class T>

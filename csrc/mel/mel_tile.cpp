@@ -12,6 +12,7 @@
 #include "mel/mel_core.h"
 
 #include "common/simd.h"
+#include "mel/fft_twenty.h"
 #include "mel/mel.h"
 #include "mel/mel_tile_adjoint.h"
 #include "mel/mel_tile_scratch.h"
@@ -138,6 +139,7 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
 
 #define MMFAST_FOR_RADIX(radix, call) \
     switch (radix) {                  \
+        case 20: call(20); break;     \
         case 16: call(16); break;     \
         case 8: call(8); break;       \
         case 5: call(5); break;       \
@@ -146,6 +148,50 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
         case 2: call(2); break;       \
         default: call(1);             \
     }
+
+// As columns<T, 20> where all 400 points are samples: every address is known to the compiler but one.
+template <class T>
+__attribute__((noinline)) void columns_of_twenty(Vec<T>* x, const T* window, const T* twiddle) {
+    using V = Vec<T>;
+    for (int s = 0; s < 20; ++s, ++x, ++window, twiddle += 20) {
+        V v[20], re[11], im[11];
+        MMFAST_UNROLL
+        for (int r = 0; r < 20; ++r) v[r] = x[20 * r] * window[20 * r];
+        RealDft<20, T, V>::run(v, re, im);
+        x[0] = re[0];
+        MMFAST_UNROLL
+        for (int k = 1; k <= 10; ++k) {
+            twist(re[k], im[k], twiddle[2 * k - 2], twiddle[2 * k - 1]);
+            x[20 * (2 * k - 1)] = re[k];
+            x[20 * (2 * k)] = im[k];
+        }
+    }
+}
+
+// Row k1 of 20 of the 400 points, for spectrum.
+template <class T, bool kKeep>
+__attribute__((noinline)) void row_of_twenty(const Vec<T>* re, int64_t k1, Vec<T>* power, Complex<Vec<T>>* row) {
+    using V = Vec<T>;
+    V *const up = power + k1, *const down = power + 400 - k1;
+    dft_twenty<T, V>([=](int n, V& a, V& b) { a = re[n], b = re[20 + n]; },
+                     [=](int k2, V a, V b) {
+                         (k2 < 10 ? up + 20 * k2 : down - 20 * k2)[0] = a * a + b * b;
+                         if (kKeep) row[k2] = {a, b};
+                     });
+}
+
+// Row 0, of a real column.
+template <class T, bool kKeep>
+__attribute__((noinline)) void first_of_twenty(const Vec<T>* x, Vec<T>* power, Complex<Vec<T>>* row) {
+    Vec<T> re[11], im[11];
+    RealDft<20, T, Vec<T>>::run(x, re, im);
+    MMFAST_UNROLL
+    for (int k = 0; k < 11; ++k) {
+        power[20 * k] = re[k] * re[k] + im[k] * im[k];
+        if (kKeep) row[k] = {re[k], im[k]};
+        if (kKeep && k % 10) row[20 - k] = {re[k], -im[k]};
+    }
+}
 
 // Squared magnitudes of the frames in x, which are destroyed; with kKeep the spectrum is kept in z, bin k1 + R k2 at
 // z[k1 * stride + k2].
@@ -158,11 +204,25 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
 template <class T, bool kKeep>
 void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
     using V = Vec<T>;
+    const bool twenty = p.fft.radix == 20 && p.fft.columns == 20;
+    if (twenty && p.framing.window == 400) {
+        columns_of_twenty(s.x, p.window, p.fft.twiddle);
+    } else {
 #define MMFAST_CALL(R) columns<T, R>(p, s)
-    MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
+        MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
 #undef MMFAST_CALL
+    }
     const int64_t radix = p.fft.radix;
     V* const power = s.power;
+    if (twenty) {
+        for (int64_t k1 = 0; k1 <= 10; ++k1) {
+            prefetch.step(11 - k1);
+            Complex<V>* const row = kKeep ? s.z + k1 * s.stride : nullptr;
+            if (k1) row_of_twenty<T, kKeep>(s.y + (2 * k1 - 1) * 20, k1, power, row);
+            else first_of_twenty<T, kKeep>(s.y, power, row);
+        }
+        return;
+    }
     const V zero{};
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
         prefetch.step(radix / 2 + 1 - k1);
