@@ -80,13 +80,13 @@ class CompactFilters {
 public:
     CompactFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
     Filters<T> view() const {
-        return {int64_t(first_.size()), first_.data(),      offset_.data(),    weights_.data(),
-                bin_offset_.data(),     bin_filter_.data(), bin_weight_.data()};
+        return {int64_t(first_.size()), first_.data(),      offset_.data(),     weights_.data(),   order_.data(),
+                short_end_.data(),      bin_offset_.data(), bin_filter_.data(), bin_weight_.data()};
     }
 
 private:
     std::vector<int64_t> first_, offset_, bin_offset_;
-    std::vector<int32_t> bin_filter_;
+    std::vector<int32_t> order_, short_end_, bin_filter_;
     std::vector<T> weights_, bin_weight_;
 };
 

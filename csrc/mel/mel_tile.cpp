@@ -257,20 +257,18 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
         for (int64_t k = 0; k < bins; ++k) raised[k] = mmfast::power(power[k] + p.power_offset, p.power / 2);
 }
 
-// m = filters * power. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
-// every band of its frame NaN.
-template <class T>
-void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
-    Vec<T> zero[4] = {};
-    int64_t k = 0;
-    for (; k + 4 <= bins; k += 4)
-        for (int j = 0; j < 4; ++j) zero[j] += power[k + j] * T(0);
-    for (; k < bins; ++k) zero[0] += power[k] * T(0);
-    const Vec<T> poison = (zero[0] + zero[1]) + (zero[2] + zero[3]);
-    for (int64_t i = 0; i < f.rows; ++i) {
-        const Vec<T>* x = power + f.first[i];
-        const T* w = f.weights + f.offset[i];
-        const int64_t count = f.offset[i + 1] - f.offset[i];
+// m = filters * power for the rows with kCount weights, or with their own count where that is negative.
+template <class T, int kCount>
+MMFAST_INLINE void filter_rows(const Filters<T>& f, const Vec<T>* power, Vec<T> poison, int64_t at, int64_t end,
+                               Vec<T>* m) {
+    const int32_t* const order = f.order;  // here, or they would be read again after each store
+    const int64_t *const first = f.first, *const offset = f.offset;
+    const T* const weights = f.weights;
+    for (; at < end; ++at) {
+        const int64_t i = order[at];
+        const Vec<T>* const x = power + first[i];
+        const T* const w = weights + offset[i];
+        const int64_t count = kCount < 0 ? offset[i + 1] - offset[i] : kCount;
         Vec<T> a = poison, b{};
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) {
@@ -280,6 +278,28 @@ void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
         if (j < count) a += x[j] * w[j];
         m[i] = a + b;
     }
+}
+template <class T, int... kCount>
+MMFAST_INLINE void filter_short_rows(const Filters<T>& f, const Vec<T>* power, Vec<T> poison, Vec<T>* m,
+                                     std::integer_sequence<int, kCount...>) {
+    (filter_rows<T, kCount>(f, power, poison, kCount ? f.short_end[kCount - (kCount > 0)] : 0, f.short_end[kCount], m),
+     ...);
+}
+
+// m = filters * power, rows with as many weights after each other: loops of a known length, where a core could not guess the
+// end of most. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
+// every band of its frame NaN.
+template <class T>
+void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
+    Vec<T> zero[4] = {};
+    int64_t k = 0;
+    for (; k + 4 <= bins; k += 4)
+        for (int j = 0; j < 4; ++j) zero[j] += power[k + j] * T(0);
+    for (; k < bins; ++k) zero[0] += power[k] * T(0);
+    const Vec<T> poison = (zero[0] + zero[1]) + (zero[2] + zero[3]);
+    constexpr int kShort = Filters<T>::kShort;
+    filter_short_rows<T>(f, power, poison, m, std::make_integer_sequence<int, kShort + 1>());
+    filter_rows<T, -1>(f, power, poison, f.short_end[kShort], f.rows, m);
 }
 
 // v = log_scale ln(max(m, floor) + offset) + log_shift and, for top_db, the extrema of it.
