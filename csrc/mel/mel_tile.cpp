@@ -7,15 +7,15 @@
 //   power    -- sparse filters ------------------------------------------------->  v   [bands]
 //   v        -- log, range, affine, DCT ---------------------------------------->  features
 //   Weights, twiddles and filters are scalars, broadcast by the load that feeds the multiply; no step moves data between
-//   lanes except the first and, for features stored frame by frame, the last. At 400 / 160 / 80 the working set is 67 KB
-//   and a frame costs about 525 vector operations (8400 for the 16 of AVX-512): 262 cycles if two issue in every cycle.
+//   lanes except the first and, for features stored frame by frame, the last. At 400 / 160 / 80 the working set is 53 KB
+//   and the transform of 16 frames takes 5500 vector operations, the rest half as many; two can issue in every cycle.
 #include "mel/mel_core.h"
 
 #include "common/simd.h"
-#include "mel/fft_twenty.h"
 #include "mel/mel.h"
 #include "mel/mel_tile_adjoint.h"
 #include "mel/mel_tile_scratch.h"
+#include "mel/mel_tile_twenty.h"
 
 namespace mmfast {
 namespace mel {
@@ -39,6 +39,7 @@ void load_frames(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x) {
         Simd<T>::transpose(rows);
         for (int i = 0; i < count; ++i) x[n + i] = rows[i];
     }
+    if (shifts_in_columns(p, t)) return;
     const T* const last = t.lane[N - 1];
     for (n = fresh; n < length; ++n) x[n] = Simd<T>::shift_in(x[n - hop], last[n]);
 }
@@ -149,50 +150,6 @@ void columns_adjoint(const MelParams<T>& p, const Complex<Vec<T>>* z, int64_t st
         default: call(1);             \
     }
 
-// As columns<T, 20> where all 400 points are samples: every address is known to the compiler but one.
-template <class T>
-__attribute__((noinline)) void columns_of_twenty(Vec<T>* x, const T* window, const T* twiddle) {
-    using V = Vec<T>;
-    for (int s = 0; s < 20; ++s, ++x, ++window, twiddle += 20) {
-        V v[20], re[11], im[11];
-        MMFAST_UNROLL
-        for (int r = 0; r < 20; ++r) v[r] = x[20 * r] * window[20 * r];
-        RealDft<20, T, V>::run(v, re, im);
-        x[0] = re[0];
-        MMFAST_UNROLL
-        for (int k = 1; k <= 10; ++k) {
-            twist(re[k], im[k], twiddle[2 * k - 2], twiddle[2 * k - 1]);
-            x[20 * (2 * k - 1)] = re[k];
-            x[20 * (2 * k)] = im[k];
-        }
-    }
-}
-
-// Row k1 of 20 of the 400 points, for spectrum.
-template <class T, bool kKeep>
-__attribute__((noinline)) void row_of_twenty(const Vec<T>* re, int64_t k1, Vec<T>* power, Complex<Vec<T>>* row) {
-    using V = Vec<T>;
-    V *const up = power + k1, *const down = power + 400 - k1;
-    dft_twenty<T, V>([=](int n, V& a, V& b) { a = re[n], b = re[20 + n]; },
-                     [=](int k2, V a, V b) {
-                         (k2 < 10 ? up + 20 * k2 : down - 20 * k2)[0] = a * a + b * b;
-                         if (kKeep) row[k2] = {a, b};
-                     });
-}
-
-// Row 0, of a real column.
-template <class T, bool kKeep>
-__attribute__((noinline)) void first_of_twenty(const Vec<T>* x, Vec<T>* power, Complex<Vec<T>>* row) {
-    Vec<T> re[11], im[11];
-    RealDft<20, T, Vec<T>>::run(x, re, im);
-    MMFAST_UNROLL
-    for (int k = 0; k < 11; ++k) {
-        power[20 * k] = re[k] * re[k] + im[k] * im[k];
-        if (kKeep) row[k] = {re[k], im[k]};
-        if (kKeep && k % 10) row[20 - k] = {re[k], -im[k]};
-    }
-}
-
 // Squared magnitudes of the frames in x, which are destroyed; with kKeep the spectrum is kept in z, bin k1 + R k2 at
 // z[k1 * stride + k2].
 //
@@ -202,30 +159,22 @@ __attribute__((noinline)) void first_of_twenty(const Vec<T>* x, Vec<T>* power, C
 //   would together not fit into the first cache beside the power. Where rows are a multiple of 4 KiB long they would all
 //   share its sets: they are put apart, each a line longer.
 template <class T, bool kKeep>
-void spectrum(const MelParams<T>& p, const Workspace<T>& s, Prefetch prefetch) {
+void spectrum(const MelParams<T>& p, const FrameTile<T>& t, const Workspace<T>& s, Prefetch& prefetch) {
     using V = Vec<T>;
-    const bool twenty = p.fft.radix == 20 && p.fft.columns == 20;
-    if (twenty && p.framing.window == 400) {
-        columns_of_twenty(s.x, p.window, p.fft.twiddle);
-    } else {
-#define MMFAST_CALL(R) columns<T, R>(p, s)
-        MMFAST_FOR_RADIX(p.fft.radix, MMFAST_CALL)
-#undef MMFAST_CALL
-    }
     const int64_t radix = p.fft.radix;
     V* const power = s.power;
-    if (twenty) {
-        for (int64_t k1 = 0; k1 <= 10; ++k1) {
-            prefetch.step(11 - k1);
-            Complex<V>* const row = kKeep ? s.z + k1 * s.stride : nullptr;
-            if (k1) row_of_twenty<T, kKeep>(s.y + (2 * k1 - 1) * 20, k1, power, row);
-            else first_of_twenty<T, kKeep>(s.y, power, row);
-        }
-        return;
+    if (by_twenty(p) && p.framing.window == 400) {
+        columns_of_twenty(p, t, s.x, prefetch);
+    } else {
+        prefetch.share_samples(radix / 2 + 1);
+#define MMFAST_CALL(R) columns<T, R>(p, s)
+        MMFAST_FOR_RADIX(radix, MMFAST_CALL)
+#undef MMFAST_CALL
     }
+    if (by_twenty(p)) return rows_of_twenty<T, kKeep>(s, prefetch);
     const V zero{};
     for (int64_t k1 = 0; k1 <= radix / 2; ++k1) {
-        prefetch.step(radix / 2 + 1 - k1);
+        prefetch.step_samples();
         const V* const re = s.y + (k1 ? 2 * k1 - 1 : 0) * s.row_stride;
         const V* const im = k1 ? re + s.row_stride : &zero;
         const int64_t step = k1 ? 1 : 0;
@@ -304,7 +253,7 @@ void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
 
 // v = log_scale ln(max(m, floor) + offset) + log_shift and, for top_db, the extrema of it.
 template <class T>
-void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t) {
+void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t, Prefetch& prefetch) {
     using S = Simd<T>;
     using V = Vec<T>;
     const V floor = S::splat(p.log_floor);
@@ -319,10 +268,15 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     };
     const auto logarithm = [&](auto normal) {
         int64_t i = 0;
-        for (; i + 4 <= bands; i += 4) some(i, normal, std::integral_constant<int, 4>());
+        for (; i + 4 <= bands; i += 4) {
+            prefetch.step_out();
+            some(i, normal, std::integral_constant<int, 4>());
+        }
         for (; i < bands; ++i) some(i, normal, std::integral_constant<int, 1>());
     };
+    prefetch.share_out(p.log ? bands / 4 + 1 : 1);
     if (!p.log) {
+        prefetch.step_out();
         for (int64_t i = 0; i < bands && v != m; ++i) v[i] = m[i];
     } else if (p.log_floor + p.log_offset >= T(1.17549435e-38)) {
         logarithm(std::true_type());
@@ -330,14 +284,27 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
         logarithm(std::false_type());
     }
     if (!p.has_top_db) return;
-    V high = S::splat(-T(__builtin_inf())), low = -high;
-    typename S::I bad{};
-    for (int64_t i = 0; i < bands; ++i) {
+    // Four of each: the next value would wait for the comparison before.
+    V highs[4], lows[4];
+    typename S::I bads[4] = {};
+    for (int j = 0; j < 4; ++j) lows[j] = -(highs[j] = S::splat(-T(__builtin_inf())));
+    const auto take = [&](int64_t i, int j) {
         const V y = v[i];
-        if (!p.constant_band(i)) low = y < low ? y : low;
-        high = y > high ? y : high;
-        bad |= y != y;
+        if (!p.constant_band(i)) lows[j] = y < lows[j] ? y : lows[j];
+        highs[j] = y > highs[j] ? y : highs[j];
+        bads[j] |= y != y;
+    };
+    int64_t i = 0;
+    for (; i + 4 <= bands; i += 4)
+        for (int j = 0; j < 4; ++j) take(i + j, j);
+    for (; i < bands; ++i) take(i, 0);
+    for (int j = 1; j < 4; ++j) {
+        lows[0] = lows[j] < lows[0] ? lows[j] : lows[0];
+        highs[0] = highs[j] > highs[0] ? highs[j] : highs[0];
+        bads[0] |= bads[j];
     }
+    const V low = lows[0], high = highs[0];
+    const typename S::I bad = bads[0];
     t.lowest = low[0];
     t.highest = high[0];
     bool nan = bad[0];
@@ -413,7 +380,8 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
     Vec<T> energy{};
     load_frames(p, t, s.x);
     if (p.conditions()) condition(p, t, s.x, s.raw, &energy);
-    spectrum<T, kBackward>(p, s, kBackward ? Prefetch() : Prefetch::of(t, feature_count(p)));
+    Prefetch prefetch = kBackward ? Prefetch() : Prefetch::of(t, feature_count(p));
+    spectrum<T, kBackward>(p, t, s, prefetch);
     *raised = s.power;
     if (p.power != 2 || p.power_offset != 0) {
         if (kBackward) *raised = s.raised;
@@ -424,7 +392,7 @@ MMFAST_INLINE Vec<T> analyse(const MelParams<T>& p, FrameTile<T>& t, const Works
         *m = kBackward ? s.m : s.v;
         filter(p.filters, *raised, p.bins(), *m);
     }
-    compress(p, *m, s.v, t);
+    compress(p, *m, s.v, t, prefetch);
     return energy;
 }
 
