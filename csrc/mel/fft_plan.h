@@ -13,9 +13,10 @@ namespace mmfast {
 template <class T>
 class FftTables {
 public:
-    explicit FftTables(int64_t n) {
+    explicit FftTables(int64_t n) : FftTables(n, real_radix(n)) {}
+    FftTables(int64_t n, int radix) {
         plan_.n = n;
-        plan_.radix = real_radix(n);
+        plan_.radix = radix;
         plan_.columns = n / plan_.radix;
         std::vector<T> tw;
         for (int64_t s = 0; s < plan_.columns; ++s)
@@ -41,6 +42,9 @@ public:
             if (n % r == 0) return r;
         return 1;
     }
+
+    // The same for the tiles of the CPU, which have codelets of 20 points too (fft_twenty.h).
+    static int tile_radix(int64_t n) { return n == 400 ? 20 : real_radix(n); }
 
 private:
     static void push(std::vector<T>& to, int64_t k, int64_t n) {

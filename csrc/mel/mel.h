@@ -80,13 +80,13 @@ class CompactFilters {
 public:
     CompactFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
     Filters<T> view() const {
-        return {int64_t(first_.size()), first_.data(),      offset_.data(),    weights_.data(),
-                bin_offset_.data(),     bin_filter_.data(), bin_weight_.data()};
+        return {int64_t(first_.size()), first_.data(),      offset_.data(),     weights_.data(),   order_.data(),
+                short_end_.data(),      bin_offset_.data(), bin_filter_.data(), bin_weight_.data()};
     }
 
 private:
     std::vector<int64_t> first_, offset_, bin_offset_;
-    std::vector<int32_t> bin_filter_;
+    std::vector<int32_t> order_, short_end_, bin_filter_;
     std::vector<T> weights_, bin_weight_;
 };
 
@@ -97,6 +97,9 @@ public:
     const Spec spec;
     template <class T>
     const RealPlan<T>& fft() const;
+    // What the tiles of the CPU use: the same, or where they know better (FftTables::tile_radix) one of their own.
+    template <class T>
+    const RealPlan<T>& tile_fft() const;
 
     // Looks through a filter bank once and for all. The caller keeps it alive and as it is. Not while others compute.
     void prepare(const float* dense, int64_t rows) {
@@ -126,9 +129,9 @@ private:
     std::unique_ptr<CompactFilters<float>> sparse_;
     mutable std::mutex mutex_;
     mutable std::vector<std::pair<int, std::shared_ptr<void>>> kept_;
-    mutable std::once_flag once_[2];
-    mutable std::unique_ptr<FftTables<float>> float_;
-    mutable std::unique_ptr<FftTables<double>> double_;
+    mutable std::once_flag once_[4];
+    mutable std::unique_ptr<FftTables<float>> float_, tile_float_;
+    mutable std::unique_ptr<FftTables<double>> double_, tile_double_;
 };
 
 struct Waveform {

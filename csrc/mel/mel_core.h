@@ -97,6 +97,10 @@ struct Filters {
     const int64_t* first = nullptr;   // [rows]
     const int64_t* offset = nullptr;  // [rows + 1] into weights
     const T* weights = nullptr;
+    // The rows again, those with few weights first: order[short_end[c - 1]] to order[short_end[c]] have c of them.
+    static constexpr int kShort = 12;
+    const int32_t* order = nullptr;       // [rows]
+    const int32_t* short_end = nullptr;   // [kShort + 1]
     const int64_t* bin_offset = nullptr;  // [bins + 1] into bin_filter, bin_weight
     const int32_t* bin_filter = nullptr;
     const T* bin_weight = nullptr;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "common/work.h"
@@ -25,6 +26,20 @@ template <>
 const RealPlan<double>& Plan::fft<double>() const {
     std::call_once(once_[1], [this] { double_ = std::make_unique<FftTables<double>>(spec.n_fft); });
     return double_->plan();
+}
+template <>
+const RealPlan<float>& Plan::tile_fft<float>() const {
+    const int radix = FftTables<float>::tile_radix(spec.n_fft);
+    if (radix == FftTables<float>::real_radix(spec.n_fft)) return fft<float>();
+    std::call_once(once_[2], [&] { tile_float_ = std::make_unique<FftTables<float>>(spec.n_fft, radix); });
+    return tile_float_->plan();
+}
+template <>
+const RealPlan<double>& Plan::tile_fft<double>() const {
+    const int radix = FftTables<double>::tile_radix(spec.n_fft);
+    if (radix == FftTables<double>::real_radix(spec.n_fft)) return fft<double>();
+    std::call_once(once_[3], [&] { tile_double_ = std::make_unique<FftTables<double>>(spec.n_fft, radix); });
+    return tile_double_->plan();
 }
 
 // The run of bins between the first and the last non-zero weight of each row and, `by_bin`, the non-zero weights of each bin.
@@ -49,6 +64,13 @@ CompactFilters<T>::CompactFilters(const T* dense, int64_t bins, int64_t rows, bo
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t i = offset_[m]; i < offset_[m + 1]; ++i)
             weights_[i] = dense[(first_[m] + i - offset_[m]) * rows + m];
+    const auto count = [this](int32_t m) { return offset_[m + 1] - offset_[m]; };
+    order_.resize(rows);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return count(a) < count(b); });
+    for (int c = 0; c <= Filters<T>::kShort; ++c)
+        short_end_.push_back(
+            int32_t(std::count_if(order_.begin(), order_.end(), [&](int32_t m) { return count(m) <= c; })));
     if (!by_bin) return;
     bin_offset_.assign(1, 0);
     for (int64_t k = 0; k < bins; ++k) {

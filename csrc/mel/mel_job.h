@@ -40,7 +40,7 @@ struct Job {
     Job(const Plan& plan, const Waveform& w, const Tables<T>& tables, int64_t group_, uint32_t seed, bool by_bin)
         : spec(plan.spec), wave(w) {
         p = kernel_params<T>(spec, seed);
-        p.fft = plan.fft<T>();
+        p.fft = plan.tile_fft<T>();
         p.cepstra = tables.cepstra;
         p.dct = tables.dct;
         p.dct_mirrored = tables.cepstra > 0 && mirrored(tables.dct, tables.n_filters, tables.cepstra);

@@ -71,33 +71,44 @@ int64_t scratch_bytes(const MelParams<T>& p) {
     return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
 }
 
-// Cache lines that will be wanted, asked for a few at a time while the transform computes: there are too many streams (a row
+// Cache lines that will be wanted, asked for a few at a time while a tile is computed, since a core waits for a dozen at
+// most: samples during the transform, output during the logarithm. There are too many streams (a row
 // of samples in each lane, a row of features in each band) for the hardware to see.
 struct Prefetch {
     const char *samples = nullptr, *samples_end = nullptr;
     const char* out = nullptr;
-    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0;
+    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0, lines_a_step = 0, rows_a_step = 0;
 
     template <class T>
     static MMFAST_INLINE Prefetch of(const FrameTile<T>& t, int64_t features) {
         Prefetch f;
         f.samples = reinterpret_cast<const char*>(t.next);
         f.samples_end = reinterpret_cast<const char*>(t.next_end);
-        f.out = reinterpret_cast<const char*>(t.out);
         const bool by_frame = t.frame_stride != 1;
+        // That of the next tile in a row of features: asked for and wanted in the same tile, it comes late.
+        f.out = reinterpret_cast<const char*>(t.out + t.frames * t.frame_stride);
         f.out_rows = by_frame ? t.frames : features;
         f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
         f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
         return f;
     }
-    // The share of one of `steps` steps.
-    MMFAST_INLINE void step(int64_t steps) {
-        const int64_t lines = (samples_end - samples + 63) / 64, some = (lines + steps - 1) / steps;
-        for (int64_t i = 0; i < some && samples < samples_end; ++i, samples += 64) __builtin_prefetch(samples, 0, 2);
-        const int64_t rows = (out_rows - out_row + steps - 1) / steps;
-        for (int64_t i = 0; i < rows && out_row < out_rows; ++i, ++out_row) {
+    // The number of steps that the samples, or the output, are asked for in. Once and in 32 bits: a division by a number of
+    // 64 takes as long as a butterfly.
+    MMFAST_INLINE void share_samples(int64_t steps) {
+        lines_a_step = (uint32_t((samples_end - samples + 63) / 64) + uint32_t(steps) - 1) / uint32_t(steps);
+    }
+    MMFAST_INLINE void share_out(int64_t steps) {
+        rows_a_step = (uint32_t(out_rows) + uint32_t(steps) - 1) / uint32_t(steps);
+    }
+    MMFAST_INLINE void step_samples() {
+        for (int64_t i = 0; i < lines_a_step && samples < samples_end; ++i, samples += 64)
+            __builtin_prefetch(samples, 0, 2);
+    }
+    MMFAST_INLINE void step_out() {
+        for (int64_t i = 0; i < rows_a_step && out_row < out_rows; ++i, ++out_row) {
             const char* const row = out + out_row * out_stride;
-            for (int64_t b = 0; b < out_bytes + 63; b += 64)
+            // Of a short row only the last line: the one before has been the last of the tile before.
+            for (int64_t b = out_bytes <= 64 ? 63 : 0; b < out_bytes + 63; b += 64)
                 __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
         }
     }

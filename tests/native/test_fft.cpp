@@ -7,6 +7,7 @@
 #include "check.h"
 #include "mel/fft_core.h"
 #include "mel/fft_plan.h"
+#include "mel/fft_twenty.h"
 
 namespace {
 
@@ -179,7 +180,7 @@ void check_codelets(Random& random) {
     check_dft<T, 5>(random), check_dft<T, 7>(random), check_dft<T, 8>(random);
     check_real_dft<T, 1>(random), check_real_dft<T, 2>(random), check_real_dft<T, 3>(random);
     check_real_dft<T, 4>(random), check_real_dft<T, 5>(random), check_real_dft<T, 8>(random);
-    check_real_dft<T, 16>(random);
+    check_real_dft<T, 16>(random), check_real_dft<T, 20>(random);
 }
 
 void check_turns() {
@@ -237,6 +238,7 @@ void check_complex(int64_t size, bool in_place, Random& random) {
 
 #define FOR_RADIX(radix, call)                                        \
     switch (radix) {                                                  \
+        case 20: call(20); break;                                     \
         case 16: call(16); break;                                     \
         case 8: call(8); break;                                       \
         case 5: call(5); break;                                       \
@@ -376,8 +378,8 @@ private:
 };
 
 template <class T, class V>
-void check_real(int64_t n, int64_t length, Random& random) {
-    const FftTables<T> tables(n);
+void check_real(int64_t n, int64_t length, Random& random, int radix = 0) {
+    const FftTables<T> tables(n, radix ? radix : FftTables<T>::real_radix(n));
     CHECK(tables.plan().n == n && tables.plan().radix * tables.plan().columns == n, "plan of %ld points", long(n));
     const Roots roots(n);
     const RealCheck<T, V> check(tables.plan(), roots, length, random);
@@ -397,6 +399,10 @@ void check_all(Random& random) {
     for (int64_t n : {400, 512, 600, 882, 1009, 1024, 2048}) {
         check_real<T, T>(n, n, random);
         check_real<T, T>(n, 3 * n / 4, random);
+    }
+    for (int64_t n : {20, 60, 100, 400}) {
+        check_real<T, T>(n, n, random, 20);
+        check_real<T, V>(n, 3 * n / 4, random, 20);
     }
     check_real<T, T>(4096, 4096, random);
     check_real<T, T>(4099, 1200, random);  // a prime; few samples, for the definition's sake
