@@ -19,10 +19,11 @@ namespace mel {
 // Note: [Two rounds]
 //   top_db needs the maximum of the group before any of its values is final. The first round takes what is known of it (it only
 //   grows) for the maximum; the second computes anew, or without a DCT just raises, the tiles that took a maximum that was not
-//   the last. For there to be few, the first round begins with scouts: the kOneIn-th part of each group that is loudest where a
-//   few of its samples are looked at. Speech in a quiet room has values below in nearly every tile.
-//   Scouts themselves, and tiles of groups too small to have any, come before the maximum is known well: with a DCT they are
-//   left unfinished where they lie below, v kept, as long as kKept bytes a thread have room.
+//   the last. Speech in a quiet room has values below in nearly every tile, so the maximum must be met early. It stands in one of
+//   the frames with the most energy: of the third of the tiles that is loudest where a few samples are looked at, all samples
+//   are looked at; the loudest frames of these lead, and the next loudest, in order, come before all others as scouts.
+//   While the leading tiles are computed little is known. With a DCT they are left unfinished where they lie below, v kept, as
+//   long as kKept bytes a thread have room, and so are those of groups too small to have any scouts.
 //   What is computed twice, and by whom, changes with the order of events; the values do not.
 template <class T>
 class TwoRounds {
@@ -41,7 +42,8 @@ public:
         choose_scouts();
         const int64_t scouts = int64_t(scouts_.size());
         deal_out(scouts + total_, job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
-            if (i < scouts) first(scouts_[i], i + 1 < scouts ? scouts_[i + 1] : -1, true, scratch);
+            if (i < scouts)
+                first(scouts_[i].tile, i + 1 < scouts ? scouts_[i + 1].tile : -1, scouts_[i].leads, scratch);
             else if (scouts == 0 || !is_scout_[i - scouts]) first(i - scouts, -1, scouts == 0, scratch);
         });
         for (int64_t g = 0; g < job_.groups; ++g) {
@@ -57,7 +59,12 @@ public:
 private:
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
     static constexpr size_t kKept = size_t(7) << 19;
-    static constexpr int64_t kOneIn = 4;
+    static constexpr int64_t kLookedAt = 3, kScouts = 8, kLeads = 64;  // one tile in so many
+
+    struct Scout {
+        int64_t tile;
+        bool leads;
+    };
 
     int64_t begin_of(int64_t group) const { return std::min(group * job_.group * job_.tiles, total_); }
     bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
@@ -65,26 +72,45 @@ private:
     bool wrong(int64_t i) const { return below(i) && guess_[i] != threshold_[i / job_.tiles / job_.group]; }
 
     void choose_scouts() {
-        if (job_.group * job_.tiles < 2 * kOneIn) return;
+        if (job_.group * job_.tiles < 2 * kScouts) return;
         std::vector<float> loudness(total_);
-        deal_out(total_, 0.02 * job_.tile_cost(), 0, [&](int64_t i, char*) {
-            const int64_t row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
-            const int64_t count = std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes);
-            loudness[i] = count ? job_.loudness(row, frame, count) : 0;
-        });
-        is_scout_.resize(total_);
-        std::vector<int64_t> order;
+        std::vector<int64_t> order(total_), looked_at;
+        std::iota(order.begin(), order.end(), 0);
+        measure(order, false, loudness);
+        // The `most` loudest of tiles [first, last) come first.
+        const auto select = [&](std::vector<int64_t>& tiles, int64_t first, int64_t most, int64_t last) {
+            std::nth_element(
+                tiles.begin() + first, tiles.begin() + first + most, tiles.begin() + last,
+                [&](int64_t a, int64_t b) { return loudness[a] != loudness[b] ? loudness[a] > loudness[b] : a < b; });
+        };
+        const auto share = [&](int64_t g, int64_t of) { return (begin_of(g + 1) - begin_of(g) + of - 1) / of; };
         for (int64_t g = 0; g < job_.groups; ++g) {
-            order.resize(begin_of(g + 1) - begin_of(g));
-            std::iota(order.begin(), order.end(), begin_of(g));
-            const auto end = order.begin() + int64_t(order.size()) / kOneIn;
-            std::nth_element(order.begin(), end, order.end(), [&](int64_t a, int64_t b) {
-                return loudness[a] != loudness[b] ? loudness[a] > loudness[b] : a < b;
-            });
-            std::sort(order.begin(), end);
-            scouts_.insert(scouts_.end(), order.begin(), end);
-            for (auto i = order.begin(); i != end; ++i) is_scout_[*i] = 1;
+            const int64_t begin = begin_of(g), count = share(g, kLookedAt);
+            select(order, begin, count, begin_of(g + 1));
+            std::sort(order.begin() + begin, order.begin() + begin + count);
+            looked_at.insert(looked_at.end(), order.begin() + begin, order.begin() + begin + count);
         }
+        measure(looked_at, true, loudness);
+        is_scout_.resize(total_);
+        for (int64_t g = 0, begin = 0; g < job_.groups; begin += share(g++, kLookedAt)) {
+            const int64_t end = begin + share(g, kLookedAt), scouts = share(g, kScouts), leads = share(g, kLeads);
+            select(looked_at, begin, scouts, end);
+            select(looked_at, begin, leads, begin + scouts);
+            std::sort(looked_at.begin() + begin, looked_at.begin() + begin + leads);
+            std::sort(looked_at.begin() + begin + leads, looked_at.begin() + begin + scouts);
+            for (int64_t i = 0; i < scouts; ++i) {
+                scouts_.push_back({looked_at[begin + i], i < leads});
+                is_scout_[looked_at[begin + i]] = 1;
+            }
+        }
+    }
+
+    void measure(const std::vector<int64_t>& tiles, bool closely, std::vector<float>& loudness) const {
+        deal_out(int64_t(tiles.size()), (closely ? 0.2 : 0.02) * job_.tile_cost(), 0, [&](int64_t j, char*) {
+            const int64_t i = tiles[j], row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
+            const int64_t count = std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes);
+            loudness[i] = count ? job_.loudness(row, frame, count, closely) : 0;
+        });
     }
 
     // Tile i; `next`, unless negative, is the one that comes after it.
@@ -195,7 +221,7 @@ private:
     // Of each tile: extrema of v, and the threshold that the first round finished it with (NaN: none).
     std::vector<T> lowest_, highest_, guess_;
     std::vector<T> threshold_;  // of each group
-    std::vector<int64_t> scouts_;
+    std::vector<Scout> scouts_;
     std::vector<char> is_scout_;
     std::vector<T*> kept_, free_;
     std::vector<std::atomic<T>> known_;
