@@ -3,9 +3,10 @@
 // Note: [Few]
 //   With queries in the lanes one query would use a sixteenth of a vector. Here features are: of a key's score the products
 //   of the features, added up when there are as many keys as lanes; of the output one probability times a value. Reading
-//   the keys and values is most of the time: 512 bytes a key, query and head of 64 features, which take 60 ns from memory and
-//   some 10 ns to use. So a few keys go through all heads of the item before the next ones, along the rows as they lie:
-//   then the hardware fetches ahead.
+//   the keys and values is most of the time: 512 bytes a key and head of 64 features, 24 ns at what one core gets from
+//   memory, where five queries take some 35 cycles. So as many keys as lanes go through all heads of the item before the
+//   next ones, near to how the rows lie, which are asked for meanwhile; more at a time would leave the first cache, fewer
+//   load and store a head's output for each few keys.
 #pragma once
 
 #include "fusion/fusion_panel.h"
@@ -16,7 +17,6 @@ namespace MMFAST_ISA {
 namespace {
 
 constexpr int64_t kFewKeys = 64;
-constexpr int64_t kFewTogether = 4;  // keys of one head before the next head's
 
 // Of one head: queries [row][dim], output so far [row][value_dim], in whole vectors, and of each row the softmax so far.
 template <class T>
@@ -33,7 +33,7 @@ constexpr int64_t few_head_size(const Problem& p) {
 template <class T>
 constexpr int64_t few_scratch(const Problem& p, int64_t heads) {
     return up_to_multiple(heads * few_head_size<T>(p), 16) +
-           kFewRows * heads * (kFewKeys + Simd<T>::lanes * Simd<T>::lanes) + p.value_dim * kPanel<T>;
+           kFewRows * heads * kFewKeys + p.value_dim * kPanel<T>;
 }
 
 template <class T>
@@ -47,21 +47,43 @@ MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
     return s;
 }
 
-// parts[row][k][..] = products of the features, added up by lanes, of keys k = first .. last - 1 of at most `lanes`.
-template <class T, int R, class From>
-void few_parts(const Problem& p, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
-               T* parts) {
+// Products of the features of K keys, added up by lanes, into parts[row][place ..].
+template <class T, int R, int K, class From>
+MMFAST_INLINE void few_products(const Problem& p, const View& key, const From* from, const T* queries, int64_t place,
+                                Vec<T> (&parts)[R][Simd<T>::lanes]) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(p.dim, N);
-    for (int64_t k = first; k < last; ++k) {
-        Vec<T> sum[R] = {};
-        for (int64_t d = 0; d < p.dim; d += N) {
-            const Vec<T> x = load_step<T>(from + k * key.row + d * key.column, key.column, p.dim - d);
+    Vec<T> sum[R][K];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[r] += x * Simd<T>::load(queries + r * width + d);
+    for (int r = 0; r < R; ++r)
+        for (int k = 0; k < K; ++k) sum[r][k] = Vec<T>{};
+    for (int64_t d = 0; d < p.dim; d += N) {
+        Vec<T> x[K];
+        for (int k = 0; k < K; ++k) x[k] = load_step<T>(from + k * key.row + d * key.column, key.column, p.dim - d);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Vec<T> q = Simd<T>::load(queries + r * width + d);
+            for (int k = 0; k < K; ++k) sum[r][k] += q * x[k];
         }
-        for (int r = 0; r < R; ++r) Simd<T>::store(parts + (r * N + k) * N, sum[r]);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+        for (int k = 0; k < K; ++k) parts[r][place + k] = sum[r][k];
+}
+
+// Scores of keys first .. last - 1, at most as many as lanes.
+template <class T, int R, class From>
+void few_scores(const Problem& p, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
+                T* tile) {
+    constexpr int64_t N = Simd<T>::lanes;
+    Vec<T> parts[R][N];
+    int64_t k = first;
+    for (; k + 2 <= last; k += 2) few_products<T, R, 2>(p, key, from + k * key.row, queries, k - first, parts);
+    for (; k < last; ++k) few_products<T, R, 1>(p, key, from + k * key.row, queries, k - first, parts);
+    for (; k < first + N; ++k)
+        for (int r = 0; r < R; ++r) parts[r][k - first] = Vec<T>{};
+    for (int r = 0; r < R; ++r)
+        Simd<T>::store(tile + r * kFewKeys + first, Simd<T>::sums(parts[r]), int(last - first));
 }
 
 // C vectors of features from `d` on; see few_output.
@@ -98,7 +120,7 @@ template <class T, int R, class From>
 void few_output(const Problem& p, const View& value, const From* from, int64_t first, int64_t last, const T* tile,
                 T* out) {
     constexpr int64_t N = Simd<T>::lanes;
-    constexpr int C = kProductWidth < 4 ? 1 : R <= 4 ? 4 : 2;
+    constexpr int C = kProductWidth < 4 ? 1 : R <= 5 ? 4 : 2;
     int64_t d = 0;
     for (; d + C * N <= p.value_dim; d += C * N) few_output_chunk<T, R, C>(p, value, from, first, last, tile, d, out);
     for (; d < p.value_dim; d += N) few_output_chunk<T, R, 1>(p, value, from, first, last, tile, d, out);
@@ -145,6 +167,16 @@ T few_exponentials(int64_t count, T* row, T& maximum, T& sum) {
     return factor;
 }
 
+// Asks for as many rows of x as there are lanes, from `first` on and before `end`.
+template <class T, class From>
+MMFAST_INLINE void fetch_rows(const View& x, int64_t batch, int64_t head, int64_t first, int64_t end, int64_t width) {
+    if (x.column != 1) return;
+    const From* row = static_cast<const From*>(x.data) + x.at(batch, head, first);
+    end = smaller(end, first + Simd<T>::lanes);
+    for (int64_t k = first; k < end; ++k, row += x.row)
+        for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(From))) __builtin_prefetch(row + d, 0, 2);
+}
+
 template <class F>
 MMFAST_INLINE void for_few(int64_t n, const F& f) {
     if (n == 1) return f.template operator()<1>();
@@ -161,8 +193,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(p.dim, N), value_width = up_to_multiple(p.value_dim, N);
     T* const tiles = scratch + up_to_multiple(item.heads * few_head_size<T>(p), 16);
-    T* const parts = tiles + item.heads * kFewRows * kFewKeys;
-    T* const columns = parts + item.heads * kFewRows * N * N;
+    T* const columns = tiles + item.heads * kFewRows * kFewKeys;
     Rows rows;
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);
@@ -171,16 +202,22 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
         pack_rows<T>(p.query, item.batch, rows, p.dim, width, T(p.scale * kLog2e), s.queries);
         for (int64_t r = 0; r < kFewRows; ++r) s.maximum[r] = -infinity<T>();
     }
-    // f<R>(head, first, last, its keys or values) for some neighbouring keys at a time, all heads of which come in turn.
-    const auto for_heads = [&](const Segment& seg, const View& x, int64_t first, int64_t last,
+    // f<R>(head, first, last, its keys or values) for as many neighbouring keys as lanes at a time, all heads of which come in
+    // turn; the next ones, and after the last those of `then` from `next` on, are fetched meanwhile.
+    const auto for_heads = [&](const Segment& seg, const View& x, const View& then, int64_t next,
                                const auto& f) __attribute__((always_inline)) {
         dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
             using From = std::remove_pointer_t<decltype(kind)>;
             for_few(rows.n, [&]<int R>() __attribute__((always_inline)) {
-                for (int64_t k = first; k < last; k += kFewTogether)
+                for (int64_t k = 0; k < seg.count; k += N)
                     for (int64_t h = 0; h < item.heads; ++h) {
                         const int64_t head = key_head(p, seg.source, item.head + h * fold);
-                        f.template operator()<R>(h, k, smaller(k + kFewTogether, last),
+                        const bool here = k + N < seg.count;
+                        const View& wanted = here ? x : then;
+                        fetch_rows<T, From>(wanted, item.batch, head, here ? seg.first + k + N : next,
+                                            keys.length[seg.source],
+                                            &wanted == &p.sources[seg.source].key ? p.dim : p.value_dim);
+                        f.template operator()<R>(h, k, smaller(k + N, seg.count),
                                                  static_cast<const From*>(x.data) + x.at(item.batch, head, seg.first));
                     }
             });
@@ -189,22 +226,12 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
     for (int64_t from = lo; from < hi; from += kFewKeys)
         for_segments(p, keys, rows.last, from, smaller(from + kFewKeys, hi), [&](const Segment& seg) {
             const Source& source = p.sources[seg.source];
-            for (int64_t k0 = 0; k0 < seg.count; k0 += N) {
-                const int64_t some = smaller(N, seg.count - k0);
-                for_heads(seg, source.key, k0, k0 + some,
-                          [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
-                              __attribute__((always_inline)) {
-                                  few_parts<T, R>(p, source.key, at + k0 * source.key.row, first - k0, last - k0,
-                                                  few_head(p, scratch, h).queries, parts + h * kFewRows * N * N);
-                              });
-                for (int64_t h = 0; h < item.heads; ++h)
-                    for (int64_t r = 0; r < rows.n; ++r) {
-                        Vec<T> part[N];
-                        for (int64_t k = 0; k < N; ++k)
-                            part[k] = Simd<T>::load(parts + ((h * kFewRows + r) * N + k) * N);
-                        Simd<T>::store(tiles + (h * kFewRows + r) * kFewKeys + k0, Simd<T>::sums(part), int(some));
-                    }
-            }
+            for_heads(seg, source.key, source.value, seg.first,
+                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
+                          __attribute__((always_inline)) {
+                              few_scores<T, R>(p, source.key, at, first, last, few_head(p, scratch, h).queries,
+                                               tiles + h * kFewRows * kFewKeys);
+                          });
             for (int64_t h = 0; h < item.heads; ++h) {
                 const FewHead<T> s = few_head(p, scratch, h);
                 T* const tile = tiles + h * kFewRows * kFewKeys;
@@ -217,7 +244,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
                         Simd<T>::store(s.out + d, factor * Simd<T>::load(s.out + d));
                 }
             }
-            for_heads(seg, source.value, 0, seg.count,
+            for_heads(seg, source.value, source.key, seg.first + seg.count,
                       [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
                           __attribute__((always_inline)) {
                               few_output<T, R>(p, source.value, at, first, last, tiles + h * kFewRows * kFewKeys,
