@@ -5,6 +5,7 @@
 //   dQ = scale K dS,  dK = scale dS Q,  dV = g P dO,  dg = delta
 //   with the gate g of a source, or 1. Five products of the size of the scores. A piece is at most kResidentKeys keys;
 //   where that is all of them, delta is a sum over what is in the cache; else it is taken from the output, delta = dO O.
+#include "fusion/fusion_few_backward.h"
 #include "fusion/fusion_panel.h"
 
 namespace mmfast {
@@ -61,9 +62,9 @@ MMFAST_INLINE int64_t lay_out(const Problem& p, int64_t heads, T* scratch, Buffe
 }
 
 template <class T>
-int64_t scratch_size(const Problem& p, int64_t heads) {
+int64_t scratch_size(const Problem& p, int64_t heads, bool few) {
     Buffers<T> b;
-    return lay_out<T>(p, heads, nullptr, b);
+    return few ? few_gradient_scratch<T>(p, heads) : lay_out<T>(p, heads, nullptr, b);
 }
 
 // c[rows][width] += a[rows][depth] b[depth][width], a with the stride W.
@@ -298,6 +299,7 @@ void rows_ahead(const BackwardJob<T>& job, const BackwardItem& item, const Rows&
 template <class T>
 void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
     const Problem& p = *job.problem;
+    if (item.few) return backward_few(job, item, scratch);
     const bool together = item.panels > 1;
     Buffers<T> all, b;
     lay_out(p, together ? item.heads : 1, scratch, all);

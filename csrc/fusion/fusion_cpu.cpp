@@ -226,10 +226,14 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
     const int64_t panels = divide_up(fold * p.rows, k.panel);
     const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
-    bool own_keys = pieces == 1;  // no two folds of heads have keys in common
+    bool own_keys = true;  // no two folds of heads have keys in common
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
+    const bool few = own_keys && !p.decoupled && pieces > 1 && fold * p.rows <= kFewRows;
     const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
-    const int64_t heads = own_keys ? heads_together<T>(p, folds, panels, most_shares, panels > 1 ? 2 : 0) : 1;
+    const int64_t heads = few ? folds
+                          : own_keys && pieces == 1
+                              ? heads_together<T>(p, folds, panels, most_shares, panels > 1 ? 2 : 0)
+                              : 1;
     const int64_t parts = divide_up(folds, heads), items = p.batch * parts;
     // Shares of the queries or of the keys, whichever there are more of.
     int64_t query_shares = 1, key_shares = 1;
@@ -257,7 +261,7 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         job.key[j] = by_key.back().accumulator();
         job.value[j] = by_value.back().accumulator();
     }
-    const size_t bytes = size_t(k.backward_scratch(p, heads)) * sizeof(T);
+    const size_t bytes = size_t(k.backward_scratch(p, heads, few)) * sizeof(T);
     const int64_t per_share = divide_up(panels, query_shares), pieces_per_share = divide_up(pieces, key_shares);
     const double cost = cost_of<T>(k.panel, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
     deal_out(items * query_shares * key_shares, cost * double(heads), bytes, [&](int64_t i, char* scratch) {
@@ -270,6 +274,7 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         if (item.heads <= 0) return;
         item.panel = std::min(panels, query_share * per_share);
         item.panels = std::min(panels - item.panel, per_share);
+        item.few = few;
         item.query_run = (shared_query ? item.batch : 0) * key_shares + key_share;
         for (int j = 0; j < p.count; ++j) {
             const int64_t within = p.heads / p.sources[j].heads / fold, nth = item.head / fold % within;

@@ -32,8 +32,7 @@ constexpr int64_t few_head_size(const Problem& p) {
 
 template <class T>
 constexpr int64_t few_scratch(const Problem& p, int64_t heads) {
-    return up_to_multiple(heads * few_head_size<T>(p), 16) +
-           kFewRows * heads * kFewKeys + p.value_dim * kPanel<T>;
+    return up_to_multiple(heads * few_head_size<T>(p), 16) + kFewRows * heads * kFewKeys + p.value_dim * kPanel<T>;
 }
 
 template <class T>
@@ -49,17 +48,17 @@ MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
 
 // Products of the features of K keys, added up by lanes, into parts[row][place ..].
 template <class T, int R, int K, class From>
-MMFAST_INLINE void few_products(const Problem& p, const View& key, const From* from, const T* queries, int64_t place,
+MMFAST_INLINE void few_products(int64_t dim, const View& key, const From* from, const T* queries, int64_t place,
                                 Vec<T> (&parts)[R][Simd<T>::lanes]) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int64_t width = up_to_multiple(p.dim, N);
+    const int64_t width = up_to_multiple(dim, N);
     Vec<T> sum[R][K];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
         for (int k = 0; k < K; ++k) sum[r][k] = Vec<T>{};
-    for (int64_t d = 0; d < p.dim; d += N) {
+    for (int64_t d = 0; d < dim; d += N) {
         Vec<T> x[K];
-        for (int k = 0; k < K; ++k) x[k] = load_step<T>(from + k * key.row + d * key.column, key.column, p.dim - d);
+        for (int k = 0; k < K; ++k) x[k] = load_step<T>(from + k * key.row + d * key.column, key.column, dim - d);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const Vec<T> q = Simd<T>::load(queries + r * width + d);
@@ -71,27 +70,26 @@ MMFAST_INLINE void few_products(const Problem& p, const View& key, const From* f
         for (int k = 0; k < K; ++k) parts[r][place + k] = sum[r][k];
 }
 
-// Scores of keys first .. last - 1, at most as many as lanes.
+// tile[row][key] = queries[row][..] keys[key][..] of `dim` features, for key = first .. last - 1, at most as many as lanes.
 template <class T, int R, class From>
-void few_scores(const Problem& p, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
+void few_scores(int64_t dim, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
                 T* tile) {
     constexpr int64_t N = Simd<T>::lanes;
     Vec<T> parts[R][N];
     int64_t k = first;
-    for (; k + 2 <= last; k += 2) few_products<T, R, 2>(p, key, from + k * key.row, queries, k - first, parts);
-    for (; k < last; ++k) few_products<T, R, 1>(p, key, from + k * key.row, queries, k - first, parts);
+    for (; k + 2 <= last; k += 2) few_products<T, R, 2>(dim, key, from + k * key.row, queries, k - first, parts);
+    for (; k < last; ++k) few_products<T, R, 1>(dim, key, from + k * key.row, queries, k - first, parts);
     for (; k < first + N; ++k)
         for (int r = 0; r < R; ++r) parts[r][k - first] = Vec<T>{};
-    for (int r = 0; r < R; ++r)
-        Simd<T>::store(tile + r * kFewKeys + first, Simd<T>::sums(parts[r]), int(last - first));
+    for (int r = 0; r < R; ++r) Simd<T>::store(tile + r * kFewKeys + first, Simd<T>::sums(parts[r]), int(last - first));
 }
 
 // C vectors of features from `d` on; see few_output.
 template <class T, int R, int C, class From>
-MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const From* from, int64_t first, int64_t last,
+MMFAST_INLINE void few_output_chunk(int64_t dim, const View& value, const From* from, int64_t first, int64_t last,
                                     const T* tile, int64_t d, T* out) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int64_t width = up_to_multiple(p.value_dim, N);
+    const int64_t width = up_to_multiple(dim, N);
     Vec<T> sum[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -102,7 +100,7 @@ MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const F
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             const int64_t column = d + c * N;
-            x[c] = load_step<T>(from + k * value.row + column * value.column, value.column, p.value_dim - column);
+            x[c] = load_step<T>(from + k * value.row + column * value.column, value.column, dim - column);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -115,15 +113,14 @@ MMFAST_INLINE void few_output_chunk(const Problem& p, const View& value, const F
         for (int c = 0; c < C; ++c) Simd<T>::store(out + r * width + d + c * N, sum[r][c]);
 }
 
-// out[row][..] += tile[row][key] values[key][..] for key = first .. last - 1
+// out[row][..] += tile[row][key] values[key][..] of `dim` features, for key = first .. last - 1
 template <class T, int R, class From>
-void few_output(const Problem& p, const View& value, const From* from, int64_t first, int64_t last, const T* tile,
-                T* out) {
+void few_output(int64_t dim, const View& value, const From* from, int64_t first, int64_t last, const T* tile, T* out) {
     constexpr int64_t N = Simd<T>::lanes;
     constexpr int C = kProductWidth < 4 ? 1 : R <= 5 ? 4 : 2;
     int64_t d = 0;
-    for (; d + C * N <= p.value_dim; d += C * N) few_output_chunk<T, R, C>(p, value, from, first, last, tile, d, out);
-    for (; d < p.value_dim; d += N) few_output_chunk<T, R, 1>(p, value, from, first, last, tile, d, out);
+    for (; d + C * N <= dim; d += C * N) few_output_chunk<T, R, C>(dim, value, from, first, last, tile, d, out);
+    for (; d < dim; d += N) few_output_chunk<T, R, 1>(dim, value, from, first, last, tile, d, out);
 }
 
 template <class T>
@@ -229,7 +226,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
             for_heads(seg, source.key, source.value, seg.first,
                       [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
                           __attribute__((always_inline)) {
-                              few_scores<T, R>(p, source.key, at, first, last, few_head(p, scratch, h).queries,
+                              few_scores<T, R>(p.dim, source.key, at, first, last, few_head(p, scratch, h).queries,
                                                tiles + h * kFewRows * kFewKeys);
                           });
             for (int64_t h = 0; h < item.heads; ++h) {
@@ -247,8 +244,8 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
             for_heads(seg, source.value, source.key, seg.first + seg.count,
                       [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
                           __attribute__((always_inline)) {
-                              few_output<T, R>(p, source.value, at, first, last, tiles + h * kFewRows * kFewKeys,
-                                               few_head(p, scratch, h).out);
+                              few_output<T, R>(p.value_dim, source.value, at, first, last,
+                                               tiles + h * kFewRows * kFewKeys, few_head(p, scratch, h).out);
                           });
         });
     for (int64_t h = 0; h < item.heads; ++h) {

@@ -57,6 +57,7 @@ struct BackwardItem {
     int64_t batch, head;  // the first head of the first fold
     int64_t heads;  // number of folds; more than one only if no source has its keys in common with another of them
     int64_t panel, panels;  // first and number
+    bool few;               // features in the lanes; then of one softmax, with one panel
     int64_t first, last;    // keys, counted through all sources
     int64_t query_run, key_run[kMostSources], value_run[kMostSources];
 };
@@ -79,7 +80,7 @@ struct TileKernels {
     int64_t (*forward_scratch)(const Problem&, int64_t heads, Order order);  // elements, for items of so many folds
     void (*forward)(const ForwardJob<T>&, const Item&, T* scratch);
     void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
-    int64_t (*backward_scratch)(const Problem&, int64_t heads);
+    int64_t (*backward_scratch)(const Problem&, int64_t heads, bool few);
     void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
     int64_t (*weights_scratch)(const Problem&);
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
