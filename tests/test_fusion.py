@@ -170,7 +170,7 @@ def concatenated(query, sources, dtype=None):
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("mask", [None, "bool", "float", "padding", "causal"])
 @pytest.mark.parametrize("heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [(5, 7), (7, 5), (1, 3), (600, 530)])
+@pytest.mark.parametrize("lengths", [(5, 7), (7, 5), (1, 3), (600, 530), (3, 1030)])
 def test_against_sdpa(lengths, heads, mask, scale, engine):
     rows, keys = lengths
     query, (key, value) = randn(2, 4, rows, 8), (randn(2, heads, keys, 8), randn(2, heads, keys, 8))
@@ -190,6 +190,45 @@ def test_against_sdpa(lengths, heads, mask, scale, engine):
     weight = torch.randn_like(out)
     for a, b in zip(*(torch.autograd.grad(x, tensors, weight) for x in (out, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("shared", ["none", "query", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_few_queries(dtype, shared, rows):
+    """Long keys of two sources, lengths and a mask that hides all from a query: outputs, lses and gradients."""
+    sizes = {"query": (1, 2, 2), "keys": (2, 1, 2)}.get(shared, (2, 2, 2))
+    query = torch.randn(sizes[0], 4, rows, 40, dtype=torch.float64)
+    tensors = [
+        query,
+        *(
+            torch.randn(b, 4, n, d, dtype=torch.float64)
+            for b, n in zip(sizes[1:], (530, 301), strict=True)
+            for d in (40, 24)
+        ),
+    ]
+    tensors = [x.to(dtype).requires_grad_() for x in tensors]
+    mask = torch.rand(2, 1, rows, 301) < 0.5
+    mask[1, :, rows - 1] = False
+    weights = torch.randn(2, 4, rows, 24).double(), torch.randn(2, 4, rows).double()
+
+    def results(engine, kind):
+        query, k0, v0, k1, v1 = given = [x.detach().to(kind).requires_grad_() for x in tensors]
+        sources = [Source(k0, v0, lengths=torch.tensor([517, 0])), Source(k1, v1, mask=mask)]
+        out, lse = attend(engine, query, sources, return_lse=True)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
+        return [out, lse, *torch.autograd.grad(loss, given)]
+
+    gold = results("reference", torch.float64)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
+    for name, got, expected in zip(
+        ["out", "lse", "dq", "dk0", "dv0", "dk1", "dv1"], results("cpu", dtype), gold, strict=True
+    ):
+        assert got.isfinite().all()
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -521,10 +560,15 @@ def test_routes(monkeypatch):
         (1, long, False, True),
     ):
         key = randn(1, 1, keys, 2).requires_grad_(gradients)
-        attend(None, randn(1, 1, rows, 2), (key, randn(1, 1, keys, 2)), return_weights=weights)
+        attend(None, randn(1, 1, rows, 2), (key, randn(1, 1, keys, 2)), return_weights=weights, fusion="decoupled")
     half = torch.randn(1, 1, long, 2).bfloat16()
-    attend(None, half[:, :, :few], (half, half))
+    attend(None, half[:, :, :few], (half, half), fusion="decoupled")
     assert taken == ["torch", "cpu", "cpu", "cpu", "torch", "cpu", "torch", "cpu"]
+    taken.clear()
+    query, (one, two) = randn(1, 2, few, 2), (randn(1, heads, long, 2) for heads in (1, 2))
+    attend(None, query, [(two, two), (two, two)])
+    attend(None, query[:, :, : few // 2], [(one, one), (two, two)])
+    assert taken == ["cpu", "torch"]
 
 
 def broken():

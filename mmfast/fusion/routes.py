@@ -1,9 +1,11 @@
 """Who computes which shape on the CPU where both our kernels and torch's flash attention can, by measurement.
 
-| queries that share their keys | keys | dtype | taken | why |
-|---|---|---|---|---|
-| 2 to `FEW_QUERIES`; 1 with gradients | from `LONG_KEYS` | float32, float64 | torch | 1.1 to 1.4 times as fast |
-| others | any | any | ours | 1.0 to 7 times as fast with AVX-512, from 77 keys to 65 536 |
+| queries that share their keys | keys | dtype | softmax | taken | why |
+|---|---|---|---|---|---|
+| 2 to `FEW_QUERIES`; 1 with gradients | from `LONG_KEYS` | float32, float64 | (a) | torch | ours: queries in lanes |
+| others | any | any | any | ours | 1.0 to 7 times as fast with AVX-512, from 77 keys to 65 536 |
+
+(a) one a source, or one of sources with different numbers of heads.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, weights: bool 
     """``"cpu"`` (our kernels) or ``"torch"`` (torch's flash attention, source by source)."""
     if weights:
         return "cpu"  # torch's has none
+    if fusion == "joint" and len({s.key.shape[1] for s in sources}) == 1:
+        return "cpu"
     together = query.shape[2] * min(query.shape[1] // s.key.shape[1] for s in sources)
     keys = max(s.key.shape[2] for s in sources)
     full = query.dtype.itemsize >= 4
