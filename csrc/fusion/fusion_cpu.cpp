@@ -228,7 +228,7 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
     const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
     bool own_keys = true;  // no two folds of heads have keys in common
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
-    const bool few = own_keys && !p.decoupled && pieces > 1 && fold * p.rows <= kFewRows;
+    const bool few = own_keys && !p.decoupled && pieces > 1 && panels == 1 && fold * p.rows <= kFewRows;
     const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
     const int64_t heads = few ? folds
                           : own_keys && pieces == 1

@@ -167,7 +167,11 @@ struct Case {
     bool with_grad_lse = false, with_output = false;
 };
 
-Case random_case(Random& random, ScalarType type, bool large) {
+// Small, with a source of many keys, or of these with few queries only, whose features are in the lanes.
+enum class Size { small, large, few };
+
+Case random_case(Random& random, ScalarType type, Size size) {
+    const bool large = size != Size::small, few = size == Size::few;
     Case c;
     c.type = type;
     Problem& p = c.p;
@@ -175,11 +179,11 @@ Case random_case(Random& random, ScalarType type, bool large) {
     const auto normal = [&] { return random.normal(); };
     p.batch = random.between(1, large ? 2 : 3);
     p.heads = std::array<int64_t, 4>{1, 2, 4, 6}[random.below(large ? 2 : 4)];
-    p.rows = random.between(1, large ? 150 : 20);
+    p.rows = random.between(1, few ? 8 : large ? 150 : 20);
     p.dim = random.between(1, large ? 70 : 20);
     p.value_dim = random.chance(0.5) ? p.dim : random.between(1, large ? 70 : 20);
-    p.causal = random.chance(0.25);
-    p.decoupled = random.chance(0.4);
+    p.causal = random.chance(0.25) && !few;
+    p.decoupled = random.chance(0.4) && !few;
     p.scale = random.chance(0.8) ? 1 / std::sqrt(double(p.dim)) : -0.3;
     p.count = int(random.between(1, 4));
     c.query = std::make_unique<Tensor>(random, Sizes{shared(), p.heads, p.rows, p.dim}, type, false, normal);
@@ -366,11 +370,12 @@ int main() {
     std::printf("fusion kernels of %s\n", isa_name(best_isa()));
     constexpr ScalarType kTypes[] = {ScalarType::float32, ScalarType::float64, ScalarType::bfloat16,
                                      ScalarType::float16};
-    for (int large = 0; large < 2; ++large)
-        for (int n = 0; n < (large ? 24 : 400); ++n) {
-            current = "case " + std::to_string(n) + (large ? " of the large ones" : " of the small ones");
-            Random random(uint64_t(n + 1000 * large));
-            const Case c = random_case(random, kTypes[n % 4], large);
+    constexpr const char* kNames[] = {"small", "large", "few"};
+    for (const Size size : {Size::small, Size::large, Size::few})
+        for (int n = 0; n < (size == Size::small ? 400 : 24); ++n) {
+            current = "case " + std::to_string(n) + " of the " + kNames[int(size)] + " ones";
+            Random random(uint64_t(n + 1000 * int(size)));
+            const Case c = random_case(random, kTypes[n % 4], size);
             if (c.type == ScalarType::float64) run<double>(c);
             else run<float>(c);
         }
