@@ -227,3 +227,17 @@ def format_info(info: dict[str, Any]) -> str:
     if info["environment"]:
         lines += ["", "Environment", *(f"  {name}={value}" for name, value in info["environment"].items())]
     return "\n".join(lines)
+
+
+def is_plain(t: torch.Tensor) -> bool:
+    """True where the memory of ``t`` holds its values: strided, on the CPU, no subclass, nothing still to be done."""
+    strided = type(t) is torch.Tensor and t.is_cpu and t.layout is torch.strided
+    return strided and not t.is_neg() and not t._is_zerotensor()
+
+
+def nobody_looks_on() -> bool:
+    """True outside every function transform and every mode of dispatch: an operator's kernel may then be called itself.
+
+    The dispatcher has no say there, and takes as long as thirty frames or a small attention.
+    """
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmfast import _backend
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FUSIONS = ("joint", "decoupled")
 
@@ -47,24 +49,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_eager(tensors: Sequence[Tensor]) -> bool:
-    """Whether an operator's kernel may be called past the dispatcher, which takes as long as a small attention.
-
-    So for ordinary tensors on the CPU, none of them tracked, outside every function transform, mode and compiler.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether an operator's kernel may be called itself (`_backend.nobody_looks_on`): plain tensors, none tracked."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on():
         return False
     tracked = torch.is_grad_enabled()
-    return not any(
-        type(x) is not Tensor
-        or not x.is_cpu
-        or x.layout is not torch.strided
-        or (tracked and x.requires_grad)
-        or x.is_neg()
-        or x._is_zerotensor()
-        for x in tensors
-    )
+    return not any(not _backend.is_plain(x) or (tracked and x.requires_grad) for x in tensors)
 
 
 def as_sources(sources: Sources | Source | tuple[Tensor, Tensor]) -> list[Source]:

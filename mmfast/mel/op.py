@@ -37,24 +37,15 @@ def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
     tracked = torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad))
     if tracked or torch.compiler.is_compiling():
         out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
-    elif all(t is None or _is_plain(t) for t in (rows, window, filters, dct, lengths)) and _no_one_looks_on():
-        # The dispatcher has no say there, and takes as long as thirty frames.
+    elif (
+        all(t is None or _backend.is_plain(t) for t in (rows, window, filters, dct, lengths))
+        and _backend.nobody_looks_on()
+    ):
         out = _forward_native(rows, window, filters, dct, lengths, group, seed, config.key)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a short clip
             out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
     return out[0], out[1]
-
-
-def _is_plain(t: torch.Tensor) -> bool:
-    """True where the memory of ``t`` holds its values: a strided tensor, no subclass, negation done, zeros written."""
-    strided = type(t) is torch.Tensor and t.is_cpu and t.layout is torch.strided
-    return strided and not t.is_neg() and not t._is_zerotensor()
-
-
-def _no_one_looks_on() -> bool:
-    """True outside every function transform and every mode of dispatch."""
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @lru_cache(maxsize=1024)

@@ -101,8 +101,7 @@ def _is_plain(*tensors: Tensor) -> bool:
     """True where nothing but autograd looks on: no compilation, no function transform, no mode, no subclass."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _backend.nobody_looks_on()
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
     )
 
