@@ -36,7 +36,7 @@ struct Simd {
     using I = typename VectorOf<Int, lanes>::type;
     using U = typename VectorOf<std::make_unsigned_t<Int>, lanes>::type;
 
-    static MMFAST_INLINE V splat(T x) { return V{} + x; }
+    static MMFAST_INLINE V splat(T x) { return x - V{}; }  // minus: x + 0 is another number for -0, so it costs an addition
     static MMFAST_INLINE V load(const T* p) {
         V v;
         __builtin_memcpy(&v, p, sizeof v);
@@ -96,7 +96,12 @@ struct Simd {
     }
 
     // Lanes 1 .. of x, then `next`.
-    static MMFAST_INLINE V shift_in(V x, T next) { return shift_in(x, next, std::make_index_sequence<lanes>()); }
+    static MMFAST_INLINE V shift_in(V x, T next) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return (V)_mm512_alignr_epi32((__m512i)splat(next), (__m512i)x, 1);
+#endif
+        return shift_in(x, next, std::make_index_sequence<lanes>());
+    }
 
     // columns[c] = element c of each of the rows, read at `at`, for c < count.
     static MMFAST_INLINE void load_transposed(const T* const* rows, int64_t at, V* columns, int64_t count = lanes) {
