@@ -58,14 +58,14 @@ MMFAST_INLINE void columns_of_twenty(const MelParams<T>& p, const FrameTile<T>& 
     else columns_of_twenty<T, 10>(x, last, p.window, p.fft.twiddle, prefetch);
 }
 
-// Squared magnitudes of row k1 > 0; with kKeep its spectrum too.
-template <class T, bool kKeep>
+// Squared magnitudes of row k1 > 0; with kKeep its spectrum too. The second half of row 10 is its first in reverse.
+template <class T, bool kKeep, bool kMiddle>
 __attribute__((noinline)) void row_of_twenty(const Vec<T>* re, int64_t k1, Vec<T>* power, Complex<Vec<T>>* row) {
     using V = Vec<T>;
     V *const up = power + k1, *const down = power + 400 - k1;
     dft_twenty<T, V>([=](int n, V& a, V& b) { a = re[n], b = re[20 + n]; },
                      [=](int k2, V a, V b) {
-                         (k2 < 10 ? up + 20 * k2 : down - 20 * k2)[0] = a * a + b * b;
+                         if (!kMiddle || k2 < 10) (k2 < 10 ? up + 20 * k2 : down - 20 * k2)[0] = a * a + b * b;
                          if (kKeep) row[k2] = {a, b};
                      });
 }
@@ -88,7 +88,8 @@ MMFAST_INLINE void rows_of_twenty(const Workspace<T>& s, Prefetch& prefetch) {
     for (int64_t k1 = 0; k1 <= 10; ++k1) {
         prefetch.step_samples();
         Complex<Vec<T>>* const row = kKeep ? s.z + k1 * s.stride : nullptr;
-        if (k1) row_of_twenty<T, kKeep>(s.y + (2 * k1 - 1) * 20, k1, s.power, row);
+        if (k1 == 10) row_of_twenty<T, kKeep, true>(s.y + (2 * k1 - 1) * 20, k1, s.power, row);
+        else if (k1) row_of_twenty<T, kKeep, false>(s.y + (2 * k1 - 1) * 20, k1, s.power, row);
         else first_of_twenty<T, kKeep>(s.y, s.power, row);
     }
 }
