@@ -99,35 +99,46 @@ struct Job {
     // Roughly the nanoseconds of a tile, to judge whether another thread is worth waking.
     double tile_cost() const { return 8.0 * double(spec.n_fft) + 0.5 * double(p.bands() * p.cepstra); }
 
-    // Samples that staging a tile takes: frames that overlap are staged as one run.
+    // Samples that staging a tile takes, in one run of frames or in two.
     int64_t staging() const {
-        return std::min(p.framing.hop, p.framing.window) * (kernel.lanes - 1) + p.framing.window;
+        return std::min(p.framing.hop, p.framing.window) * (kernel.lanes - 1) + 2 * p.framing.window;
     }
 
-    // Points the lanes of `t` at frames [frame, frame + count) of a row: into the waveform itself where it is contiguous, in T
-    // and inside the signal, else into `staged`.
+    // Points the lanes of `t` at frames [frame, frame + count) of a row: into the waveform itself where it is contiguous and in T.
+    // Frames that reach outside the signal, the first or the last of a row, are staged.
     void point(int64_t row, int64_t frame, int count, T* staged, FrameTile<T>& t) const {
         const Framing& f = p.framing;
         const int64_t begin = f.first + frame * f.hop, end = begin + (count - 1) * f.hop + f.window;
         t.frames = count;
         t.row = row;
         t.frame = frame;
-        const T* base;
-        int64_t step = f.hop;
-        if (wave.type == scalar_type_of<T>() && wave.sample_stride == 1 && !signal_preemphasis() && begin >= 0 &&
-            end <= length(row)) {
-            base = static_cast<const T*>(wave.data) + row * wave.row_stride + begin;
-        } else {
-            base = staged;
-            if (f.hop <= f.window) {
-                stage(row, begin, end, staged);
-            } else {
-                step = f.window;
-                for (int i = 0; i < count; ++i)
-                    stage(row, begin + i * f.hop, begin + i * f.hop + f.window, staged + i * step);
-            }
+        int early = count, late = 0;
+        if (readable_in_place()) {
+            const auto frames_over = [&](int64_t samples) {
+                return int(std::clamp<int64_t>((samples + f.hop - 1) / f.hop, 0, count));
+            };
+            early = frames_over(-begin);
+            late = std::min(count - early, frames_over(end - length(row)));
         }
-        for (int i = 0; i < kernel.lanes; ++i) t.lane[i] = base + std::min(i, count - 1) * step;
+        staged = stage_frames(row, begin, early, staged, t.lane);
+        const T* const x = static_cast<const T*>(wave.data) + row * wave.row_stride;
+        for (int i = early; i < count - late; ++i) t.lane[i] = x + (begin + i * f.hop);
+        stage_frames(row, begin + (count - late) * f.hop, late, staged, t.lane + count - late);
+        for (int i = count; i < kernel.lanes; ++i) t.lane[i] = t.lane[count - 1];
+    }
+
+    bool readable_in_place() const {
+        return wave.type == scalar_type_of<T>() && wave.sample_stride == 1 && !signal_preemphasis();
+    }
+
+    // `count` frames from `begin` on: frames that overlap are staged as one run. Returns the end of it.
+    T* stage_frames(int64_t row, int64_t begin, int count, T* to, const T** lane) const {
+        const int64_t hop = p.framing.hop, window = p.framing.window, step = std::min(hop, window);
+        const int together = hop <= window ? count : 1;
+        for (int i = 0; i < count; ++i) lane[i] = to + i * step;
+        for (int i = 0; i < count; i += together)
+            stage(row, begin + i * hop, begin + (i + together - 1) * hop + window, to + i * step);
+        return count ? to + (count - 1) * step + window : to;
     }
 
     // What the tile at `frame` of a row will read, as far as it lies in the waveform; with `follows`, only what is new after
