@@ -36,7 +36,9 @@ struct Simd {
     using I = typename VectorOf<Int, lanes>::type;
     using U = typename VectorOf<std::make_unsigned_t<Int>, lanes>::type;
 
-    static MMFAST_INLINE V splat(T x) { return x - V{}; }  // minus: x + 0 is another number for -0, so it costs an addition
+    static MMFAST_INLINE V splat(T x) {
+        return x - V{};
+    }  // minus: x + 0 is another number for -0, so it costs an addition
     static MMFAST_INLINE V load(const T* p) {
         V v;
         __builtin_memcpy(&v, p, sizeof v);

@@ -186,6 +186,8 @@ struct MelKernels {
     int64_t (*backward_scratch)(const MelParams<T>&);
     void (*forward)(const MelParams<T>&, FrameTile<T>&, void* scratch);
     void (*backward)(const MelParams<T>&, GradientTile<T>&, void* scratch);
+    // The sum of squares of the loudest of the frames that `count` samples are.
+    float (*loudest)(const MelParams<T>&, const T* samples, int64_t count);
 };
 
 }  // namespace mmfast

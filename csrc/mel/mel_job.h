@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
@@ -155,56 +156,48 @@ struct Job {
     }
 
     // How loud frames [frame, frame + count) are, never NaN: the sum of squares of some of their samples, few cache lines of the
-    // waveform; or, `closely`, of all samples of the loudest frame, in which a single band may stand out.
-    float loudness(int64_t row, int64_t frame, int64_t count, bool closely) const {
-        const int64_t begin = p.framing.first + frame * p.framing.hop;
-        const int64_t low = std::clamp<int64_t>(begin, 0, length(row));
-        const int64_t high =
-            std::clamp<int64_t>(begin + (count - 1) * p.framing.hop + p.framing.window, low, length(row));
+    // waveform.
+    float loudness(int64_t row, int64_t frame, int64_t count) const {
+        const auto [low, high] = inside(row, frame, count);
         float result = 0;
-        dispatch(wave.type, [&](auto* kind) {
+        dispatch(wave.type, [&, first = low, last = high](auto* kind) {
             using Sample = std::remove_pointer_t<decltype(kind)>;
             const Sample* const x = static_cast<const Sample*>(wave.data) + row * wave.row_stride;
-            const auto look = [&](int64_t stride) {
-                result = closely ? loudest_frame(x, stride, low, high) : some_samples(x, stride, low, high);
-            };
+            const auto look = [&](int64_t stride) { result = some_samples(x, stride, first, last); };
             wave.sample_stride == 1 ? look(1) : look(wave.sample_stride);
         });
-        return result >= 0 ? result : std::numeric_limits<float>::infinity();
+        return never_nan(result);
     }
-
-    static constexpr int64_t kLook = 16;  // samples at a time
-
-    template <class Sample>
-    static void add_squares(const Sample* x, int64_t stride, float (&sum)[kLook]) {
-        for (int64_t i = 0; i < kLook; ++i) {
-            const float value = float(x[i * stride]);
-            sum[i] += value * value;
+    // The same of all samples of the loudest frame, in which a single band may stand out. `scratch` has room for a tile.
+    float loudest_frame(int64_t row, int64_t frame, int64_t count, T* scratch) const {
+        const auto [low, high] = inside(row, frame, count);
+        const T* x = static_cast<const T*>(wave.data) + (row * wave.row_stride + low);
+        if (!readable_in_place()) {
+            stage(row, low, high, scratch);
+            x = scratch;
         }
+        return never_nan(kernel.loudest(p, x, high - low));
     }
+    int64_t tile_samples() const { return (kernel.lanes - 1) * p.framing.hop + p.framing.window; }
+
+    std::pair<int64_t, int64_t> inside(int64_t row, int64_t frame, int64_t count) const {
+        const int64_t begin = p.framing.first + frame * p.framing.hop;
+        const int64_t low = std::clamp<int64_t>(begin, 0, length(row));
+        return {low, std::clamp<int64_t>(begin + (count - 1) * p.framing.hop + p.framing.window, low, length(row))};
+    }
+    static float never_nan(float x) { return x >= 0 ? x : std::numeric_limits<float>::infinity(); }
+
     template <class Sample>
     static float some_samples(const Sample* x, int64_t stride, int64_t low, int64_t high) {
-        constexpr int64_t kEvery = 512;
+        constexpr int64_t kEvery = 512, kLook = 16;
         float sum[kLook] = {};
-        for (int64_t q = low; q + kLook <= high; q += kEvery) add_squares(x + q * stride, stride, sum);
-        return std::accumulate(sum, sum + kLook, 0.0f);
-    }
-    // Frames are taken to begin and end with blocks of `hop` samples.
-    template <class Sample>
-    float loudest_frame(const Sample* x, int64_t stride, int64_t low, int64_t high) const {
-        constexpr int64_t kMostBlocks = 64;
-        const int64_t hop = p.framing.hop, blocks = std::min((high - low + hop - 1) / hop, kMostBlocks);
-        const int64_t together = (p.framing.window + hop - 1) / hop;
-        float energy[kMostBlocks], most = 0;
-        for (int64_t b = 0; b < blocks; ++b) {
-            float sum[kLook] = {};
-            for (int64_t q = low + b * hop, end = std::min(q + hop, high); q + kLook <= end; q += kLook)
-                add_squares(x + q * stride, stride, sum);
-            energy[b] = std::accumulate(sum, sum + kLook, 0.0f);
-            const float frame = std::accumulate(energy + std::max<int64_t>(0, b + 1 - together), energy + b + 1, 0.0f);
-            if (!(frame <= most)) most = frame;
+        for (int64_t q = low; q + kLook <= high; q += kEvery) {
+            for (int64_t i = 0; i < kLook; ++i) {
+                const float value = float(x[(q + i) * stride]);
+                sum[i] += value * value;
+            }
         }
-        return most;
+        return std::accumulate(sum, sum + kLook, 0.0f);
     }
 
     bool signal_preemphasis() const { return spec.preemphasis_of_signal && spec.preemphasis != 0; }

@@ -511,9 +511,37 @@ void backward(const MelParams<T>& p, GradientTile<T>& t, void* scratch) {
     overlap_add(p, t, d);
 }
 
+// Frames are taken to begin and end with blocks of `hop` samples, of which whole vectors are looked at.
+template <class T>
+float loudest(const MelParams<T>& p, const T* samples, int64_t count) {
+    constexpr int N = Simd<T>::lanes;
+    constexpr int64_t kMostBlocks = 64;
+    const int64_t hop = p.framing.hop, together = (p.framing.window + hop - 1) / hop;
+    float energy[kMostBlocks], most = 0;
+    for (int64_t b = 0; b < kMostBlocks && b * hop < count; ++b) {
+        Vec<T> sum[2] = {};
+        const int64_t end = (b + 1) * hop < count ? (b + 1) * hop : count;
+        int64_t q = b * hop;
+        for (; q + 2 * N <= end; q += 2 * N) {
+            const Vec<T> a = Simd<T>::load(samples + q), c = Simd<T>::load(samples + q + N);
+            sum[0] += a * a;
+            sum[1] += c * c;
+        }
+        for (; q + N <= end; q += N) {
+            const Vec<T> a = Simd<T>::load(samples + q);
+            sum[0] += a * a;
+        }
+        energy[b] = float(Simd<T>::sum(sum[0] + sum[1]));
+        float frame = 0;
+        for (int64_t i = b + 1 < together ? 0 : b + 1 - together; i <= b; ++i) frame += energy[i];
+        if (!(frame <= most)) most = frame;
+    }
+    return most;
+}
+
 template <class T>
 MMFAST_INLINE MelKernels<T> kernels_of() {
-    return {Simd<T>::lanes, scratch_bytes<T, false>, scratch_bytes<T, true>, forward<T>, backward<T>};
+    return {Simd<T>::lanes, scratch_bytes<T, false>, scratch_bytes<T, true>, forward<T>, backward<T>, loudest<T>};
 }
 
 }  // namespace

@@ -21,7 +21,8 @@ namespace mel {
 //   grows) for the maximum; the second computes anew, or without a DCT just raises, the tiles that took a maximum that was not
 //   the last. Speech in a quiet room has values below in nearly every tile, so the maximum must be met early. It stands in one of
 //   the frames with the most energy: of the third of the tiles that is loudest where a few samples are looked at, all samples
-//   are looked at; the loudest frames of these lead, and the next loudest, in order, come before all others as scouts.
+//   are looked at; the loudest frames of these lead, and the next loudest, in order, come before all others as scouts. Without
+//   a DCT a tile is raised for less than a closer look would cost.
 //   While the leading tiles are computed little is known. With a DCT they are left unfinished where they lie below, v kept, as
 //   long as kKept bytes a thread have room, and so are those of groups too small to have any scouts.
 //   What is computed twice, and by whom, changes with the order of events; the values do not.
@@ -90,7 +91,7 @@ private:
             std::sort(order.begin() + begin, order.begin() + begin + count);
             looked_at.insert(looked_at.end(), order.begin() + begin, order.begin() + begin + count);
         }
-        measure(looked_at, true, loudness);
+        if (p_.cepstra) measure(looked_at, true, loudness);
         is_scout_.resize(total_);
         for (int64_t g = 0, begin = 0; g < job_.groups; begin += share(g++, kLookedAt)) {
             const int64_t end = begin + share(g, kLookedAt), scouts = share(g, kScouts), leads = share(g, kLeads);
@@ -106,11 +107,15 @@ private:
     }
 
     void measure(const std::vector<int64_t>& tiles, bool closely, std::vector<float>& loudness) const {
-        deal_out(int64_t(tiles.size()), (closely ? 0.2 : 0.02) * job_.tile_cost(), 0, [&](int64_t j, char*) {
-            const int64_t i = tiles[j], row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
-            const int64_t count = std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes);
-            loudness[i] = count ? job_.loudness(row, frame, count, closely) : 0;
-        });
+        const size_t bytes = closely && !job_.readable_in_place() ? job_.tile_samples() * sizeof(T) : 0;
+        deal_out(int64_t(tiles.size()), (closely ? 0.1 : 0.02) * job_.tile_cost(), bytes,
+                 [&](int64_t j, char* scratch) {
+                     const int64_t i = tiles[j], row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
+                     const int64_t count = std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes);
+                     loudness[i] = !count    ? 0
+                                   : closely ? job_.loudest_frame(row, frame, count, reinterpret_cast<T*>(scratch))
+                                             : job_.loudness(row, frame, count);
+                 });
     }
 
     // Tile i; `next`, unless negative, is the one that comes after it.
