@@ -20,7 +20,8 @@ constexpr int kProductWidth = 2;
 #endif
 constexpr int kProductRows = 6;
 
-enum class Start { zero, add, scale };  // c starts from 0, from what is there, or from that times factor[:]
+// c starts from 0, from what is there, or from that times factor[:]; or from 0 and is streamed, see Simd::stream.
+enum class Start { zero, add, scale, stream };
 
 template <class T, int R, int S, bool kTransposed>
 MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
@@ -51,7 +52,8 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
             T* const to = c + r * c_stride + v * N;
             if (start == Start::add) sum[r][v] += Simd<T>::load(to);
             if (start == Start::scale) sum[r][v] += Simd<T>::load(to) * Simd<T>::load(factor + v * N);
-            Simd<T>::store(to, sum[r][v]);
+            if (start == Start::stream) Simd<T>::stream(to, sum[r][v]);
+            else Simd<T>::store(to, sum[r][v]);
         }
 }
 
@@ -77,12 +79,13 @@ MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_
                                             c + i * c_stride, c_stride, start, factor);
         i += R;
     };
-    if constexpr (2 * S <= kProductWidth) {
-        while (i + 2 * kProductRows <= rows) block.template operator()<2 * kProductRows>();
-        if (i + 8 <= rows) block.template operator()<8>();
-        if (i + 4 <= rows) block.template operator()<4>();
-    }
     // A single row would wait for its own sums: rather two smaller blocks at the end.
+    if constexpr (2 * S <= kProductWidth) {
+        while (i + 2 * kProductRows <= rows && rows - i != 2 * kProductRows + 1)
+            block.template operator()<2 * kProductRows>();
+        if (i + 8 <= rows && rows - i != 9) block.template operator()<8>();
+        if (i + 4 <= rows && rows - i != 5) block.template operator()<4>();
+    }
     while (i + kProductRows <= rows && rows - i != kProductRows + 1) block.template operator()<kProductRows>();
     if (rows - i == kProductRows + 1) block.template operator()<4>();
     switch (rows - i) {

@@ -8,7 +8,7 @@
 
 #include "common/hd.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,13 @@ struct VectorOf {
     typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
+// What this thread has streamed is seen by others before all that it stores later.
+MMFAST_INLINE void stream_fence() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
+
 template <class T>
 struct Simd {
     static constexpr int lanes = kVectorBytes / int(sizeof(T));
@@ -45,6 +52,16 @@ struct Simd {
         return v;
     }
     static MMFAST_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+    // Past the caches, to an aligned p: only for whole lines that nobody reads soon. Then a stream_fence() before others may.
+    static MMFAST_INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+        store(p, v);
+#endif
+    }
     // The first `n` lanes; the others are zero or left alone.
     static MMFAST_INLINE V load(const T* p, int n) {
         if (n >= lanes) return load(p);

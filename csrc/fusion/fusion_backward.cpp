@@ -67,17 +67,28 @@ int64_t scratch_size(const Problem& p, int64_t heads, bool few) {
     return few ? few_gradient_scratch<T>(p, heads) : lay_out<T>(p, heads, nullptr, b);
 }
 
-// c[rows][width] += a[rows][depth] b[depth][width], a with the stride W.
+// Note: [Straight]
+//   A single panel is all that an item adds to the gradients of its keys: then they need no sums and are written where they
+//   belong as they are computed; past the caches if they are large, as the lines would only be read to be overwritten.
+template <class T>
+MMFAST_INLINE bool straight(const BackwardItem& item, const Accumulator& to, int64_t width) {
+    return item.panels == 1 && !to.add && to.target.type == scalar_type_of<T>() && width % Simd<T>::lanes == 0;
+}
+
+// Gradients of the keys or values of one segment: a[keys][lane] times `from` [lane][..], to `sums` or straight.
 template <class T, int64_t W>
-void add_product(int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, T* c) {
-    constexpr int64_t N = Simd<T>::lanes;
-    for (int64_t at = 0; at < width;) {
-        const int64_t vectors = smaller(kProductWidth, (width - at) / N);
-        for_width<T>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
-            product_strip<T, S, false>(rows, depth, a, W, b + at, width, c + at, width, Start::add);
-        });
-        at += vectors * N;
-    }
+void add_keys(const BackwardItem& item, const Accumulator& to, int64_t run, int64_t head, const Segment& s,
+              int64_t lanes, int64_t width, const T* a, const T* from, T* sums) {
+    constexpr int64_t N = Simd<T>::lanes, kLine = 64 / sizeof(T);
+    if (!to.target.data) return;
+    const int64_t padded = up_to_multiple(width, N);
+    if (!straight<T>(item, to, width))
+        return product_rows<T, false>(s.count, lanes, padded, a, W, from, padded, sums, padded, Start::add);
+    T* const data = static_cast<T*>(to.target.data) + run * to.run + to.target.at(item.batch, head, s.first);
+    const bool lines = reinterpret_cast<uintptr_t>(data) % 64 == 0 && to.target.row % kLine == 0 &&
+                       width % kLine == 0 && kProductWidth * N % kLine == 0;
+    product_rows<T, false>(s.count, lanes, width, a, W, from, width, data, to.target.row,
+                           to.large && lines ? Start::stream : Start::zero);
 }
 
 // What a softmax needs of each lane.
@@ -207,10 +218,10 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
             product_strip<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
             start = Start::add;
         }
-        if (job.key[s.source].target.data)
-            add_product<T, W>(s.count, rows.n, b.dim, b.dp + at * W, b.query_rows, b.dk + at * b.dim);
-        if (job.value[s.source].target.data)
-            add_product<T, W>(s.count, rows.n, b.value_dim, b.p + at * W, b.grad_rows, b.dv + at * b.value_dim);
+        add_keys<T, W>(item, job.key[s.source], item.key_run[s.source], head, s, rows.n, p.dim, b.dp + at * W,
+                       b.query_rows, b.dk + at * b.dim);
+        add_keys<T, W>(item, job.value[s.source], item.value_run[s.source], head, s, rows.n, p.value_dim, b.p + at * W,
+                       b.grad_rows, b.dv + at * b.value_dim);
     });
     if (!job.query.target.data) return;
     if (start == Start::zero) {
@@ -255,10 +266,11 @@ MMFAST_INLINE void for_sources(const Problem& p, const BackwardItem& item, const
 }
 
 template <class T>
-void begin_head(const Problem& p, const BackwardItem& item, const Keys& keys, const Buffers<T>& b) {
-    clear(b.dk, (item.last - item.first) * b.dim);
-    clear(b.dv, (item.last - item.first) * b.value_dim);
+void begin_head(const BackwardJob<T>& job, const BackwardItem& item, const Keys& keys, const Buffers<T>& b) {
+    const Problem& p = *job.problem;
     for_sources(p, item, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t at) {
+        if (!straight<T>(item, job.key[j], p.dim)) clear(b.dk + at * b.dim, count * b.dim);
+        if (!straight<T>(item, job.value[j], p.value_dim)) clear(b.dv + at * b.value_dim, count * b.value_dim);
         count = smaller(count, keys.length[j] - first);
         if (count <= 0) return;
         block_of<T>(p.sources[j].key, true, item.batch, head, first, count, p.dim, false,
@@ -268,15 +280,24 @@ void begin_head(const Problem& p, const BackwardItem& item, const Keys& keys, co
     });
 }
 
+// `last`: the largest row of the item's last panel.
 template <class T>
-void end_head(const BackwardJob<T>& job, const BackwardItem& item, const Keys& keys, const Buffers<T>& b) {
+void end_head(const BackwardJob<T>& job, const BackwardItem& item, int64_t last, const Keys& keys,
+              const Buffers<T>& b) {
     const Problem& p = *job.problem;
     for_sources(p, item, keys, [&](int j, int64_t head, int64_t first, int64_t count, int64_t at) {
-        if (job.key[j].target.data)
-            flush<T>(job.key[j], item.key_run[j], item.batch, head, first, count, p.dim, b.dk + at * b.dim, b.dim);
-        if (job.value[j].target.data)
-            flush<T>(job.value[j], item.value_run[j], item.batch, head, first, count, p.value_dim,
-                     b.dv + at * b.value_dim, b.value_dim);
+        const int64_t seen = p.causal ? smaller(keys.length[j], last + 1) : keys.length[j];
+        const int64_t written = smaller(larger(seen - first, 0), count);
+        const auto end = [&](const Accumulator& to, int64_t run, int64_t width, T* sums) {
+            if (!to.target.data) return;
+            const int64_t padded = up_to_multiple(width, Simd<T>::lanes);
+            const bool here = straight<T>(item, to, width);
+            const int64_t there = here ? written : 0;
+            if (here) clear(sums + there * padded, (count - there) * padded);
+            flush<T>(to, run, item.batch, head, first + there, count - there, width, sums + there * padded, padded);
+        };
+        end(job.key[j], item.key_run[j], p.dim, b.dk + at * b.dim);
+        end(job.value[j], item.value_run[j], p.value_dim, b.dv + at * b.value_dim);
     });
 }
 
@@ -307,7 +328,7 @@ void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
     set_keys(p, item.batch, false, keys);
     const bool whole = item.first == 0 && item.last == keys.start[p.count];
     Ahead ahead;
-    Rows rows;
+    Rows rows{};
     BackwardItem now = item;
     const auto set_head = [&](int64_t h) {
         now.head = item.head + h * job.fold;
@@ -334,23 +355,24 @@ void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
     if (together) {
         for (int64_t h = 0; h < item.heads; ++h) {
             set_head(h);
-            begin_head(p, now, keys, b);
+            begin_head(job, now, keys, b);
         }
         for (int64_t i = 0; i < item.panels; ++i)
             for (int64_t h = 0; h < item.heads; ++h) panel(i, h);
         for (int64_t h = 0; h < item.heads; ++h) {
             set_head(h);
-            end_head(job, now, keys, b);
+            end_head(job, now, rows.last, keys, b);
         }
         return;
     }
     for (int64_t h = 0; h < item.heads; ++h) {
         set_head(h);
-        begin_head(p, now, keys, b);
+        begin_head(job, now, keys, b);
         if (item.panels > 0) panel(0, h);
         set_head(h);
-        end_head(job, now, keys, b);
+        end_head(job, now, rows.last, keys, b);
     }
+    stream_fence();
 }
 
 template <class T>

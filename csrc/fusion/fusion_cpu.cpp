@@ -150,6 +150,9 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
 
 namespace {
 
+// Bytes of a result of which little is left in a second cache when it is done.
+constexpr int64_t kLarge = 8 << 20;
+
 // Runs of one gradient: the copies that items write, and their sum.
 template <class T>
 class Runs {
@@ -159,9 +162,12 @@ public:
     Runs(const Target& result, const std::array<int64_t, 4>& sizes, int64_t runs, bool writes_once)
         : result_(result), sizes_(sizes), runs_(runs) {
         accumulator_.target = result;
-        if (!result.data || (runs == 1 && writes_once)) return;
-        accumulator_.add = !writes_once;
         const int64_t size = sizes[0] * sizes[1] * sizes[2] * sizes[3];
+        if (!result.data || (runs == 1 && writes_once)) {
+            accumulator_.large = size * int64_t(sizeof(T)) >= kLarge;
+            return;
+        }
+        accumulator_.add = !writes_once;
         if (runs == 1 && result.type == scalar_type_of<T>()) {
             for_rows([&](T* row, int64_t) { std::fill_n(row, sizes_[3], T(0)); });
             return;

@@ -380,6 +380,121 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
     }
 }
 
+// Note: [Wide in place]
+//   With features in the lanes of the output, too, keys and values are read where they lie and nothing is copied: each key
+//   is broadcast to all queries, each value is a few whole vectors. Blocks are small, so that the rows of this one and of the
+//   next, which is asked for meanwhile, stay in the second cache, and its values of one head in the first, where rows some
+//   KB apart share few sets.
+constexpr int64_t kInPlaceKeys = 32;
+
+template <class T>
+bool wide_in_place(const Problem& p) {
+    bool result = p.value_dim % Simd<T>::lanes == 0;
+    for (int j = 0; j < p.count; ++j)
+        result = result && in_place<T>(p.sources[j].key) && in_place<T>(p.sources[j].value);
+    return result;
+}
+
+// As attend_block, of an output [row][value_dim].
+template <class T, int S>
+bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const Keys& keys, int64_t from, int64_t to,
+                     Buffers<T>& b, Running<T, S>& running, bool started) {
+    constexpr int64_t N = Simd<T>::lanes, W = S * N;
+    alignas(64) T factor[W];
+    int64_t count = 0;
+    const auto at = [&](const View& x, const Segment& s) {
+        return static_cast<const T*>(x.data) + x.at(item.batch, key_head(p, s.source, item.head), s.first);
+    };
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        const View& key = p.sources[s.source].key;
+        scores<T, S>(p, item.batch, rows, s, Block<T>{at(key, s), key.row}, b.queries, b.tile + count * W, b.mask,
+                     b.ahead);
+        count += s.count;
+    });
+    if (!count) return started;
+    exponentials<T, S>(count, b.tile, running, factor);
+    for (int64_t r = 0; started && r < rows.n; ++r)
+        for (int64_t d = 0; factor[r] != 1 && d < p.value_dim; d += N) {
+            T* const out = b.out + r * p.value_dim + d;
+            Simd<T>::store(out, factor[r] * Simd<T>::load(out));
+        }
+    Start start = started ? Start::add : Start::zero;
+    count = 0;
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        const View& value = p.sources[s.source].value;
+        product_rows<T, true>(rows.n, s.count, p.value_dim, b.tile + count * W, W, at(value, s), value.row, b.out,
+                              p.value_dim, start, b.ahead);
+        start = Start::add;
+        count += s.count;
+    });
+    return true;
+}
+
+// Asks for the keys and values of all heads of an item, lo .. hi - 1.
+template <class T>
+void heads_ahead(const Problem& p, const Item& item, int64_t fold, const Keys& keys, int64_t last, int64_t lo,
+                 int64_t hi, Ahead& ahead) {
+    for_segments(p, keys, last, lo, hi, [&](const Segment& s) {
+        const auto add = [&](const View& x, int64_t width) {
+            const int64_t first = key_head(p, s.source, item.head);
+            const int64_t end = key_head(p, s.source, item.head + (item.heads - 1) * fold) + 1;
+            if (x.head == width) return ahead.add(x, item.batch, first, s.first, s.count, (end - first) * width);
+            for (int64_t head = first; head < end; ++head) ahead.add(x, item.batch, head, s.first, s.count, width);
+        };
+        add(p.sources[s.source].key, p.dim);
+        add(p.sources[s.source].value, p.value_dim);
+    });
+}
+
+template <class T, int S>
+void forward_in_place(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
+    constexpr int64_t W = S * Simd<T>::lanes;
+    const Problem& p = *job.problem;
+    Rows rows;
+    Item now = item;
+    const auto set_head = [&](int64_t h) {
+        now.head = item.head + h * job.fold;
+        now.slot = item.slot + h * job.panels * item.splits;
+        set_rows<T>(p, job.fold, now.head, item.panel, rows);
+        b.queries = scratch + h * state_size<T>(p, W);
+        b.out = b.queries + W * p.dim;
+        return b.out + W * p.value_dim;
+    };
+    Running<T, S> running;
+    for (int64_t h = 0; h < item.heads; ++h) {
+        T* const so_far = set_head(h);
+        pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
+        reset(running);
+        store_running<T, S>(running, so_far);
+    }
+    const auto [lo, hi] = share_of(p, item, keys);
+    const int64_t blocks = blocks_of(hi - lo, kInPlaceKeys);
+    const int64_t size = blocks ? up_to_multiple((hi - lo + blocks - 1) / blocks, 4) : 0;
+    bool started = false;
+    for (int64_t from = lo; from < hi; from += size) {
+        const int64_t to = smaller(from + size, hi);
+        heads_ahead<T>(p, item, job.fold, keys, rows.last, to, smaller(to + size, hi), b.ahead);
+        b.ahead.spread(item.heads * (product_steps(to - from) / 2 + product_steps(rows.n)));
+        bool any = started;
+        for (int64_t h = 0; h < item.heads; ++h) {
+            T* const so_far = set_head(h);
+            load_running<T, S>(so_far, running);
+            any = attend_in_place<T, S>(p, now, rows, keys, from, to, b, running, started);
+            store_running<T, S>(running, so_far);
+        }
+        started = any;
+    }
+    for (int64_t h = 0; h < item.heads; ++h) {
+        const T* const so_far = set_head(h);
+        load_running<T, S>(so_far, running);
+        if (!started) clear_out<T, S>(p, b.out);
+        int64_t offsets[kPanel<T>];
+        for (int64_t r = 0; r < rows.n; ++r) offsets[r] = r * p.value_dim;
+        pack_columns_of<T>(b.out, offsets, rows.n, 1, p.value_dim, T(1), b.sum_out);
+        conclude<T, S>(job, now, rows, running, b.sum_out);
+    }
+}
+
 template <class T>
 void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
     constexpr int64_t N = Simd<T>::lanes;
@@ -420,7 +535,8 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     set_keys(p, item.batch, true, keys);
     if (item.order == Order::wide)
         return for_width<T>(smaller(kPanel<T>, job.fold * p.rows), [&]<int S>() __attribute__((always_inline)) {
-            forward_wide<T, S>(job, item, keys, b, b.keys);
+            if (wide_in_place<T>(p)) forward_in_place<T, S>(job, item, keys, b, b.keys);
+            else forward_wide<T, S>(job, item, keys, b, b.keys);
         });
     const bool resident = keys.start[p.count] <= buffered_keys(p);
     b.copies = resident ? Copies::resident : Copies::now;

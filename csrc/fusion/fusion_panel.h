@@ -41,6 +41,21 @@ MMFAST_INLINE void for_width(int64_t n, const F& f) {
     f.template operator()<1>();
 }
 
+// c[rows][width] = or += a[rows][depth] b[depth][width] with features in the lanes; `width` in whole vectors.
+template <class T, bool kTransposed, class F = Nothing>
+void product_rows(int64_t rows, int64_t depth, int64_t width, const T* a, int64_t a_stride, const T* b,
+                  int64_t b_stride, T* c, int64_t c_stride, Start start, F&& between = {}) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int64_t at = 0; at < width;) {
+        const int64_t vectors = smaller(kProductWidth, (width - at) / N);
+        for_width<T>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
+            product_strip<T, S, kTransposed>(rows, depth, a, a_stride, b + at, b_stride, c + at, c_stride, start,
+                                             nullptr, between);
+        });
+        at += vectors * N;
+    }
+}
+
 // The queries in the lanes of a panel.
 struct Rows {
     int64_t n, last;  // number; largest row

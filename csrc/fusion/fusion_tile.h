@@ -38,9 +38,10 @@ struct Item {
 
 // Sums of the gradients that several items contribute to: each run has its own copy, added up afterwards.
 struct Accumulator {
-    Target target;     // the result itself, or the runs' copies in the computing type
-    int64_t run = 0;   // stride from one to the next, in elements
-    bool add = false;  // to what is there: else every element is written exactly once, and in the target's type
+    Target target;       // the result itself, or the runs' copies in the computing type
+    int64_t run = 0;     // stride from one to the next, in elements
+    bool add = false;    // to what is there: else every element is written exactly once, and in the target's type
+    bool large = false;  // beyond the caches
 };
 
 template <class T>
