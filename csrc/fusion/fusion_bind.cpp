@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/pages.h"
+
 namespace py = pybind11;
 
 namespace mmfast {
@@ -53,7 +55,9 @@ fusion::View view_of(const char* name, const Tensor& t, at::IntArrayRef sizes) {
 
 // A gradient with the strides of (batch, row, head, column), as attention has its outputs.
 Tensor heads_inside(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    return at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
+    const Tensor result = at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options);
+    prefer_large_pages(result.data_ptr(), result.nbytes());
+    return result.transpose(1, 2);
 }
 
 fusion::Target target_of(const Tensor& t) {
