@@ -231,6 +231,53 @@ def test_few_queries(dtype, shared, rows):
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "rows", "dims"),
+    [
+        (torch.float64, 2, 9, (12, 24)),
+        (torch.float32, 2, 20, (40, 48)),
+        (torch.float32, 2, 61, (64, 80)),
+        (torch.bfloat16, 2, 32, (64, 64)),
+        (torch.float32, 14, 32, (64, 64)),  # gradients large enough to be streamed
+    ],
+)
+def test_one_panel(dtype, batch, rows, dims, causal):
+    """Keys and values read in place, gradients written where they belong, heads inside the rows; of two sources, with
+    lengths and a mask that hides all from a query."""
+    heads, keys = 8 if batch == 2 else 12, (257, 130)
+
+    def heads_inside(b, n, d):
+        return torch.randn(b, n, heads, d, dtype=torch.float64).to(dtype).transpose(1, 2)
+
+    tensors = [heads_inside(1, rows, dims[0]), *(heads_inside(batch, n, d) for n in keys for d in dims)]
+    lengths = torch.randint(0, 258, (batch,))
+    lengths[0] = 0
+    mask = torch.rand(batch, 1, rows, keys[1]) < 0.5
+    mask[0, :, rows - 1] = False
+    weights = torch.randn(batch, heads, rows, dims[1]).double(), torch.randn(batch, heads, rows).double()
+
+    def results(engine, kind):
+        query, k0, v0, k1, v1 = given = [x.detach().to(kind).requires_grad_() for x in tensors]
+        sources = [Source(k0, v0, lengths=lengths), Source(k1, v1, mask=mask)]
+        out, lse = attend(engine, query, sources, is_causal=causal, return_lse=True)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
+        return [out, lse, *torch.autograd.grad(loss, given)]
+
+    gold = results("reference", torch.float64)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
+    for name, got, expected in zip(
+        ["out", "lse", "dq", "dk0", "dv0", "dk1", "dv1"], results("cpu", dtype), gold, strict=True
+    ):
+        assert got.isfinite().all()
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+        if name[0] == "d" and name != "dq":
+            assert torch.equal(got[expected == 0], torch.zeros_like(got[expected == 0])), f"{name}: nobody looks there"
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("count", [1, 3])
