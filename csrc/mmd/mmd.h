@@ -55,6 +55,11 @@ template <class T>
 void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
                    const double* coefs, bool all_sums, double* sums, const Gradients<T>& gradients);
 
+// The sum of the squared distances of all points to their mean, found in double. The type of the sets is T, their columns lie
+// side by side, and they are no batch; y may be empty.
+template <class T>
+double squares_about_mean_cpu(int64_t dimension, const Set& x, const Set& y);
+
 // Sums of the rows and of the columns, and of the squares, of K(x, y); with `symmetric` of K(x, x) without its diagonal,
 // and there are no columns.
 template <class T>

@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -181,6 +182,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic(const Tenso
         gradients = {w.x, w.y, w.weights_x, w.weights_y, in_callers_order(w.parameters, terms)};
     });
     return std::tuple_cat(std::make_tuple(sums), gradients);
+}
+
+// What mmfast/mmd/direct.py asks for: one layer of L2 distances in x (n, d) and y (m, d) of one dtype whose columns lie side by
+// side, without weights.
+struct Direct {
+    vector<double> coefs;
+    vector<int64_t> families;
+    // Of the mean that divides the squares of all lengths: of x, of y or of both (1, 2, 3; 0: there is none), what the sum of the
+    // squares is multiplied with, and the least it may be.
+    int points;
+    double factor, least;
+    bool self_pairs;  // count each point with itself too
+};
+
+// (value, gradients of x and of y, params with the lengths that were found); empty if not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> direct(const Tensor& x, const Tensor& y, const Tensor& params,
+                                                  const Direct& how, bool need_x, bool need_y) {
+    const int64_t d = x.size(1), terms = int64_t(how.families.size());
+    const at::ScalarType type = x.scalar_type();
+    for (const Tensor* t : {&x, &y})
+        TORCH_CHECK_VALUE(t->dim() == 2 && t->size(1) == d && t->scalar_type() == type && t->device().is_cpu() &&
+                              (type == at::kFloat || type == at::kDouble) && (d <= 1 || t->stride(1) == 1),
+                          "no kernel for such features");
+    TORCH_CHECK_VALUE(how.coefs.size() == 3, "coefs must have 3 elements");
+    const mmd::Set sx{x.size(0), x.const_data_ptr(), type_of(x), 0, x.stride(0), 1};
+    const mmd::Set sy{y.size(0), y.const_data_ptr(), type_of(y), 0, y.stride(0), 1};
+    const Tensor value = at::empty({}, x.options());
+    Tensor by_x, by_y, found = params;
+    for_type(type, [&](auto* kind) {
+        using T = std::remove_pointer_t<decltype(kind)>;
+        if (how.points) {
+            const mmd::Set none{};
+            const double squares =
+                mmd::squares_about_mean_cpu<T>(d, how.points & 1 ? sx : none, how.points & 2 ? sy : none);
+            const double length = squares * how.factor;
+            found = params.clone();
+            double* const p = found.data_ptr<double>();
+            // NaN stays. A squared length divides the squares, its root the distances.
+            const double square = length < how.least ? how.least : length, root = std::sqrt(square);
+            for (int64_t t = 0; t < terms; ++t)
+                p[4 * t + 1] /= mmd::needs_root(static_cast<mmd::Family>(how.families[t])) ? root : square;
+        }
+        const mmd::Kernel kernel = kernel_of({{d}, how.families, vector<int64_t>(size_t(terms)), found}, d);
+        TORCH_CHECK_VALUE(kernel.layers[0].metric == mmd::Metric::l2, "no kernel for other metrics");
+        double own = 0;
+        for (const auto& t : kernel.layers[0].terms) own += t.family == mmd::Family::energy ? 0 : t.weight;
+        by_x = need_x ? at::zeros(x.sizes(), x.options()) : at::empty({0}, x.options());
+        by_y = need_y ? at::zeros(y.sizes(), x.options()) : at::empty({0}, x.options());
+        mmd::Gradients<T> gradients;
+        gradients.x = need_x ? by_x.data_ptr<T>() : nullptr;
+        gradients.y = need_y ? by_y.data_ptr<T>() : nullptr;
+        double sums[3];
+        mmd::quadratic_cpu<T>(1, kernel, sx, sy, nullptr, nullptr, how.coefs.data(), false, sums, gradients);
+        double total = how.self_pairs ? own * (how.coefs[0] * double(sx.count) + how.coefs[1] * double(sy.count)) : 0;
+        for (int i = 0; i < 3; ++i) total += how.coefs[i] != 0 ? how.coefs[i] * sums[i] : 0;
+        *value.data_ptr<T>() = T(total);
+    });
+    return {value, by_x, by_y, found};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& x, const optional<Tensor>& y, const Terms& terms) {
@@ -376,6 +435,12 @@ void bind_mmd(py::module_& m) {
                 return Terms{std::move(dimensions), std::move(families), std::move(layers), std::move(parameters)};
             }));
     const auto guard = py::call_guard<py::gil_scoped_release>();
+    py::class_<Direct>(m, "MmdDirect")
+        .def(py::init([](vector<double> coefs, vector<int64_t> families, int points, double factor, double least,
+                         bool self_pairs) {
+            return Direct{std::move(coefs), std::move(families), points, factor, least, self_pairs};
+        }));
+    m.def("mmd_direct", &direct, guard);
     m.def("mmd_quadratic", &quadratic, guard);
     m.def("mmd_sums", &sums, guard);
     m.def("mmd_sums_backward", &sums_backward, guard);

@@ -408,6 +408,19 @@ void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set&
 }
 
 template <class T>
+double squares_about_mean_cpu(int64_t dimension, const Set& x, const Set& y) {
+    const auto& t = tiles<T>();
+    std::vector<double> mean(dimension);
+    double squares = 0;
+    for (const Set* s : {&x, &y})
+        t.add_rows(s->count, dimension, static_cast<const T*>(s->data), s->row_stride, mean.data());
+    for (double& m : mean) m /= double(std::max<int64_t>(x.count + y.count, 1));
+    for (const Set* s : {&x, &y})
+        squares += t.squares_about(s->count, dimension, static_cast<const T*>(s->data), s->row_stride, mean.data());
+    return squares;
+}
+
+template <class T>
 void sums_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, bool symmetric, double* rows,
               double* columns, double* squares) {
     Sweep<T> sweep(batch, symmetric ? Pairs::within_x : Pairs::between, {{kernel, &x, symmetric ? nullptr : &y, {}}});
@@ -533,6 +546,7 @@ void select_cpu(const Set& x, const Set& y, int64_t dimension, bool symmetric, c
 #define MMFAST_INSTANTIATE(T)                                                                                         \
     template void quadratic_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, const T*, const T*, const double*, \
                                    bool, double*, const Gradients<T>&);                                               \
+    template double squares_about_mean_cpu<T>(int64_t, const Set&, const Set&);                                       \
     template void sums_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, double*, double*, double*);       \
     template void sums_backward_cpu<T>(int64_t, const Kernel&, const Set&, const Set&, bool, const double*,           \
                                        const double*, const double*, const Gradients<T>&);                            \

@@ -40,6 +40,8 @@ int64_t padded(int64_t width) {
 }
 
 constexpr int64_t kMostLayers = 8;
+// Points of more dimensions are taken slice by slice where gradients are wanted (mmd_slices.h).
+constexpr int64_t kWide = 384;
 
 // One kernel of a sweep and what it is evaluated on.
 template <class T>
@@ -89,6 +91,7 @@ public:
             parameters_ |= g.gradients.parameters != nullptr;
         }
         simple_ = groups_.size() == 1 && programs_[0].size() == 1 && !parameters_;
+        sliced_ = simple_ && takes_slices();
         make_blocks();
         make_centres();
         lay_out();
@@ -145,7 +148,8 @@ public:
                 const int64_t batch = i / n;
                 const auto [a, b] = tasks[i % n];
                 const int64_t slot = rounds.size() == 1 ? i : batch * blocks() + a;
-                task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
+                if (sliced_) sliced_task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
+                else task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
             });
         }
         if (parameters_) add_up_parameters(slots(rounds) / std::max<int64_t>(1, batch_));
@@ -167,7 +171,8 @@ private:
                       : count >= 1024 ? gradients_ ? 128 : 256
                                       : 64;
         // A block and its gradient stay in the second cache.
-        while (block_size_ > kTile && block_size_ * widest_ * int64_t(sizeof(T)) > (int64_t(5) << 17)) block_size_ /= 2;
+        const int64_t most = sliced_ ? most_in_slices() : (int64_t(5) << 17) / (widest_ * int64_t(sizeof(T)));
+        while (block_size_ > kTile && block_size_ > most) block_size_ /= 2;
         const auto cut = [&](int side, int64_t n) {
             for (int64_t i = 0; i < n; i += block_size_)
                 blocks_.push_back({side, i, std::min(block_size_, n - i), int64_t(blocks_.size())});
@@ -224,21 +229,27 @@ private:
         return centres_.data() + b * centres_size_ + centre_at_[q][l] + kind * padded<T>(layer.dimension);
     }
 
+    static int64_t size_of(ScalarType type) {
+        return type == ScalarType::float64 ? 8 : type == ScalarType::float32 ? 4 : 2;
+    }
+
     Source source(int64_t b, size_t q, size_t l, int side) const {
         const Set& f = side ? *groups_[q].y : *groups_[q].x;
-        const size_t size = f.type == ScalarType::float64 ? 8 : f.type == ScalarType::float32 ? 4 : 2;
         const int64_t at = b * f.batch_stride + column_[q][l] * f.column_stride;
-        return {static_cast<const char*>(f.data) + int64_t(size) * at, f.type, f.row_stride, f.column_stride,
+        return {static_cast<const char*>(f.data) + size_of(f.type) * at, f.type, f.row_stride, f.column_stride,
                 groups_[q].kernel.layers[l].dimension};
     }
 
+    // The next place in a thread's scratch.
+    size_t take(int64_t values) {
+        const size_t here = sizes_;
+        sizes_ += (size_t(values) * sizeof(T) + 63) / 64 * 64;
+        return here;
+    }
+
     void lay_out() {
-        size_t at = 0;
-        const auto take = [&](int64_t values) {
-            const size_t here = at;
-            at += (size_t(values) * sizeof(T) + 63) / 64 * 64;
-            return here;
-        };
+        a_sums_ = take(block_size_ * 2 * kMostLayers * int64_t(sizeof(double) / sizeof(T)));
+        if (sliced_) return lay_out_slices();
         for (size_t q = 0; q < groups_.size(); ++q) {
             parts_.emplace_back();
             const auto& layers = groups_[q].kernel.layers;
@@ -263,8 +274,6 @@ private:
             }
             g_[q] = take(kTile * kTile);
         }
-        a_sums_ = take(block_size_ * 2 * kMostLayers * int64_t(sizeof(double) / sizeof(T)));
-        sizes_ = at;
     }
 
     // How the products of a layer are split for the matrix unit, see Note: [Split products]; 0 where they are not.
@@ -351,13 +360,13 @@ private:
             if (gradients_)
                 for_layers([&](size_t q, size_t l, const Part& p) {
                     put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient), b_points(p, s).rows,
-                                 column_sums[q * kMostLayers + l]);
+                                 p.stride, column_sums[q * kMostLayers + l], 0, groups_[q].kernel.layers[l].dimension);
                 });
         }
         if (gradients_)
             for_layers([&](size_t q, size_t l, const Part& p) {
-                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, s).rows,
-                             row_sums(s, q, l));
+                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, s).rows, p.stride,
+                             row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
             });
         reducer.end(tile, a.count);
     }
@@ -480,25 +489,17 @@ private:
         return n;
     }
 
-    // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed.
+    // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed;
+    // `width` dimensions of the layer from `at` on.
     void put_gradient(size_t q, size_t l, int side, int64_t batch, int64_t first, int64_t count, const T* summed,
-                      const T* points, const double* sums) const {
+                      const T* points, int64_t stride, const double* sums, int64_t at, int64_t width) const {
         T* const to = gradient(q, side);
         if (!to) return;
-        const Layer& layer = groups_[q].kernel.layers[l];
-        const int64_t d = layer.dimension, stride = padded<T>(d), all = groups_[q].kernel.dimension();
+        const int64_t all = groups_[q].kernel.dimension();
         const int64_t n = (side ? *groups_[q].y : *groups_[q].x).count;
-        for (int64_t i = 0; i < count; ++i) {
-            T* const row = to + (batch * n + first + i) * all + column_[q][l];
-            const T* const from = summed + i * stride;
-            if (layer.metric == Metric::l2) {
-                const T sum = T(sums[i]);
-                const T* const x = points + i * stride;
-                for (int64_t k = 0; k < d; ++k) row[k] += T(2) * (sum * x[k] - from[k]);
-            } else {
-                for (int64_t k = 0; k < d; ++k) row[k] += from[k];
-            }
-        }
+        const bool l2 = groups_[q].kernel.layers[l].metric == Metric::l2;
+        tiles<T>().put(count, width, summed, l2 ? points : nullptr, stride, sums,
+                       to + (batch * n + first) * all + column_[q][l] + at, all);
     }
 
     double* parameter_sums(int64_t slot, size_t q) {
@@ -533,7 +534,24 @@ private:
     size_t product_[2] = {}, g_[2] = {}, a_sums_ = 0, sizes_ = 0;
     bool gradients_ = false, parameters_ = false;
     bool simple_ = false;  // one kernel of one layer, whose parameters have no gradients
+    bool sliced_ = false;  // its points are taken slice by slice
+
+    // Of mmd_slices.h.
+    struct Slices {  // offsets in a thread's scratch
+        size_t a_rows, a_norms, b_rows, b_panels, b_norms, norms, z, k, a_gradient, b_gradient;
+        int64_t count, block;  // slices, and rows of each
+    };
+    Slices slices_{};
+    bool takes_slices() const;
+    int64_t most_in_slices() const;
+    void lay_out_slices();
+    void compare_slices(int64_t batch, const Block& a, const Block& b, char* s) const;
+    void multiply_slices(int64_t batch, const Block& a, const Block& b, char* s) const;
+    template <class R>
+    void sliced_task(int64_t batch, int64_t slot, const Block& a, const Block& b, char* s, R& reducer);
 };
 
 }  // namespace mmd
 }  // namespace mmfast
+
+#include "mmd/mmd_slices.h"

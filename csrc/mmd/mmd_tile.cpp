@@ -104,6 +104,42 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
     }
 }
 
+// A vector of doubles.
+template <class T>
+MMFAST_INLINE Vec<double> load_wide(const T* from) {
+    typename VectorOf<T, Simd<double>::lanes>::type part;
+    __builtin_memcpy(&part, from, sizeof part);
+    return __builtin_convertvector(part, Vec<double>);
+}
+
+template <class T>
+void add_rows(int64_t count, int64_t dimension, const T* rows, int64_t stride, double* sums) {
+    constexpr int64_t N = Simd<double>::lanes;
+    for (int64_t i = 0; i < count; ++i, rows += stride) {
+        int64_t k = 0;
+        for (; k + N <= dimension; k += N)
+            Simd<double>::store(sums + k, Simd<double>::load(sums + k) + load_wide(rows + k));
+        for (; k < dimension; ++k) sums[k] += double(rows[k]);
+    }
+}
+
+template <class T>
+double squares_about(int64_t count, int64_t dimension, const T* rows, int64_t stride, const double* centre) {
+    constexpr int64_t N = Simd<double>::lanes;
+    Vec<double> sum[2] = {};
+    double rest = 0;
+    for (int64_t i = 0; i < count; ++i, rows += stride) {
+        int64_t k = 0;
+        for (; k + 2 * N <= dimension; k += 2 * N)
+            for (int64_t v = 0; v < 2; ++v) {
+                const Vec<double> d = load_wide(rows + k + v * N) - Simd<double>::load(centre + k + v * N);
+                sum[v] += d * d;
+            }
+        for (; k < dimension; ++k) rest += (double(rows[k]) - centre[k]) * (double(rows[k]) - centre[k]);
+    }
+    return Simd<double>::sum(sum[0] + sum[1]) + rest;
+}
+
 // ---- Products ------------------------------------------------------------------------------------------------------
 
 // sum[r][v] += sum over k of a(r, k) b[k][v].
@@ -170,33 +206,45 @@ void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const 
 
 // ---- Comparing -----------------------------------------------------------------------------------------------------
 
+// z = (if it starts) or += the products of `depth` values from `at` on; then the squared distances.
 template <class T>
-MMFAST_INLINE void compare_products(bool squared_distance, int64_t dimension, const Points<T>& a, int64_t first,
-                                    int64_t rows, const Points<T>& b, int64_t columns, T* z) {
+MMFAST_INLINE void add_products(bool starts, bool ends_distance, int64_t at, int64_t depth, const Points<T>& a,
+                                int64_t first, int64_t rows, const Points<T>& b, int64_t columns, T* z) {
     constexpr int N = Simd<T>::lanes, W = N * kStrip;
+    for (int64_t j = 0; j < columns; j += W) {
+        const T* const panel = b.panels + j * b.stride + at * W;
+        for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+            Vec<T> sum[R][kStrip];
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < kStrip; ++v)
+                    sum[r][v] = starts ? Vec<T>{} : Simd<T>::load(z + (i + r) * kTile + j + v * N);
+            multiply_add<T, R, kStrip, false>(depth, a.rows + (first + i) * a.stride + at, a.stride, panel, W, sum);
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < kStrip; ++v) {
+                    Vec<T> s = sum[r][v];
+                    if (ends_distance) {
+                        s = (a.norms[first + i + r] + Simd<T>::load(b.norms + j + v * N)) - T(2) * s;
+                        s = s < 0 ? s * 0 : s;  // a NaN stays
+                    }
+                    Simd<T>::store(z + (i + r) * kTile + j + v * N, s);
+                }
+        });
+    }
+}
+
+template <class T>
+void compare_products(bool squared_distance, int64_t dimension, const Points<T>& a, int64_t first, int64_t rows,
+                      const Points<T>& b, int64_t columns, T* z) {
     for (int64_t at = 0; at == 0 || at < dimension; at += kDepth) {
         const int64_t depth = dimension - at < kDepth ? dimension - at : kDepth;
-        const bool last = at + depth == dimension;
-        for (int64_t j = 0; j < columns; j += W) {
-            const T* const panel = b.panels + j * b.stride + at * W;
-            for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
-                Vec<T> sum[R][kStrip];
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < kStrip; ++v)
-                        sum[r][v] = at ? Simd<T>::load(z + (i + r) * kTile + j + v * N) : Vec<T>{};
-                multiply_add<T, R, kStrip, false>(depth, a.rows + (first + i) * a.stride + at, a.stride, panel, W, sum);
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < kStrip; ++v) {
-                        Vec<T> s = sum[r][v];
-                        if (last && squared_distance) {
-                            s = (a.norms[first + i + r] + Simd<T>::load(b.norms + j + v * N)) - T(2) * s;
-                            s = s < 0 ? s * 0 : s;  // a NaN stays
-                        }
-                        Simd<T>::store(z + (i + r) * kTile + j + v * N, s);
-                    }
-            });
-        }
+        add_products(at == 0, squared_distance && at + depth == dimension, at, depth, a, first, rows, b, columns, z);
     }
+}
+
+template <class T>
+void compare_slice(bool starts, bool ends_distance, int64_t depth, const Points<T>& a, int64_t first, int64_t rows,
+                   const Points<T>& b, int64_t columns, T* z) {
+    add_products(starts, ends_distance, 0, depth, a, first, rows, b, columns, z);
 }
 
 // Differences: sums of their squares or of their magnitudes.
@@ -527,6 +575,24 @@ void differences(int64_t rows, int64_t columns, int64_t dimension, const T* w, c
     }
 }
 
+// Gradients wait for memory as points do (pack_row): what lies ahead is fetched.
+template <class T>
+void put(int64_t count, int64_t width, const T* summed, const T* points, int64_t stride, const double* sums, T* to,
+         int64_t to_stride) {
+    constexpr int64_t N = Simd<T>::lanes;
+    for (int64_t i = 0; i < count; ++i, summed += stride, to += to_stride) {
+        const T sum = points ? T(sums[i]) : T(0);
+        const T* const x = points ? points + i * stride : nullptr;
+        for (int64_t k = 0; k < width; k += N) {
+            __builtin_prefetch(to + k + kAhead * to_stride, 1);
+            const Vec<T> from = Simd<T>::load(summed + k);
+            const Vec<T> more = x ? T(2) * (sum * Simd<T>::load(x + k) - from) : from;
+            if (width - k >= N) Simd<T>::store(to + k, Simd<T>::load(to + k) + more);
+            else Simd<T>::store(to + k, Simd<T>::load(to + k, int(width - k)) + more, int(width - k));
+        }
+    }
+}
+
 template <class T>
 void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
            T* a_gradient, T* b_gradient) {
@@ -553,8 +619,9 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #else
     constexpr bool splits = false;
 #endif
-    return {Simd<T>::lanes, splits,   pack<T>,     compare<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,
-            reduce<T>,      inner<T>, multiply<T>, scale<T>,   product<T>,  differences<T>,  signs<T>};
+    return {Simd<T>::lanes,   splits,      pack<T>,         compare<T>,     add_rows<T>, squares_about<T>,
+            compare_slice<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,  reduce<T>,   inner<T>,
+            multiply<T>,      scale<T>,    product<T>,      differences<T>, put<T>,      signs<T>};
 }
 
 }  // namespace

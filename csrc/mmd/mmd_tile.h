@@ -58,6 +58,12 @@ constexpr int64_t split_row_stride(int64_t dimension) {
     return 2 * split_depth(dimension) + 32;
 }
 
+// Dimensions of a slice of points (mmd_slices.h); the last has up to a line of the cache more.
+template <class T>
+constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+template <class T>
+constexpr int64_t kSlice = 8 * kLine<T>;
+
 struct Source {
     const void* data;
     ScalarType type;
@@ -73,7 +79,15 @@ struct TileKernels {
     // z[i][j] for `rows` points of a (from `first` on) and the kTile of b's panels.
     void (*compare)(Metric metric, bool roots, int64_t dimension, const Points<T>& a, int64_t first, int64_t rows,
                     const Points<T>& b, int64_t columns, T* z);
-    // k = the kernel at z; h = its derivative by z, unless null.
+    // sums[:] += rows of T without gaps between their values.
+    void (*add_rows)(int64_t count, int64_t dimension, const T* rows, int64_t stride, double* sums);
+    // The sum of the squared distances of such rows to a centre.
+    double (*squares_about)(int64_t count, int64_t dimension, const T* rows, int64_t stride, const double* centre);
+    // What compare() does, from some of the dimensions at a time, at most kSlice<T> and a line: z = or += the products, and
+    // at the end of a squared distance, when the lengths are complete, what follows from them.
+    void (*compare_slice)(bool starts, bool ends_distance, int64_t depth, const Points<T>& a, int64_t first,
+                          int64_t rows, const Points<T>& b, int64_t columns, T* z);
+    // k = the kernel at z; h = its derivative by z, unless null. Either may take the place of z.
     void (*evaluate)(const Program<T>& program, int64_t rows, const T* z, T* k, T* h);
     // The sum of the kernel's values at z; with `slopes`, z becomes factor times the derivatives by z, whose sums are added to
     // row_sums[i] and column_sums[j] unless null.
@@ -93,6 +107,10 @@ struct TileKernels {
     // of both gradients are b.stride apart.
     void (*differences)(int64_t rows, int64_t columns, int64_t dimension, const T* w, const T* a, const Points<T>& b,
                         T* a_gradient, T* b_gradient);
+    // to[i][:] += 2 (sums[i] points[i][:] - summed[i][:]), or += summed[i][:] where there are no points. The rows of points
+    // and summed are `stride` apart.
+    void (*put)(int64_t count, int64_t width, const T* summed, const T* points, int64_t stride, const double* sums,
+                T* to, int64_t to_stride);
     // a_gradient[i][:] += sum_j w_ij sign(a_i - b_j), b_gradient[j][:] -= sum_i w_ij sign(a_i - b_j)
     void (*signs)(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
                   T* a_gradient, T* b_gradient);

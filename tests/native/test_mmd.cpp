@@ -381,13 +381,13 @@ void check_select(const Stored& x, const Stored& y, bool own, Random& random) {
 template <class T>
 void check_random(int cases, uint64_t seed) {
     Random random(seed);
-    const int64_t sizes[] = {0, 1, 2, 63, 64, 65, 129, 300}, widths[] = {1, 2, 8, 9, 16, 17, 33, 65, 300};
+    const int64_t sizes[] = {0, 1, 2, 63, 64, 65, 129, 300}, widths[] = {1, 2, 8, 9, 16, 17, 33, 65, 300, 400, 460};
     for (int i = 0; i < cases;) {
         const int64_t n = sizes[random.below(8)], m = sizes[random.below(8)];
         const int64_t batch = random.chance(0.6) ? 1 : random.below(4);
         std::vector<int64_t> dimensions;
         for (int64_t l = random.chance(0.7) ? 1 : random.between(2, 3); l > 0; --l) {
-            dimensions.push_back(random.chance(0.02) ? 0 : widths[random.below(9)]);
+            dimensions.push_back(random.chance(0.02) ? 0 : widths[random.below(11)]);
         }
         const int64_t d = std::accumulate(dimensions.begin(), dimensions.end(), int64_t(0));
         const Kernel kernel = random_kernel(dimensions, random), other = random_kernel(dimensions, random);
