@@ -81,6 +81,10 @@ def mmd2(
     kernel = check_kernel(kernel)
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
+    if estimator in ("unbiased", "biased") and weights_x is weights_y is block_size is None:
+        value = _direct(x, y, kernel, estimator == "unbiased", backend)
+        if value is not None:
+            return value
     xs, ys, single = two_samples(x, y, kernel.n_layers)
     if block_size is not None and estimator != "block":
         raise ValueError(f"block_size is for estimator='block', got estimator={estimator!r}")
@@ -108,6 +112,15 @@ def mmd2(
         )
     value = value.to(compute_dtype(xs[0].dtype))
     return value.squeeze(0) if single else value
+
+
+def _direct(x, y, kernel: Kernel, unbiased: bool, backend: str | None) -> Tensor | None:
+    """`mmfast.mmd.direct.mmd2`, where there are kernels to call."""
+    if _backend._C is None:
+        return None
+    from mmfast.mmd import direct
+
+    return direct.mmd2(x, y, kernel, unbiased, backend)
 
 
 @functools.lru_cache(maxsize=256)
