@@ -51,7 +51,7 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
             // Only now added to what is there: one chain of additions through all products would lose digits.
             T* const to = c + r * c_stride + v * N;
             if (start == Start::add) sum[r][v] += Simd<T>::load(to);
-            if (start == Start::scale) sum[r][v] += Simd<T>::load(to) * Simd<T>::load(factor + v * N);
+            if (start == Start::scale && factor) sum[r][v] += Simd<T>::load(to) * Simd<T>::load(factor + v * N);
             if (start == Start::stream) Simd<T>::stream(to, sum[r][v]);
             else Simd<T>::store(to, sum[r][v]);
         }

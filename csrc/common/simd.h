@@ -43,9 +43,8 @@ struct Simd {
     using I = typename VectorOf<Int, lanes>::type;
     using U = typename VectorOf<std::make_unsigned_t<Int>, lanes>::type;
 
-    static MMFAST_INLINE V splat(T x) {
-        return x - V{};
-    }  // minus: x + 0 is another number for -0, so it costs an addition
+    // Not x + 0, which is another number for x = -0 and costs an addition.
+    static MMFAST_INLINE V splat(T x) { return x - V{}; }
     static MMFAST_INLINE V load(const T* p) {
         V v;
         __builtin_memcpy(&v, p, sizeof v);
@@ -93,6 +92,15 @@ struct Simd {
         for (int i = 0; i < lanes; ++i)
             y[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(double(x[i])));
         return y;
+    }
+
+    static MMFAST_INLINE bool all_zero(V x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+#endif
+        bool zero = true;
+        for (int i = 0; i < lanes; ++i) zero &= x[i] == 0;
+        return zero;
     }
 
     // Sum of the lanes, in pairs: one half and the other, until one lane is left.

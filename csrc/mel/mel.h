@@ -80,13 +80,25 @@ class CompactFilters {
 public:
     CompactFilters(const T* dense, int64_t bins, int64_t rows, bool by_bin);
     Filters<T> view() const {
-        return {int64_t(first_.size()), first_.data(),      offset_.data(),     weights_.data(),   order_.data(),
-                short_end_.data(),      bin_offset_.data(), bin_filter_.data(), bin_weight_.data()};
+        Filters<T> f;
+        f.rows = int64_t(count_.size());
+        f.count = count_.data();
+        f.order = order_.data();
+        f.short_end = short_end_.data();
+        f.weights = weights_.data();
+        f.covered = covered_;
+        f.covered_end = covered_end_;
+        f.bin_offset = bin_offset_.data();
+        f.bin_filter = bin_filter_.data();
+        f.bin_weight = bin_weight_.data();
+        return f;
     }
 
 private:
-    std::vector<int64_t> first_, offset_, bin_offset_;
-    std::vector<int32_t> order_, short_end_, bin_filter_;
+    int64_t covered_, covered_end_;
+    std::vector<FilterRow> order_;
+    std::vector<int64_t> bin_offset_;
+    std::vector<int32_t> count_, short_end_, bin_filter_;
     std::vector<T> weights_, bin_weight_;
 };
 

@@ -90,18 +90,23 @@ MMFAST_INLINE U mix32(U x) {
     return x;
 }
 
-// Filters by row (each its first non-zero bin and its weights up to the last one) and, for the adjoint, by bin.
+// A row of filters: 8 times its first bin and its number, so that an address takes one addition.
+struct FilterRow {
+    uint32_t first8, row8;
+};
+
+// Filters by row (each its weights from the first non-zero one to the last) and, for the adjoint, by bin.
 template <class T>
 struct Filters {
     int64_t rows = 0;
-    const int64_t* first = nullptr;   // [rows]
-    const int64_t* offset = nullptr;  // [rows + 1] into weights
-    const T* weights = nullptr;
-    // The rows again, those with few weights first: order[short_end[c - 1]] to order[short_end[c]] have c of them.
+    const int32_t* count = nullptr;  // [rows]: weights of each
+    // Those with few weights first: order[short_end[c - 1]] to order[short_end[c]] have c of them; and their weights in this order.
     static constexpr int kShort = 12;
-    const int32_t* order = nullptr;       // [rows]
-    const int32_t* short_end = nullptr;   // [kShort + 1]
-    const int64_t* bin_offset = nullptr;  // [bins + 1] into bin_filter, bin_weight
+    const FilterRow* order = nullptr;    // [rows]
+    const int32_t* short_end = nullptr;  // [kShort + 1]
+    const T* weights = nullptr;
+    int64_t covered = 0, covered_end = 0;  // a run of bins of which each is in some row
+    const int64_t* bin_offset = nullptr;   // [bins + 1] into bin_filter, bin_weight
     const int32_t* bin_filter = nullptr;
     const T* bin_weight = nullptr;
 };
@@ -134,9 +139,7 @@ struct MelParams {
     MMFAST_INLINE int64_t bands() const { return filters.rows ? filters.rows : bins(); }
     // A filter without weights gives the same v in every frame. With a DCT and top_db it is left out of the first round and
     // of FrameTile.lowest, for it lies below nearly every threshold; mel_cpu.cpp adds its part.
-    MMFAST_INLINE bool constant_band(int64_t i) const {
-        return cepstra && filters.rows && filters.offset[i] == filters.offset[i + 1];
-    }
+    MMFAST_INLINE bool constant_band(int64_t i) const { return cepstra && filters.rows && filters.count[i] == 0; }
     // Whether samples change between the waveform and the window.
     MMFAST_INLINE bool conditions() const {
         return input_scale != 1 || dither != 0 || remove_dc || preemphasis != 0 || energy != Energy::none;

@@ -54,23 +54,23 @@ CompactFilters<T>::CompactFilters(const T* dense, int64_t bins, int64_t rows, bo
             high[m] = some ? int32_t(k) : high[m];
         }
     }
-    first_.resize(rows);
-    offset_.assign(1, 0);
+    std::vector<int32_t> order(rows);
+    std::vector<char> inside(bins + 1);
     for (int64_t m = 0; m < rows; ++m) {
-        first_[m] = high[m] < 0 ? 0 : low[m];
-        offset_.push_back(offset_[m] + (high[m] < 0 ? 0 : high[m] - low[m] + 1));
+        if (high[m] < 0) low[m] = 0;
+        count_.push_back(high[m] < 0 ? 0 : high[m] - low[m] + 1);
+        std::fill_n(inside.begin() + low[m], count_[m], 1);
     }
-    weights_.resize(offset_[rows]);
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t i = offset_[m]; i < offset_[m + 1]; ++i)
-            weights_[i] = dense[(first_[m] + i - offset_[m]) * rows + m];
-    const auto count = [this](int32_t m) { return offset_[m + 1] - offset_[m]; };
-    order_.resize(rows);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return count(a) < count(b); });
+    covered_ = std::find(inside.begin(), inside.end() - 1, 1) - inside.begin();
+    covered_end_ = std::find(inside.begin() + covered_, inside.end(), 0) - inside.begin();
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return count_[a] < count_[b]; });
+    for (const int32_t m : order) {
+        order_.push_back({8 * uint32_t(low[m]), 8 * uint32_t(m)});
+        for (int64_t k = low[m]; k < low[m] + count_[m]; ++k) weights_.push_back(dense[k * rows + m]);
+    }
     for (int c = 0; c <= Filters<T>::kShort; ++c)
-        short_end_.push_back(
-            int32_t(std::count_if(order_.begin(), order_.end(), [&](int32_t m) { return count(m) <= c; })));
+        short_end_.push_back(int32_t(std::count_if(count_.begin(), count_.end(), [&](int32_t n) { return n <= c; })));
     if (!by_bin) return;
     bin_offset_.assign(1, 0);
     for (int64_t k = 0; k < bins; ++k) {

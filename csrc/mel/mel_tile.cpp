@@ -206,49 +206,63 @@ void raise(const MelParams<T>& p, const Vec<T>* power, Vec<T>* raised) {
         for (int64_t k = 0; k < bins; ++k) raised[k] = mmfast::power(power[k] + p.power_offset, p.power / 2);
 }
 
-// m = filters * power for the rows with kCount weights, or with their own count where that is negative.
+// What spoils a frame: NaN if any of x[at .. end - 1] is infinite or NaN, otherwise 0.
+template <class T>
+MMFAST_INLINE Vec<T> poison_of(const Vec<T>* x, int64_t at, int64_t end) {
+    Vec<T> zero[4] = {};
+    for (; at + 4 <= end; at += 4)
+        for (int j = 0; j < 4; ++j) zero[j] += x[at + j] * T(0);
+    for (; at < end; ++at) zero[0] += x[at] * T(0);
+    return (zero[0] + zero[1]) + (zero[2] + zero[3]);
+}
+
+template <class T, class V>
+MMFAST_INLINE V* eighths(V* x, uint32_t at) {
+    return reinterpret_cast<V*>(intptr_t(x) + intptr_t(at) * int64_t(sizeof(Vec<T>) / 8));
+}
+
+// m = filters * power for the next rows, with kCount weights each or with their own count where that is negative.
 template <class T, int kCount>
-MMFAST_INLINE void filter_rows(const Filters<T>& f, const Vec<T>* power, Vec<T> poison, int64_t at, int64_t end,
-                               Vec<T>* m) {
-    const int32_t* const order = f.order;  // here, or they would be read again after each store
-    const int64_t *const first = f.first, *const offset = f.offset;
-    const T* const weights = f.weights;
-    for (; at < end; ++at) {
-        const int64_t i = order[at];
-        const Vec<T>* const x = power + first[i];
-        const T* const w = weights + offset[i];
-        const int64_t count = kCount < 0 ? offset[i + 1] - offset[i] : kCount;
-        Vec<T> a = poison, b{};
+MMFAST_INLINE void filter_rows(const Filters<T>& f, const Vec<T>* power, const FilterRow*& row, const FilterRow* end,
+                               const T*& weights, Vec<T>* m) {
+    const T* w = weights;
+    for (; row < end; ++row) {
+        const Vec<T>* const x = eighths<T>(power, row->first8);
+        const int64_t count = kCount < 0 ? f.count[row->row8 / 8] : kCount;
+        Vec<T> a{}, b{};
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) {
             a += x[j] * w[j];
             b += x[j + 1] * w[j + 1];
         }
         if (j < count) a += x[j] * w[j];
-        m[i] = a + b;
+        *eighths<T>(m, row->row8) = a + b;
+        w += count;
     }
+    weights = w;
 }
 template <class T, int... kCount>
-MMFAST_INLINE void filter_short_rows(const Filters<T>& f, const Vec<T>* power, Vec<T> poison, Vec<T>* m,
-                                     std::integer_sequence<int, kCount...>) {
-    (filter_rows<T, kCount>(f, power, poison, kCount ? f.short_end[kCount - (kCount > 0)] : 0, f.short_end[kCount], m),
-     ...);
+MMFAST_INLINE void filter_short_rows(const Filters<T>& f, const Vec<T>* power, const FilterRow*& row, const T*& weights,
+                                     Vec<T>* m, std::integer_sequence<int, kCount...>) {
+    (filter_rows<T, kCount>(f, power, row, f.order + f.short_end[kCount], weights, m), ...);
 }
 
 // m = filters * power, rows with as many weights after each other: loops of a known length, where a core could not guess the
-// end of most. Zeros are not multiplied, except by `poison`: as in the dense product one infinite or NaN bin makes
-// every band of its frame NaN.
+// end of most, and of few instructions, which are the limit here. Zeros are not multiplied; but as in the dense product one
+// infinite or NaN bin makes every band of its frame NaN.
 template <class T>
 void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
-    Vec<T> zero[4] = {};
-    int64_t k = 0;
-    for (; k + 4 <= bins; k += 4)
-        for (int j = 0; j < 4; ++j) zero[j] += power[k + j] * T(0);
-    for (; k < bins; ++k) zero[0] += power[k] * T(0);
-    const Vec<T> poison = (zero[0] + zero[1]) + (zero[2] + zero[3]);
+    const FilterRow* row = f.order;
+    const T* weights = f.weights;
     constexpr int kShort = Filters<T>::kShort;
-    filter_short_rows<T>(f, power, poison, m, std::make_integer_sequence<int, kShort + 1>());
-    filter_rows<T, -1>(f, power, poison, f.short_end[kShort], f.rows, m);
+    filter_short_rows<T>(f, power, row, weights, m, std::make_integer_sequence<int, kShort + 1>());
+    filter_rows<T, -1>(f, power, row, f.order + f.rows, weights, m);
+    // Bins in some row show there; what else is not finite there is a sum's own.
+    const Vec<T> suspect =
+        poison_of<T>(m, 0, f.rows) + poison_of<T>(power, 0, f.covered) + poison_of<T>(power, f.covered_end, bins);
+    if (Simd<T>::all_zero(suspect)) return;
+    const Vec<T> poison = poison_of<T>(power, 0, bins);
+    for (int64_t i = 0; i < f.rows; ++i) m[i] += poison;
 }
 
 // v = log_scale ln(max(m, floor) + offset) + log_shift and, for top_db, the extrema of it.
