@@ -230,8 +230,10 @@ def format_info(info: dict[str, Any]) -> str:
 
 
 def is_plain(t: torch.Tensor) -> bool:
-    """True where the memory of ``t`` holds its values: strided, on the CPU, no subclass, nothing still to be done."""
-    strided = type(t) is torch.Tensor and t.is_cpu and t.layout is torch.strided
+    """True where the memory of ``t`` holds its values: strided, on the CPU, no other subclass than
+    a parameter, nothing still to be done."""
+    ours = type(t) in (torch.Tensor, torch.nn.Parameter)
+    strided = ours and t.is_cpu and t.layout is torch.strided
     return strided and not t.is_neg() and not t._is_zerotensor()
 
 

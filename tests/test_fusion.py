@@ -192,6 +192,27 @@ def test_against_sdpa(lengths, heads, mask, scale, engine):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+def close_to_gold(dtype, tensors, lengths, mask, weights, causal=False):
+    """Output, log-sum-exp and gradients of two sources, compared with the float64 reference: (name, ours, gold)."""
+
+    def results(engine, kind):
+        query, k0, v0, k1, v1 = given = [x.detach().to(kind).requires_grad_() for x in tensors]
+        sources = [Source(k0, v0, lengths=lengths), Source(k1, v1, mask=mask)]
+        out, lse = attend(engine, query, sources, is_causal=causal, return_lse=True)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
+        return [out, lse, *torch.autograd.grad(loss, given)]
+
+    names = ["out", "lse", "dq", "dk0", "dv0", "dk1", "dv1"]
+    compared = list(zip(names, results("cpu", dtype), results("reference", torch.float64), strict=True))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
+    for name, got, expected in compared:
+        assert got.isfinite().all()
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+    return compared
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 7])
 @pytest.mark.parametrize("shared", ["none", "query", "keys"])
@@ -213,22 +234,7 @@ def test_few_queries(dtype, shared, rows):
     mask[1, :, rows - 1] = False
     weights = torch.randn(2, 4, rows, 24).double(), torch.randn(2, 4, rows).double()
 
-    def results(engine, kind):
-        query, k0, v0, k1, v1 = given = [x.detach().to(kind).requires_grad_() for x in tensors]
-        sources = [Source(k0, v0, lengths=torch.tensor([517, 0])), Source(k1, v1, mask=mask)]
-        out, lse = attend(engine, query, sources, return_lse=True)
-        lse = torch.where(lse == -torch.inf, 0.0, lse)
-        loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
-        return [out, lse, *torch.autograd.grad(loss, given)]
-
-    gold = results("reference", torch.float64)
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
-    for name, got, expected in zip(
-        ["out", "lse", "dq", "dk0", "dv0", "dk1", "dv1"], results("cpu", dtype), gold, strict=True
-    ):
-        assert got.isfinite().all()
-        error = (got.double() - expected).norm() / expected.norm()
-        assert error < tolerance, f"{name}: {error:.1e}"
+    close_to_gold(dtype, tensors, torch.tensor([517, 0]), mask, weights)
 
 
 @pytest.mark.native
@@ -258,22 +264,7 @@ def test_one_panel(dtype, batch, rows, dims, causal):
     mask[0, :, rows - 1] = False
     weights = torch.randn(batch, heads, rows, dims[1]).double(), torch.randn(batch, heads, rows).double()
 
-    def results(engine, kind):
-        query, k0, v0, k1, v1 = given = [x.detach().to(kind).requires_grad_() for x in tensors]
-        sources = [Source(k0, v0, lengths=lengths), Source(k1, v1, mask=mask)]
-        out, lse = attend(engine, query, sources, is_causal=causal, return_lse=True)
-        lse = torch.where(lse == -torch.inf, 0.0, lse)
-        loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
-        return [out, lse, *torch.autograd.grad(loss, given)]
-
-    gold = results("reference", torch.float64)
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
-    for name, got, expected in zip(
-        ["out", "lse", "dq", "dk0", "dv0", "dk1", "dv1"], results("cpu", dtype), gold, strict=True
-    ):
-        assert got.isfinite().all()
-        error = (got.double() - expected).norm() / expected.norm()
-        assert error < tolerance, f"{name}: {error:.1e}"
+    for name, got, expected in close_to_gold(dtype, tensors, lengths, mask, weights, causal):
         if name[0] == "d" and name != "dq":
             assert torch.equal(got[expected == 0], torch.zeros_like(got[expected == 0])), f"{name}: nobody looks there"
 

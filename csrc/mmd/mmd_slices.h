@@ -43,9 +43,15 @@ void Sweep<T>::lay_out_slices() {
     p.norms = take(block_size_);
     p.z = take(block_size_ * block_size_);
     p.k = take(kTile * kTile);
-    p.a_gradient = gradients_ ? take(p.block) : 0;
-    p.b_gradient = gradients_ ? take(p.block) : 0;
+    p.a_gradient = take(p.block);
+    p.b_gradient = take(p.block);
     g_[0] = take(kTile * kTile);
+}
+
+// z of the tile at row i and column j of two blocks.
+template <class T>
+T* Sweep<T>::slice_z(char* s, int64_t i, int64_t j) const {
+    return at(s, slices_.z) + (j / kTile * (block_size_ / kTile) + i / kTile) * kTile * kTile;
 }
 
 // z of all tiles of two blocks.
@@ -83,7 +89,7 @@ void Sweep<T>::compare_slices(int64_t batch, const Block& a, const Block& b, cha
             for (int64_t r = 0; r < kTile; ++r) to_b.norms[r] += norms[r];
             for (int64_t r = 0; r < a.count && !(diagonal && r > j); r += kTile)
                 t.compare_slice(i == 0, l2 && i + 1 == p.count, depth, to_a, r, std::min(kTile, a.count - r), to_b,
-                                columns, at(s, p.z) + (j / kTile * (block_size_ / kTile) + r / kTile) * kTile * kTile);
+                                columns, slice_z(s, r, j));
         }
     }
 }
@@ -106,7 +112,7 @@ void Sweep<T>::multiply_slices(int64_t batch, const Block& a, const Block& b, ch
             const int64_t columns = std::min(kTile, b.count - j);
             for (int64_t r = 0; r < a.count && !(diagonal && r > j); r += kTile) {
                 const int64_t rows = std::min(kTile, a.count - r);
-                const T* const w = at(s, p.z) + (j / kTile * (block_size_ / kTile) + r / kTile) * kTile * kTile;
+                const T* const w = slice_z(s, r, j);
                 if (to_a)
                     t.product(false, rows, columns, width, w, b_rows + j * stride, stride, a_gradient + r * stride,
                               stride);
@@ -130,7 +136,7 @@ void Sweep<T>::sliced_task(int64_t batch, int64_t slot, const Block& a, const Bl
     const Program<T>& program = programs_[0][0];
     const bool diagonal = a.index == b.index;
     // The sums of the derivatives of each row and of each column.
-    const bool sums = gradients_ && needs_sums(0, 0);
+    const bool sums = needs_sums(0, 0);
     double *const of_rows = row_sums(s, 0, 0), *const of_columns = row_sums(s, 0, 1);
     std::fill_n(of_rows, block_size_, 0.0);
     std::fill_n(of_columns, block_size_, 0.0);
@@ -152,27 +158,26 @@ void Sweep<T>::sliced_task(int64_t batch, int64_t slot, const Block& a, const Bl
             tile.i0 = a.first + i;
             tile.rows = std::min(kTile, a.count - i);
             tile.diagonal = diagonal && i == j;
-            T* const z = at(s, slices_.z) + (j / kTile * (block_size_ / kTile) + i / kTile) * kTile * kTile;
+            T* const z = slice_z(s, i, j);
             T factor = 0;
             if (tile.columns == kTile && !tile.diagonal && reducer.is_sum(tile, factor)) {
-                reducer.add(tile, t.evaluate_sum(program, tile.rows, gradients_, factor, z,
-                                                 sums ? of_rows + i : nullptr, sums ? of_columns + j : nullptr));
+                reducer.add(tile, t.evaluate_sum(program, tile.rows, true, factor, z, sums ? of_rows + i : nullptr,
+                                                 sums ? of_columns + j : nullptr));
                 continue;
             }
             tile.z = z;
             mask(tile, tile.diagonal, z);
-            t.evaluate(program, tile.rows, z, tile.k[0], gradients_ ? z : nullptr);
+            t.evaluate(program, tile.rows, z, tile.k[0], z);
             mask(tile, tile.diagonal, tile.k[0]);
-            if (gradients_) mask(tile, tile.diagonal, z);
+            mask(tile, tile.diagonal, z);
             reducer.take(tile);
-            if (!gradients_) continue;
             reducer.weigh(tile, 0, z);
             if (sums) t.reduce(tile.rows, z, nullptr, nullptr, of_rows + i, of_columns + j);
             if (tile.diagonal)
                 add_transposed(tile.rows, z);  // rows and columns are the same points: one product for both
         }
     }
-    if (gradients_) multiply_slices(batch, a, b, s);
+    multiply_slices(batch, a, b, s);
     reducer.end(tile, a.count);
 }
 

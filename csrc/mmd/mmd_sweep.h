@@ -545,6 +545,7 @@ private:
     bool takes_slices() const;
     int64_t most_in_slices() const;
     void lay_out_slices();
+    T* slice_z(char* s, int64_t i, int64_t j) const;
     void compare_slices(int64_t batch, const Block& a, const Block& b, char* s) const;
     void multiply_slices(int64_t batch, const Block& a, const Block& b, char* s) const;
     template <class R>

@@ -27,7 +27,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool, backend: str | No
     None where a check fails, for others to say why, and for what is not a kernel of L2 distances between dense float32
     or float64 features on the CPU, whose parameters are numbers or follow from a mean distance.
     """
-    if torch.compiler.is_compiling() or not (_is_plain(x) and _is_plain(y)) or x.dtype != y.dtype:
+    if torch.compiler.is_compiling() or not (_is_dense(x) and _is_dense(y)) or x.dtype != y.dtype:
         return None
     (n, d), (m, other) = x.shape, y.shape
     if d != other or min(n, m) < 2 or not _backend.nobody_looks_on():
@@ -43,17 +43,9 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool, backend: str | No
     return _backend._C.mmd_direct(x, y, terms.params, how[0], False, False)[0]
 
 
-def _is_plain(t: object) -> bool:
-    return (
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.is_cpu
-        and t.dim() == 2
-        and t.dtype in (torch.float32, torch.float64)
-        and t.layout is torch.strided
-        and t.stride(1) == 1
-        and not t.is_neg()
-        and not t._is_zerotensor()
-    )
+def _is_dense(t: Tensor) -> bool:
+    """Whether the native call takes these features: a matrix in its own precision, whose columns lie side by side."""
+    return _backend.is_plain(t) and t.dim() == 2 and t.dtype in (torch.float32, torch.float64) and t.stride(1) == 1
 
 
 def _terms(kernel: Kernel, x: Tensor, y: Tensor) -> Terms | None:
