@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -15,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -75,7 +79,8 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
     """Backend for ``op`` on tensors of ``device``, and the reason in words.
 
     ``requested`` (the ``backend=`` argument) wins over the environment variable ``MMFAST_BACKEND``; without either the
-    native kernels are taken where they exist, else the reference.
+    native kernels are taken where they exist, else the reference. Inside ``torch.func.grad``, ``jvp`` and their like
+    and with dual tensors it is the reference whoever asks (`is_differentiated_by_formula`).
 
     Raises:
         ValueError: unknown name, or one that cannot run ``op`` on ``device``.
@@ -85,6 +90,8 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
     origin = "backend=" if requested is not None else "MMFAST_BACKEND"
     requested = requested or os.environ.get("MMFAST_BACKEND") or None
     if requested is None:
+        if is_differentiated_by_formula():
+            return "reference", _BY_FORMULA
         reasons = []
         for name in there:  # up to the first that can run: this stands before every call
             if (reason := _missing(name)) is None:
@@ -102,6 +109,8 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         raise ImportError("backend 'triton' needs triton, which is not installed; pip install triton")
     if _missing(requested):
         raise ImportError(f"backend {requested!r} needs the native extension: {LOAD_ERROR}") from LOAD_ERROR
+    if is_differentiated_by_formula():
+        return "reference", _BY_FORMULA
     return requested, f"asked for by {origin}"
 
 
@@ -229,10 +238,61 @@ def format_info(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def apart():
+    """For what is made once and kept: outside every function transform, mode and default device of the caller, whose
+    marks it would carry into all later calls."""
+    with (
+        torch.inference_mode(False),
+        torch._C._DisableFuncTorch(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
+
+
+def kept(maxsize: int):
+    """`functools.lru_cache` for functions that make tensors: `apart`, and not at all while a graph is traced."""
+
+    def decorate(make):
+        @functools.lru_cache(maxsize)
+        def once(*args, **kwargs):
+            with apart():
+                return make(*args, **kwargs)
+
+        @functools.wraps(make)
+        def get(*args, **kwargs):
+            return (make if torch.compiler.is_compiling() else once)(*args, **kwargs)
+
+        return get
+
+    return decorate
+
+
+_BY_FORMULA = "torch.func and forward mode differentiate operator by operator"
+_Transform = torch._C._functorch.TransformType
+
+
+def is_differentiated_by_formula() -> bool:
+    """True inside ``torch.func.grad``, ``jvp`` and their like and inside `torch.autograd.forward_ad.dual_level`.
+
+    They know no formula of a kernel: a tangent would be lost there in silence. Not asked while a graph is traced.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(
+        level.key() in (_Transform.Grad, _Transform.Jvp) for level in torch._C._functorch.get_interpreter_stack() or ()
+    )
+
+
 def is_plain(t: torch.Tensor) -> bool:
     """True where the memory of ``t`` holds its values: strided, on the CPU, no other subclass than
-    a parameter, nothing still to be done."""
-    ours = type(t) in (torch.Tensor, torch.nn.Parameter)
+    a parameter, nothing still to be done, no batch of gradients (``is_grads_batched``)."""
+    ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t)
     strided = ours and t.is_cpu and t.layout is torch.strided
     return strided and not t.is_neg() and not t._is_zerotensor()
 

@@ -80,6 +80,18 @@ struct Simd {
         store(part, v);
         for (int i = 0; i < n; ++i) p[i] = part[i];
     }
+    // Lanes [first, first + n), n > 0, to p[0] and on.
+    static MMFAST_INLINE void store_lanes(T* p, V v, int first, int n) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            const __mmask16 some = __mmask16(((1u << n) - 1) << first);
+            return store(p, (V)_mm512_maskz_compress_ps(some, (__m512)v), n);
+        }
+#endif
+        alignas(64) T part[lanes];
+        store(part, v);
+        for (int i = 0; i < n; ++i) p[i] = part[first + i];
+    }
     template <class From, class To>
     static MMFAST_INLINE To bits(From from) {
         To to;

@@ -146,13 +146,13 @@ struct MelParams {
     }
 };
 
-// Up to `lanes` consecutive frames of one waveform.
+// Up to `lanes` frames: consecutive ones of one waveform or, of each of `rows` waveforms, as many from the same one on.
 template <class T>
 struct FrameTile {
     const T* lane[16];         // [framing.window] samples each; lanes past `frames` repeat a valid one
     const T *next, *next_end;  // samples that will be wanted soon, to be fetched meanwhile; may be null
-    int frames;
-    int64_t row, frame;  // of lane 0, for the dither
+    int frames, rows;          // `rows` divides `frames`
+    int64_t row, frame;        // of lane 0, for the dither
     bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)
     T threshold;
     // [Two rounds] of mel_two_rounds.h. In the first, a tile with a v below `guess` either stops there, v saved at `kept`, or, where
@@ -161,8 +161,10 @@ struct FrameTile {
     bool first_round, resume, deferred, guessed;
     T guess;
     T* kept;
-    T* out;  // feature c of frame f at out[c * feature_stride + f * frame_stride]
-    int64_t feature_stride, frame_stride;
+    T* out;  // feature c of frame f of waveform r at out[c * feature_stride + f * frame_stride + r * row_stride]
+    int64_t feature_stride, frame_stride, row_stride;
+    const T* next_out;     // where features of the next tile go, to be fetched meanwhile; may be null
+    bool next_out_begins;  // there: nothing before them has been fetched either
     T lowest, highest;  // written: extrema of v over the tile; NaN where any v is
 };
 

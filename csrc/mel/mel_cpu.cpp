@@ -102,9 +102,9 @@ void forward_cpu(const Plan& plan, const Waveform& wave, const Tables<T>& tables
         TwoRounds<T>(job, output, counts, maxima).run();
         return;
     }
-    deal_out(wave.rows * job.tiles, job.tile_cost(), output.scratch_bytes(), [&](int64_t i, char* scratch) {
+    deal_out(job.all_tiles(), job.tile_cost(), output.scratch_bytes(), [&](int64_t i, char* scratch) {
         FrameTile<T> t{};
-        if (output.begin(i, counts, scratch, t)) {
+        if (output.begin(job.place(i), counts, scratch, t)) {
             job.kernel.forward(p, t, scratch);
             output.end(t);
         }
@@ -191,7 +191,7 @@ private:
 
     GradientTile<T> tile(int64_t row, int64_t frame, int64_t count, T* staged) const {
         GradientTile<T> t{};
-        job_.point(row, frame, int(count), staged, t.in);
+        job_.point({row, frame}, int(count), staged, t.in);
         t.in.feature_stride = p_.time_major ? 1 : job_.frames;
         t.in.frame_stride = p_.time_major ? job_.features : 1;
         t.grad = grad_ + row * job_.features * job_.frames + frame * t.in.frame_stride;

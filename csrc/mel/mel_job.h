@@ -27,6 +27,11 @@ inline MelKernels<double> kernels<double>() {
     return MMFAST_FOR_ISA(best_isa(), mel, kernels_double)();
 }
 
+// Where a tile begins: a frame of a row and of the `rows - 1` rows after it.
+struct Place {
+    int64_t row, frame, rows = 1;
+};
+
 // One call: the parameters the kernels read and what they point to.
 template <class T>
 struct Job {
@@ -35,6 +40,7 @@ struct Job {
     MelKernels<T> kernel = kernels<T>();
     MelParams<T> p;
     int64_t frames, tiles, features, group, groups;
+    int64_t sharing = 1;  // so many rows have their last frames in one tile; for Places of place()
     std::vector<T> window;
     std::unique_ptr<CompactFilters<T>> own_filters;
 
@@ -52,6 +58,25 @@ struct Job {
         features = feature_count(spec, tables.n_filters, tables.cepstra);
         group = group_ > 0 ? group_ : std::max<int64_t>(1, wave.rows);
         groups = (wave.rows + group - 1) / group;
+        const int64_t tail = frames - (tiles - 1) * kernel.lanes;
+        // Not with what depends on a row or has each its own number of frames.
+        if (tiles && !wave.lengths && !p.has_top_db && p.dither == 0)
+            sharing = std::clamp<int64_t>(kernel.lanes / tail, 1, std::max<int64_t>(1, wave.rows));
+    }
+
+    // Note: [Shared tails]
+    //   The last tile of a row computes lanes that nobody asked for: of 256 clips of a second, 101 frames each, every seventh
+    //   tile is two thirds empty. Where at least two tails fit into one tile, rows go in groups of `sharing`: first the other
+    //   tiles of each, row by row, then one for the tails of all, read and written where they belong. A lane knows nothing of
+    //   its neighbours, so no number changes. Such a tile can not take overlapping samples from the next lane.
+    int64_t all_tiles() const {
+        return tiles ? wave.rows * (tiles - 1) + (wave.rows + sharing - 1) / sharing : 0;
+    }
+    Place place(int64_t i) const {
+        const int64_t full = tiles - 1, each = sharing * full + 1;
+        const int64_t row = i / each * sharing, rows = std::min(sharing, wave.rows - row), j = i % each;
+        if (j < rows * full) return {row + j / full, j % full * kernel.lanes};
+        return {row, full * kernel.lanes, rows};
     }
 
     // To the last place of each number: not a table that was computed less exactly, or none of a DCT at all.
@@ -100,19 +125,26 @@ struct Job {
     // Roughly the nanoseconds of a tile, to judge whether another thread is worth waking.
     double tile_cost() const { return 8.0 * double(spec.n_fft) + 0.5 * double(p.bands() * p.cepstra); }
 
-    // Samples that staging a tile takes, in one run of frames or in two.
+    // Samples that staging a tile takes: of each of its rows one run of frames or two.
     int64_t staging() const {
-        return std::min(p.framing.hop, p.framing.window) * (kernel.lanes - 1) + 2 * p.framing.window;
+        return std::min(p.framing.hop, p.framing.window) * (kernel.lanes - 1) + 2 * sharing * p.framing.window;
     }
 
-    // Points the lanes of `t` at frames [frame, frame + count) of a row: into the waveform itself where it is contiguous and in T.
-    // Frames that reach outside the signal, the first or the last of a row, are staged.
-    void point(int64_t row, int64_t frame, int count, T* staged, FrameTile<T>& t) const {
+    // Points the lanes of `t` at `count` frames of each row of `at`.
+    void point(const Place& at, int count, T* staged, FrameTile<T>& t) const {
+        t.frames = int(at.rows) * count;
+        t.rows = int(at.rows);
+        t.row = at.row;
+        t.frame = at.frame;
+        for (int r = 0; r < t.rows; ++r) staged = point(at.row + r, at.frame, count, staged, t.lane + r * count);
+        for (int i = t.frames; i < kernel.lanes; ++i) t.lane[i] = t.lane[t.frames - 1];
+    }
+
+    // Into the waveform itself where it is contiguous and in T. Frames that reach outside the signal, the first or the last of a
+    // row, are staged. Returns the end of what was.
+    T* point(int64_t row, int64_t frame, int count, T* staged, const T** lane) const {
         const Framing& f = p.framing;
         const int64_t begin = f.first + frame * f.hop, end = begin + (count - 1) * f.hop + f.window;
-        t.frames = count;
-        t.row = row;
-        t.frame = frame;
         int early = count, late = 0;
         if (readable_in_place()) {
             const auto frames_over = [&](int64_t samples) {
@@ -121,11 +153,10 @@ struct Job {
             early = frames_over(-begin);
             late = std::min(count - early, frames_over(end - length(row)));
         }
-        staged = stage_frames(row, begin, early, staged, t.lane);
+        staged = stage_frames(row, begin, early, staged, lane);
         const T* const x = static_cast<const T*>(wave.data) + row * wave.row_stride;
-        for (int i = early; i < count - late; ++i) t.lane[i] = x + (begin + i * f.hop);
-        stage_frames(row, begin + (count - late) * f.hop, late, staged, t.lane + count - late);
-        for (int i = count; i < kernel.lanes; ++i) t.lane[i] = t.lane[count - 1];
+        for (int i = early; i < count - late; ++i) lane[i] = x + (begin + i * f.hop);
+        return stage_frames(row, begin + (count - late) * f.hop, late, staged, lane + count - late);
     }
 
     bool readable_in_place() const {
@@ -142,11 +173,21 @@ struct Job {
         return count ? to + (count - 1) * step + window : to;
     }
 
-    // What the tile at `frame` of a row will read, as far as it lies in the waveform; with `follows`, only what is new after
-    // the tile before it.
+    // What will be read after the tile at `at`, as far as it lies in the waveform.
+    void announce_after(const Place& at, FrameTile<T>& t) const {
+        const int64_t frame = at.frame + kernel.lanes;
+        if (frame < frames) announce(at.row, frame, true, t);
+        else if (sharing == 1) announce(at.row + 1, 0, false, t);
+        if (sharing == 1 || frame >= frames || frame + kernel.lanes < frames || wave.row_stride != wave.length) return;
+        // The turn of the tail comes later, at once that of the next row, which stands beside it.
+        FrameTile<T> next;
+        announce(at.row + 1, 0, false, next);
+        if (next.next) t.next_end = next.next_end;
+    }
+    // What the tile at `frame` of a row will read; with `follows`, only what is new after the tile before it.
     void announce(int64_t row, int64_t frame, bool follows, FrameTile<T>& t) const {
         t.next = t.next_end = nullptr;
-        if (wave.type != scalar_type_of<T>() || wave.sample_stride != 1) return;
+        if (row >= wave.rows || wave.type != scalar_type_of<T>() || wave.sample_stride != 1) return;
         const Framing& f = p.framing;
         const int64_t begin = f.first + frame * f.hop, span = (kernel.lanes - 1) * f.hop + f.window;
         const int64_t known = follows ? std::max<int64_t>(0, f.window - f.hop) : 0;
@@ -214,11 +255,21 @@ struct Job {
                 const T value = T(x[i * stride]);
                 return c != 0 && i > 0 ? value - c * T(x[(i - 1) * stride]) : value;
             };
-            const auto outside = [&](int64_t q) {
-                const int64_t i = p.framing.source(q, n);
-                return i < 0 ? T(0) : sample(i);
+            const auto outside = [&](int64_t q, int64_t stop) {
+                if (q >= stop) return;
+                const int64_t first = p.framing.source(q, n), last = p.framing.source(stop - 1, n);
+                T* const out = to + (q - begin);
+                // One reflection: samples in reverse.
+                if (c == 0 && stride == 1 && p.framing.pad == 0 && last >= 0 && first - last == stop - 1 - q) {
+                    std::reverse_copy(x + last, x + first + 1, out);
+                    return;
+                }
+                for (int64_t k = 0; k < stop - q; ++k) {
+                    const int64_t i = p.framing.source(q + k, n);
+                    out[k] = i < 0 ? T(0) : sample(i);
+                }
             };
-            for (int64_t q = begin; q < low; ++q) to[q - begin] = outside(q);
+            outside(begin, low);
             if (c != 0) {
                 for (int64_t q = low; q < high; ++q) to[q - begin] = sample(q);
             } else if (stride == 1 && low < high) {
@@ -227,7 +278,7 @@ struct Job {
             } else {
                 for (int64_t q = low; q < high; ++q) to[q - begin] = T(x[q * stride]);
             }
-            for (int64_t q = high; q < end; ++q) to[q - begin] = outside(q);
+            outside(high, end);
         });
     }
 };
@@ -248,27 +299,41 @@ public:
         return job_.kernel.forward_scratch(job_.p) + (job_.staging() + block) * sizeof(T);
     }
 
-    // Readies tile i: frames past the end of the row are filled; false if there are no others.
-    bool begin(int64_t i, const int64_t* counts, char* scratch, FrameTile<T>& t) const {
-        const int64_t row = i / job_.tiles, lanes = job_.kernel.lanes, frame = i % job_.tiles * lanes;
+    // Readies a tile: frames past the end of the row are filled; false if there are no others.
+    bool begin(const Place& at, const int64_t* counts, char* scratch, FrameTile<T>& t) const {
+        const int64_t row = at.row, lanes = job_.kernel.lanes, frame = at.frame;
         const int64_t inside = std::clamp<int64_t>(counts[row] - frame, 0, lanes);
         const int64_t here = std::min<int64_t>(lanes, job_.frames - frame);
         if (inside < here) fill(row, frame + inside, here - inside);
         if (inside == 0) return false;
         T* const staged = reinterpret_cast<T*>(scratch + job_.kernel.forward_scratch(job_.p));
-        job_.point(row, frame, int(inside), staged, t);
-        if (frame + lanes < job_.frames) job_.announce(row, frame + lanes, true, t);
-        else if (row + 1 < job_.wave.rows) job_.announce(row + 1, 0, false, t);
-        t.out = direct() ? static_cast<T*>(out_) + row * row_stride_ + frame * frame_stride_ : staged + job_.staging();
-        t.feature_stride = direct() ? feature_stride_ : lanes;
-        t.frame_stride = direct() ? frame_stride_ : 1;
+        job_.point(at, int(inside), staged, t);
+        job_.announce_after(at, t);
+        if (!direct()) {
+            t.out = staged + job_.staging();
+            t.feature_stride = lanes;
+            t.frame_stride = 1;
+            t.row_stride = inside;
+            return true;
+        }
+        t.out = static_cast<T*>(out_) + row * row_stride_ + frame * frame_stride_;
+        t.feature_stride = feature_stride_;
+        t.frame_stride = frame_stride_;
+        t.row_stride = row_stride_;
+        t.next_out_begins = frame + lanes >= job_.frames || (job_.sharing > 1 && frame + 2 * lanes >= job_.frames);
+        if (!t.next_out_begins) t.next_out = t.out + lanes * frame_stride_;
+        else if (at.rows == 1 && row + 1 < job_.wave.rows) t.next_out = static_cast<T*>(out_) + (row + 1) * row_stride_;
         return true;
+    }
+    bool begin(int64_t i, const int64_t* counts, char* scratch, FrameTile<T>& t) const {
+        return begin({i / job_.tiles, i % job_.tiles * job_.kernel.lanes}, counts, scratch, t);
     }
     void end(const FrameTile<T>& t) const {
         if (direct()) return;
-        for_each(t.row, t.frame, t.frames, 0, job_.features, [&](auto& value, int64_t f, int64_t c) {
-            value = std::remove_reference_t<decltype(value)>(t.out[c * t.feature_stride + f]);
-        });
+        for (int r = 0; r < t.rows; ++r)
+            for_each(t.row + r, t.frame, t.frames / t.rows, 0, job_.features, [&](auto& value, int64_t f, int64_t c) {
+                value = std::remove_reference_t<decltype(value)>(t.out[r * t.row_stride + c * t.feature_stride + f]);
+            });
     }
     void fill(int64_t row, int64_t frame, int64_t frames) const {
         const T fill = T(job_.spec.fill);

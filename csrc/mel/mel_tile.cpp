@@ -28,7 +28,7 @@ template <class T>
 void load_frames(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* x) {
     constexpr int N = Simd<T>::lanes;
     const int64_t length = p.framing.window, hop = p.framing.hop;
-    const bool overlap = t.frames == N && hop < length;
+    const bool overlap = consecutive(t) && hop < length;
     const int64_t fresh = overlap ? hop : length;
     int64_t n = 0;
     for (; n + N <= fresh; n += N) Simd<T>::load_transposed(t.lane, n, x + n);
@@ -373,9 +373,16 @@ MMFAST_INLINE int64_t feature_count(const MelParams<T>& p) {
 template <class T>
 void store_features(const FrameTile<T>& t, Vec<T>* features, int64_t count) {
     constexpr int N = Simd<T>::lanes;
+    const int per_row = t.rows == 1 ? t.frames : t.frames / t.rows;
     if (t.frame_stride == 1) {
         T* out = t.out;
-        for (int64_t c = 0; c < count; ++c, out += t.feature_stride) Simd<T>::store(out, features[c], t.frames);
+        if (t.rows == 1) {
+            for (int64_t c = 0; c < count; ++c, out += t.feature_stride) Simd<T>::store(out, features[c], t.frames);
+            return;
+        }
+        for (int64_t c = 0; c < count; ++c, out += t.feature_stride)
+            for (int r = 0; r < t.rows; ++r)
+                Simd<T>::store_lanes(out + r * t.row_stride, features[c], r * per_row, per_row);
         return;
     }
     for (int64_t c = 0; c < count; c += N) {  // feature_stride is 1
@@ -383,7 +390,9 @@ void store_features(const FrameTile<T>& t, Vec<T>* features, int64_t count) {
         Vec<T> rows[N];
         for (int i = 0; i < N; ++i) rows[i] = i < n ? features[c + i] : Vec<T>{};
         Simd<T>::transpose(rows);
-        for (int f = 0; f < t.frames; ++f) Simd<T>::store(t.out + f * t.frame_stride + c, rows[f], n);
+        for (int r = 0; r < t.rows; ++r)
+            for (int f = 0; f < per_row; ++f)
+                Simd<T>::store(t.out + r * t.row_stride + f * t.frame_stride + c, rows[r * per_row + f], n);
     }
 }
 

@@ -71,13 +71,19 @@ int64_t scratch_bytes(const MelParams<T>& p) {
     return reinterpret_cast<intptr_t>(Workspace<T>(p, nullptr, kBackward).end);
 }
 
+// Whether the frame of each lane follows that of the lane before, so that most of its samples are known.
+template <class T>
+MMFAST_INLINE bool consecutive(const FrameTile<T>& t) {
+    return t.frames == Simd<T>::lanes && t.rows == 1;
+}
+
 // Cache lines that will be wanted, asked for a few at a time while a tile is computed, since a core waits for a dozen at
 // most: samples during the transform, output during the logarithm. There are too many streams (a row
 // of samples in each lane, a row of features in each band) for the hardware to see.
 struct Prefetch {
     const char *samples = nullptr, *samples_end = nullptr;
     const char* out = nullptr;
-    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0, lines_a_step = 0, rows_a_step = 0;
+    int64_t out_rows = 0, out_row = 0, out_stride = 0, out_bytes = 0, out_from = 0, lines_a_step = 0, rows_a_step = 0;
 
     template <class T>
     static MMFAST_INLINE Prefetch of(const FrameTile<T>& t, int64_t features) {
@@ -85,11 +91,13 @@ struct Prefetch {
         f.samples = reinterpret_cast<const char*>(t.next);
         f.samples_end = reinterpret_cast<const char*>(t.next_end);
         const bool by_frame = t.frame_stride != 1;
-        // That of the next tile in a row of features: asked for and wanted in the same tile, it comes late.
-        f.out = reinterpret_cast<const char*>(t.out + t.frames * t.frame_stride);
-        f.out_rows = by_frame ? t.frames : features;
+        // That of the next tile: asked for and wanted in the same tile, it comes late.
+        f.out = reinterpret_cast<const char*>(t.next_out);
+        f.out_rows = !t.next_out ? 0 : by_frame ? Simd<T>::lanes : features;
         f.out_stride = (by_frame ? t.frame_stride : t.feature_stride) * int64_t(sizeof(T));
-        f.out_bytes = (by_frame ? features : t.frames) * int64_t(sizeof(T));
+        f.out_bytes = (by_frame ? features : Simd<T>::lanes) * int64_t(sizeof(T));
+        // Of a short row only the last line: the one before has been the last of the tile before.
+        f.out_from = f.out_bytes <= 64 && !t.next_out_begins ? 63 : 0;
         return f;
     }
     // The number of steps that the samples, or the output, are asked for in. Once and in 32 bits: a division by a number of
@@ -107,8 +115,7 @@ struct Prefetch {
     MMFAST_INLINE void step_out() {
         for (int64_t i = 0; i < rows_a_step && out_row < out_rows; ++i, ++out_row) {
             const char* const row = out + out_row * out_stride;
-            // Of a short row only the last line: the one before has been the last of the tile before.
-            for (int64_t b = out_bytes <= 64 ? 63 : 0; b < out_bytes + 63; b += 64)
+            for (int64_t b = out_from; b < out_bytes + 63; b += 64)
                 __builtin_prefetch(row + (b < out_bytes ? b : out_bytes - 1), 1, 3);
         }
     }

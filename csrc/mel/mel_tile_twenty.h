@@ -19,7 +19,7 @@ MMFAST_INLINE bool by_twenty(const MelParams<T>& p) {
 template <class T>
 MMFAST_INLINE bool shifts_in_columns(const MelParams<T>& p, const FrameTile<T>& t) {
     const int64_t hop = p.framing.hop;
-    return by_twenty(p) && p.framing.window == 400 && (hop == 160 || hop == 200) && t.frames == Simd<T>::lanes &&
+    return by_twenty(p) && p.framing.window == 400 && (hop == 160 || hop == 200) && consecutive(t) &&
            !p.conditions();
 }
 

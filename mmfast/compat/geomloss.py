@@ -19,8 +19,6 @@ Where this departs from geomloss:
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
@@ -142,7 +140,7 @@ def _build(loss: str, blur: float | Tensor) -> Kernel:
     return Energy() if loss == "energy" else {"gaussian": Gaussian, "laplacian": Laplacian}[loss](blur)
 
 
-_cached = lru_cache(maxsize=64)(_build)
+_cached = _backend.kept(maxsize=64)(_build)
 
 
 def _weights(name: str, weights: Tensor, x: Tensor, single: bool) -> Tensor:

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from mmfast import _backend
 from mmfast.mel import MelConfig, extract, tables
 
 __all__ = ["amplitude_to_db", "feature", "filters", "mel", "melspectrogram", "mfcc", "power_to_db"]
@@ -265,8 +266,7 @@ def _from_samples(y, sr, n_fft, hop_length, win_length, window, center, pad_mode
     return _like(y, extract(x, config, **given))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@_backend.kept(maxsize=64)
 def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """librosa's filter bank ``(n_freqs, n_mels)``: the last bin of an odd transform lies below half the sample rate."""
     c = config
@@ -277,8 +277,7 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
     return bank.to(dtype).contiguous().to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@_backend.kept(maxsize=64)
 def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     """DCT matrix ``(n_mels, n_mfcc)`` with the lifter in it."""
     if dct_type == 2:
@@ -299,8 +298,7 @@ def _window(spec, length: int, device: torch.device) -> torch.Tensor:
     return values.to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@_backend.kept(maxsize=64)
 def _scipy_window(spec, length: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(_scipy("signal").get_window(spec, length, fftbins=True)).to(device)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.kernels import Kernel, MedianDistance
 from mmfast.mmd import mmd2
 from mmfast.mmd.terms import LAPLACIAN, Terms
@@ -43,7 +43,7 @@ def dan_loss(
     return mmd2(features_s, features_t, kernel, "biased")
 
 
-@lru_cache(maxsize=16)
+@_backend.kept(maxsize=16)
 def _laplacians(sigmas: tuple[float, ...]) -> Kernel:
     return _Laplacians(torch.tensor(sigmas, dtype=torch.float64), 0.0)
 

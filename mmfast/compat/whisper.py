@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mmfast import _backend
 from mmfast.mel import MelConfig, extract, tables
 
 __all__ = ["config", "load_audio", "log_mel_spectrogram", "mel_filters", "pad_or_trim"]
@@ -96,8 +97,7 @@ def pad_or_trim(array, length: int = N_SAMPLES, *, axis: int = -1):
     return np.pad(array, widths)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@_backend.kept(maxsize=64)
 def mel_filters(device: str | torch.device, n_mels: int) -> torch.Tensor:
     """Filter bank ``(n_mels, 201)``, float32: Slaney triangles with area normalisation, 0 to 8000 Hz.
 

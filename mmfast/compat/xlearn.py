@@ -15,11 +15,11 @@ Where this departs from the reference code:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.kernels import MultiGaussian, Product
 from mmfast.mmd import kernel_matrix, mmd2
 
@@ -33,7 +33,7 @@ def gaussians(kernel_mul: float, kernel_num: int, fix_sigma: float | Tensor | No
     return _gaussians(kernel_mul, kernel_num, fix_sigma or None)
 
 
-@lru_cache(maxsize=64)
+@_backend.kept(maxsize=64)
 def _gaussians(kernel_mul: float, kernel_num: int, fix_sigma: float | None) -> MultiGaussian:
     return MultiGaussian(bandwidth=fix_sigma or "dan", kernel_mul=kernel_mul, kernel_num=kernel_num)
 
@@ -108,7 +108,7 @@ def _product(layers, kernel_muls, kernel_nums, fix_sigma_list) -> Product:
     return _cached_product(settings)
 
 
-@lru_cache(maxsize=64)
+@_backend.kept(maxsize=64)
 def _cached_product(settings: tuple) -> Product:
     return Product([gaussians(*setting) for setting in settings])
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mmfast import _backend
 
@@ -50,7 +49,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_eager(tensors: Sequence[Tensor]) -> bool:
     """Whether an operator's kernel may be called itself (`_backend.nobody_looks_on`): plain tensors, none tracked."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on():
+    if torch.compiler.is_compiling() or not _backend.nobody_looks_on():
         return False
     tracked = torch.is_grad_enabled()
     return not any(not _backend.is_plain(x) or (tracked and x.requires_grad) for x in tensors)

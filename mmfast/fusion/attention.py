@@ -185,10 +185,11 @@ def attend(
 
 def choose_engine(device: torch.device, backend: str | None) -> str:
     """``"torch"``, or a backend of `_backend.choose`."""
+    by_formula = _backend.is_differentiated_by_formula()
     if backend == "torch":
-        return backend
+        return "reference" if by_formula else backend
     chosen = _backend.choose("fusion", device, backend)[0]
-    return "torch" if _is_free(backend) and chosen == "reference" else chosen
+    return "torch" if _is_free(backend) and chosen == "reference" and not by_formula else chosen
 
 
 def _is_free(backend: str | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmfast import _backend
-from mmfast.mel import op, reference, tables
+from mmfast.mel import op, reference
 from mmfast.mel.config import MelConfig
 from mmfast.mel.post import deltas, normalize, sliding_normalize
 from mmfast.mel.reference import compute_dtype
@@ -93,9 +93,6 @@ def extract(
         if backend is not None:
             raise ValueError(f"window and dct have gradients only on backend 'reference', got backend={backend!r}")
         chosen = "reference"
-    if not torch.compiler.is_compiling():  # a graph has no use for them as inputs
-        dtype = compute_dtype(waveform.dtype)
-        window, filters, dct = tables.resolve(config, dtype, waveform.device, window, filters, dct)
     run = reference.mel_reference if chosen == "reference" else op.mel
     features, counts = run(rows, window, filters, dct, lengths, group, seed, config)
     if len(shape) != 2:

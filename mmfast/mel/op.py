@@ -34,18 +34,34 @@ _forward = torch.ops.mmfast.mel_forward.default
 
 def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
     """`mel_reference` by the native kernels: the same arguments, the same results."""
+    args = rows, window, filters, dct, lengths, group, seed, config.key
     tracked = torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad))
-    if tracked or torch.compiler.is_compiling():
-        out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
-    elif (
-        all(t is None or _backend.is_plain(t) for t in (rows, window, filters, dct, lengths))
-        and _backend.nobody_looks_on()
-    ):
-        out = _forward_native(rows, window, filters, dct, lengths, group, seed, config.key)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a short clip
-            out = _forward(rows, window, filters, dct, lengths, group, seed, config.key)
-    return out[0], out[1]
+    if torch.compiler.is_compiling():
+        return _forward(*args)[:2]
+    if _takes_no_dispatcher(rows, window, filters, dct, lengths):
+        return _Direct.apply(*args) if tracked else _forward_native(*args)[:2]
+    if tracked:
+        return _forward(*args)[:2]
+    with torch._C._AutoDispatchBelowAutograd():  # its look through the arguments takes as long as a short clip
+        return _forward(*args)[:2]
+
+
+def _takes_no_dispatcher(*tensors) -> bool:
+    return _backend.nobody_looks_on() and all(t is None or _backend.is_plain(t) for t in tensors)
+
+
+class _Direct(torch.autograd.Function):
+    """The operators' kernels and derivatives without the operators, which take longer than a second of audio."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        out = _forward_native(*args)
+        _save_forward(ctx, args, out)
+        return out[:2]
+
+    @staticmethod
+    def backward(ctx, grad, _counts):
+        return _differentiate(ctx, grad, None, None)
 
 
 @lru_cache(maxsize=1024)
@@ -147,7 +163,7 @@ def _save_forward(ctx, inputs, output):
     waveform, window, filters, dct, lengths, ctx.group, ctx.seed, ctx.config = inputs
     _, counts, maxima = output
     ctx.save_for_backward(waveform, window, filters, dct, lengths, maxima)
-    ctx.mark_non_differentiable(counts, maxima)
+    ctx.mark_non_differentiable(counts, maxima)  # those of them that are returned
     ctx.set_materialize_grads(False)
 
 
@@ -155,8 +171,11 @@ def _differentiate(ctx, grad, _counts, _maxima):
     if grad is None:
         return (None,) * 8
     need_waveform, need_filters = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
-        grad, *ctx.saved_tensors, ctx.group, ctx.seed, ctx.config, need_waveform, need_filters
+    tensors = ctx.saved_tensors
+    # A second derivative is asked for by enabling gradients here.
+    direct = not torch.is_grad_enabled() and _takes_no_dispatcher(grad, *tensors)
+    grad_waveform, grad_filters = (_backward_native if direct else torch.ops.mmfast.mel_backward)(
+        grad, *tensors, ctx.group, ctx.seed, ctx.config, need_waveform, need_filters
     )
     # waveform, window, filters, dct, lengths, group, seed, config. Window and DCT have gradients in the reference only.
     return grad_waveform if need_waveform else None, None, grad_filters if need_filters else None, *(None,) * 5

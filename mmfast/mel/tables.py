@@ -8,10 +8,10 @@ loaded from a torchaudio checkpoint are the same numbers.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 
+from mmfast import _backend
 from mmfast.mel.config import MelConfig
 
 
@@ -26,8 +26,7 @@ def resolve(config, dtype, device, window, filters, dct) -> tuple:
     return tuple(ours if given is None else given for given, ours in zip((window, filters, dct), own, strict=True))
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # or those made in that mode would serve calls that want a gradient, and cannot
+@_backend.kept(maxsize=256)
 def _configured(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tuple:
     tables = window(config), filters(config), dct(config)
     # Complete before the copy, which waits for its end: other streams may use them at once.

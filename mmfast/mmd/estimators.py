@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -123,17 +122,10 @@ def _direct(x, y, kernel: Kernel, unbiased: bool, backend: str | None) -> Tensor
     return direct.mmd2(x, y, kernel, unbiased, backend)
 
 
-@functools.lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
-
-
+@_backend.kept(maxsize=256)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float64 tensor on the device, made once."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    return _constant(values, device)
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _parts(xs: Layers, ys: Layers, kernel: Kernel, backend: str | None) -> list[tuple[Layers, Layers, Terms]]:

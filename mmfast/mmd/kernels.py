@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mmfast import _backend
 from mmfast.mmd.bandwidth import MeanDistance, Rule, as_rule
 from mmfast.mmd.terms import (
     ENERGY,
@@ -116,7 +117,7 @@ class Kernel(nn.Module):
             return make()
         found = self._cache.get(key)
         if found is None:
-            with torch.inference_mode(False):  # what is kept must serve a later training step too
+            with _backend.apart():
                 found = self._cache[key] = make()
         return found
 

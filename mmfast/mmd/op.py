@@ -49,7 +49,6 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"mmfast::mmd_{_name}", _schema)
 _ops = torch.ops.mmfast
-_Transform = torch._C._functorch.TransformType
 
 
 # ---- The primitives
@@ -64,17 +63,10 @@ def _kernel(x: Sequence[Tensor], terms: Terms) -> tuple:
 
 
 def _fits(*kernels: Terms) -> bool:
-    """False where the reference serves: beyond 8 layers of 64 terms each, and for what `_is_differentiated` says."""
-    room = all(
+    """False where the reference serves: beyond 8 layers of 64 terms each."""
+    return all(
         max(t.layers, default=0) < 8 and all(t.layers.count(layer) <= 64 for layer in set(t.layers)) for t in kernels
     )
-    return room and (torch.compiler.is_compiling() or not _is_differentiated())
-
-
-def _is_differentiated() -> bool:
-    """True inside ``torch.func.grad``, ``jvp`` and their like, which see no formula of a registered operator."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() in (_Transform.Grad, _Transform.Jvp) for level in stack)
 
 
 _TRITON = "triton:"  # before the precision: Triton's kernels, which on CPU tensors are interpreted

@@ -42,6 +42,14 @@ void check_memory() {
             for (int i = 0; i < N; ++i) {
                 CHECK(v[i] == (i < n ? nth<T>(i) : 7), "lane %d after storing %d: %g", i, n, double(v[i]));
             }
+            if (n == 0) continue;
+            for (int i = 0; i < N; ++i) v[i] = nth<T>(i);
+            for (int first = 0; first + n <= N; ++first) {
+                S::store_lanes(to.data(), v, first, n);
+                for (int i = 0; i < n; ++i) {
+                    CHECK(to[i] == nth<T>(first + i), "lane %d of %d from %d: %g", i, n, first, double(to[i]));
+                }
+            }
         }
     }
 }
