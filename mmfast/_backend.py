@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -87,13 +86,14 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         ImportError: a native backend was asked for and the extension did not load; the cause is chained.
     """
     there = OPS[op].get(device.type, ())
-    origin = "backend=" if requested is not None else "MMFAST_BACKEND"
-    requested = requested or os.environ.get("MMFAST_BACKEND") or None
+    origin = "backend="
+    if requested is None and "MMFAST_BACKEND" in os.environ:  # this stands before every call, and get() is slow
+        origin, requested = "MMFAST_BACKEND", os.environ["MMFAST_BACKEND"] or None
     if requested is None:
         if is_differentiated_by_formula():
             return "reference", _BY_FORMULA
         reasons = []
-        for name in there:  # up to the first that can run: this stands before every call
+        for name in there:  # up to the first that can run
             if (reason := _missing(name)) is None:
                 kind = "Triton" if name == "triton" else "native"
                 return name, f"{kind} kernels for {device.type} tensors"
@@ -238,21 +238,22 @@ def format_info(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def keeps() -> bool:
+    """False while a graph is traced and inside function transforms and modes: tensors made there carry marks of it,
+    which would break later calls, and are needed there with these marks."""
+    return not torch.compiler.is_compiling() and nobody_looks_on()
+
+
 @contextlib.contextmanager
 def apart():
-    """For what is made once and kept: outside every function transform, mode and default device of the caller, whose
-    marks it would carry into all later calls."""
-    with (
-        torch.inference_mode(False),
-        torch._C._DisableFuncTorch(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-    ):
+    """For tensors that are made once and kept: not in inference mode, which would bar them from training, and not on a
+    default device."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
         yield
 
 
 def kept(maxsize: int):
-    """`functools.lru_cache` for functions that make tensors: `apart`, and not at all while a graph is traced."""
+    """`functools.lru_cache` for functions that make tensors."""
 
     def decorate(make):
         @functools.lru_cache(maxsize)
@@ -262,7 +263,7 @@ def kept(maxsize: int):
 
         @functools.wraps(make)
         def get(*args, **kwargs):
-            return (make if torch.compiler.is_compiling() else once)(*args, **kwargs)
+            return (once if keeps() else make)(*args, **kwargs)
 
         return get
 

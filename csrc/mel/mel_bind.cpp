@@ -2,11 +2,15 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "mel/mel.h"
 
@@ -185,6 +189,51 @@ std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tens
     return {out, counts, maxima};
 }
 
+// A front end with its own tables, in float32.
+struct Direct {
+    std::shared_ptr<mel::Plan> plan;
+    Tensor window;
+    optional<Tensor> filters, dct;
+    bool by_item;  // a maximum for each row, not for all
+};
+
+// Whether memory holds the values and neither a gradient nor another backend is wanted. With the lock of Python held, under
+// which the environment changes.
+bool is_direct(const Tensor& t) {
+    using c10::DispatchKey;
+    constexpr c10::DispatchKeySet kOthers({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched,
+                                           DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
+                                           DispatchKey::Negative, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
+    return t.device().is_cpu() && t.layout() == at::kStrided && !t.key_set().has_any(kOthers) &&
+           !(t.requires_grad() && c10::GradMode::is_enabled()) && !std::getenv("MMFAST_BACKEND");
+}
+
+// The features of (T,) or (B, T) samples on the CPU, the kernels' counts and maxima left aside; none for anything else.
+optional<Tensor> mel_direct(const Direct& direct, const Tensor& waveform) {
+    if (!is_direct(waveform)) return std::nullopt;
+    const py::gil_scoped_release unlocked;
+    const mel::Spec& spec = direct.plan->spec;
+    const auto type = waveform.scalar_type();
+    const bool known = type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kShort;
+    const int64_t dim = waveform.dim();
+    if (!known || dim < 1 || dim > 2 || waveform.size(dim - 1) < spec.framing.min_length) return std::nullopt;
+    const int64_t rows = dim == 1 ? 1 : waveform.size(0), length = waveform.size(dim - 1);
+    const mel::Waveform wave{waveform.const_data_ptr(),         scalar_type(waveform),    rows,   length,
+                             dim == 1 ? 0 : waveform.stride(0), waveform.stride(dim - 1), nullptr};
+    const auto tables = tables_of<float>(*direct.plan, direct.window, direct.filters, direct.dct, at::kCPU);
+    const int64_t frames = spec.framing.count(length);
+    const int64_t features = mel::feature_count(spec, tables.n_filters, tables.cepstra);
+    std::array<int64_t, 3> shape{rows, features, frames};
+    if (spec.time_major) std::swap(shape[1], shape[2]);
+    Tensor out = at::empty(at::IntArrayRef(shape).slice(dim == 1), type == at::kShort ? at::kFloat : type);
+    const int64_t groups = spec.has_top_db ? group_count(rows, direct.by_item) : 0;
+    std::vector<int64_t> counts(rows);
+    std::vector<float> maxima(groups);
+    mel::forward_cpu<float>(*direct.plan, wave, tables, direct.by_item, 0, out.data_ptr(), scalar_type(out),
+                            counts.data(), maxima.data());
+    return out;
+}
+
 std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& grad, const Tensor& waveform,
                                         const Tensor& window, const optional<Tensor>& filters,
                                         const optional<Tensor>& dct, const optional<Tensor>& lengths,
@@ -290,6 +339,12 @@ void bind_mel(py::module_& m) {
                 table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)}, at::kCPU);
             plan.prepare(dense, filters.size(-1));
         });
+    py::class_<Direct>(m, "MelDirect")
+        .def(py::init([](std::shared_ptr<mel::Plan> plan, Tensor window, optional<Tensor> filters, optional<Tensor> dct,
+                         bool by_item) {
+            return Direct{std::move(plan), std::move(window), std::move(filters), std::move(dct), by_item};
+        }));
+    m.def("mel_direct", &mel_direct);
     m.def("mel_forward", &mel_forward, py::call_guard<py::gil_scoped_release>());
     m.def("mel_backward", &mel_backward, py::call_guard<py::gil_scoped_release>());
 }

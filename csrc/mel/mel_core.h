@@ -153,7 +153,7 @@ struct FrameTile {
     const T *next, *next_end;  // samples that will be wanted soon, to be fetched meanwhile; may be null
     int frames, rows;          // `rows` divides `frames`
     int64_t row, frame;        // of lane 0, for the dither
-    bool clip;           // raise values to `threshold` (or, where that is NaN, everything to NaN)
+    bool clip;                 // raise values to `threshold` (or, where that is NaN, everything to NaN)
     T threshold;
     // [Two rounds] of mel_two_rounds.h. In the first, a tile with a v below `guess` either stops there, v saved at `kept`, or, where
     // that is null, goes on with `guess` as its threshold; `deferred` or `guessed` is written. In the second, with `resume`,
@@ -165,7 +165,7 @@ struct FrameTile {
     int64_t feature_stride, frame_stride, row_stride;
     const T* next_out;     // where features of the next tile go, to be fetched meanwhile; may be null
     bool next_out_begins;  // there: nothing before them has been fetched either
-    T lowest, highest;  // written: extrema of v over the tile; NaN where any v is
+    T lowest, highest;     // written: extrema of v over the tile; NaN where any v is
 };
 
 template <class T>

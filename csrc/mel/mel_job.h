@@ -69,9 +69,7 @@ struct Job {
     //   tile is two thirds empty. Where at least two tails fit into one tile, rows go in groups of `sharing`: first the other
     //   tiles of each, row by row, then one for the tails of all, read and written where they belong. A lane knows nothing of
     //   its neighbours, so no number changes. Such a tile can not take overlapping samples from the next lane.
-    int64_t all_tiles() const {
-        return tiles ? wave.rows * (tiles - 1) + (wave.rows + sharing - 1) / sharing : 0;
-    }
+    int64_t all_tiles() const { return tiles ? wave.rows * (tiles - 1) + (wave.rows + sharing - 1) / sharing : 0; }
     Place place(int64_t i) const {
         const int64_t full = tiles - 1, each = sharing * full + 1;
         const int64_t row = i / each * sharing, rows = std::min(sharing, wave.rows - row), j = i % each;

@@ -19,8 +19,7 @@ MMFAST_INLINE bool by_twenty(const MelParams<T>& p) {
 template <class T>
 MMFAST_INLINE bool shifts_in_columns(const MelParams<T>& p, const FrameTile<T>& t) {
     const int64_t hop = p.framing.hop;
-    return by_twenty(p) && p.framing.window == 400 && (hop == 160 || hop == 200) && consecutive(t) &&
-           !p.conditions();
+    return by_twenty(p) && p.framing.window == 400 && (hop == 160 || hop == 200) && consecutive(t) && !p.conditions();
 }
 
 // Columns of 400 samples. Those from 20 kFresh on are not read from x: with kFresh = hop / 20 sample n of a frame is sample

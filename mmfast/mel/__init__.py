@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmfast import _backend
-from mmfast.mel import op, reference
+from mmfast.mel import direct, op, reference
 from mmfast.mel.config import MelConfig
 from mmfast.mel.post import deltas, normalize, sliding_normalize
 from mmfast.mel.reference import compute_dtype
@@ -58,6 +58,10 @@ def extract(
         >>> mel.shape
         torch.Size([8, 80, 81])
     """
+    if backend is None and lengths is None and window is None and filters is None and dct is None:
+        features = direct.extract(waveform, config)
+        if features is not None:
+            return features
     if not isinstance(waveform, torch.Tensor):
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
     if waveform.dtype not in _DTYPES:

@@ -65,17 +65,17 @@ class _Direct(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1024)
-def _plan(key: str):
+def plan(key: str):
     """The native form of a configuration: transform tables, and its own filters (in float32) without their zeros.
 
     Also the `MelConfig`, and the filters' tensor to keep it alive: the kernels know it by its address.
     """
     config = MelConfig.from_key(key)
-    plan = _native_plan(config)
+    native = _native_plan(config)
     filters = resolve(config, torch.float32, torch.device("cpu"), None, None, None)[1]
     if filters is not None:
-        plan.prepare(filters)
-    return plan, config, filters
+        native.prepare(filters)
+    return native, config, filters
 
 
 def _native_plan(c: MelConfig):
@@ -117,18 +117,18 @@ def _native_plan(c: MelConfig):
 
 
 def _forward_native(waveform, window, filters, dct, lengths, group, seed, config):
-    plan, config, _ = _plan(config)
+    own, config, _ = plan(config)
     tables = resolve(config, compute_dtype(waveform.dtype), waveform.device, window, filters, dct)
-    return _backend._C.mel_forward(plan, waveform, *tables, lengths, group, seed)
+    return _backend._C.mel_forward(own, waveform, *tables, lengths, group, seed)
 
 
 def _backward_native(
     grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
 ):
-    plan, config, _ = _plan(config)
+    own, config, _ = plan(config)
     tables = resolve(config, compute_dtype(waveform.dtype), waveform.device, window, filters, dct)
     return _backend._C.mel_backward(
-        plan, grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
+        own, grad, waveform, *tables, lengths, maxima, group, seed, need_waveform, need_filters
     )
 
 

@@ -113,7 +113,7 @@ class Kernel(nn.Module):
             setattr(self, name, value)
 
     def _cached(self, key: object, make: Callable[[], object]) -> object:
-        if torch.compiler.is_compiling():
+        if not _backend.keeps():
             return make()
         found = self._cache.get(key)
         if found is None:
