@@ -115,6 +115,31 @@ struct Simd {
         return zero;
     }
 
+    // a < b ? a : b and a > b ? a : b, which is b where either is NaN.
+    static MMFAST_INLINE V min(V a, V b) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
+        return a < b ? a : b;
+    }
+    static MMFAST_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+        return a > b ? a : b;
+    }
+    // The least and the greatest of the lanes, none of which is NaN.
+    template <int kLeft = lanes>
+    static MMFAST_INLINE T lowest(V x) {
+        if constexpr (kLeft == 1) return x[0];
+        else return lowest<kLeft / 2>(min(x, rotate<kLeft / 2>(x, std::make_index_sequence<lanes>())));
+    }
+    template <int kLeft = lanes>
+    static MMFAST_INLINE T highest(V x) {
+        if constexpr (kLeft == 1) return x[0];
+        else return highest<kLeft / 2>(max(x, rotate<kLeft / 2>(x, std::make_index_sequence<lanes>())));
+    }
+
     // Sum of the lanes, in pairs: one half and the other, until one lane is left.
     template <int kLeft = lanes>
     static MMFAST_INLINE T sum(V x) {

@@ -140,6 +140,8 @@ struct MelParams {
     // A filter without weights gives the same v in every frame. With a DCT and top_db it is left out of the first round and
     // of FrameTile.lowest, for it lies below nearly every threshold; mel_cpu.cpp adds its part.
     MMFAST_INLINE bool constant_band(int64_t i) const { return cepstra && filters.rows && filters.count[i] == 0; }
+    // So many, the first of filters.order. On the CPU.
+    MMFAST_INLINE int64_t constant_bands() const { return cepstra && filters.rows ? filters.short_end[0] : 0; }
     // Whether samples change between the waveform and the window.
     MMFAST_INLINE bool conditions() const {
         return input_scale != 1 || dither != 0 || remove_dc || preemphasis != 0 || energy != Energy::none;
@@ -191,8 +193,6 @@ struct MelKernels {
     int64_t (*backward_scratch)(const MelParams<T>&);
     void (*forward)(const MelParams<T>&, FrameTile<T>&, void* scratch);
     void (*backward)(const MelParams<T>&, GradientTile<T>&, void* scratch);
-    // The sum of squares of the loudest of the frames that `count` samples are.
-    float (*loudest)(const MelParams<T>&, const T* samples, int64_t count);
 };
 
 }  // namespace mmfast

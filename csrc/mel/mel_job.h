@@ -207,18 +207,16 @@ struct Job {
         });
         return never_nan(result);
     }
-    // The same of all samples of the loudest frame, in which a single band may stand out. `scratch` has room for a tile.
-    float loudest_frame(int64_t row, int64_t frame, int64_t count, T* scratch) const {
+    // Asks for what loudness() will read: one line here and one there, which no core foresees.
+    void announce_look(int64_t row, int64_t frame, int64_t count) const {
         const auto [low, high] = inside(row, frame, count);
-        const T* x = static_cast<const T*>(wave.data) + (row * wave.row_stride + low);
-        if (!readable_in_place()) {
-            stage(row, low, high, scratch);
-            x = scratch;
-        }
-        return never_nan(kernel.loudest(p, x, high - low));
+        dispatch(wave.type, [&, first = low, last = high](auto* kind) {
+            using Sample = std::remove_pointer_t<decltype(kind)>;
+            const Sample* const x = static_cast<const Sample*>(wave.data) + row * wave.row_stride;
+            if (wave.sample_stride != 1) return;
+            for (int64_t q = first_line(x, first); q + kLook <= last; q += kEvery) __builtin_prefetch(x + q);
+        });
     }
-    int64_t tile_samples() const { return (kernel.lanes - 1) * p.framing.hop + p.framing.window; }
-
     std::pair<int64_t, int64_t> inside(int64_t row, int64_t frame, int64_t count) const {
         const int64_t begin = p.framing.first + frame * p.framing.hop;
         const int64_t low = std::clamp<int64_t>(begin, 0, length(row));
@@ -226,11 +224,18 @@ struct Job {
     }
     static float never_nan(float x) { return x >= 0 ? x : std::numeric_limits<float>::infinity(); }
 
+    // Of so many samples so many are looked at.
+    static constexpr int64_t kEvery = 256, kLook = 16;
+    // The first sample from x + q on that begins a cache line.
+    template <class Sample>
+    static int64_t first_line(const Sample* x, int64_t q) {
+        constexpr intptr_t kLine = 64 / sizeof(Sample);
+        return q + (-(reinterpret_cast<intptr_t>(x + q) / intptr_t(sizeof(Sample))) & (kLine - 1));
+    }
     template <class Sample>
     static float some_samples(const Sample* x, int64_t stride, int64_t low, int64_t high) {
-        constexpr int64_t kEvery = 512, kLook = 16;
         float sum[kLook] = {};
-        for (int64_t q = low; q + kLook <= high; q += kEvery) {
+        for (int64_t q = stride == 1 ? first_line(x, low) : low; q + kLook <= high; q += kEvery) {
             for (int64_t i = 0; i < kLook; ++i) {
                 const float value = float(x[(q + i) * stride]);
                 sum[i] += value * value;

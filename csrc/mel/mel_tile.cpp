@@ -265,7 +265,46 @@ void filter(const Filters<T>& f, const Vec<T>* power, int64_t bins, Vec<T>* m) {
     for (int64_t i = 0; i < f.rows; ++i) m[i] += poison;
 }
 
-// v = log_scale ln(max(m, floor) + offset) + log_shift and, for top_db, the extrema of it.
+// f(v) for the v of every band but the constant ones; f must not mind the order.
+template <class T, class F>
+MMFAST_INLINE void for_each_varying(const MelParams<T>& p, const Vec<T>* v, const F& f) {
+    constexpr int kTogether = 4;
+    const int64_t bands = p.bands(), constant = p.constant_bands();
+    const FilterRow* const order = p.filters.order;
+    int64_t i = constant;
+    const auto at = [&](int64_t k) { return constant ? *eighths<T>(v, order[k].row8) : v[k]; };
+    for (; i + kTogether <= bands; i += kTogether)
+        for (int j = 0; j < kTogether; ++j) f(at(i + j), j);
+    for (; i < bands; ++i) f(at(i), 0);
+}
+
+template <class T>
+void find_extrema(const MelParams<T>& p, const Vec<T>* v, FrameTile<T>& t) {
+    using S = Simd<T>;
+    using V = Vec<T>;
+    // Four of each: the next value would wait for the comparison before.
+    V highs[4], lows[4], sums[4] = {};
+    for (int j = 0; j < 4; ++j) lows[j] = -(highs[j] = S::splat(-T(__builtin_inf())));
+    for_each_varying(p, v, [&](V y, int j) {
+        lows[j] = S::min(y, lows[j]);
+        highs[j] = S::max(y, highs[j]);
+        sums[j] += y;
+    });
+    V low = S::min(S::min(lows[0], lows[1]), S::min(lows[2], lows[3]));
+    V high = S::max(S::max(highs[0], highs[1]), S::max(highs[2], highs[3]));
+    for (int i = t.frames; i < S::lanes; ++i) low[i] = low[0], high[i] = high[0];
+    t.lowest = S::lowest(low);
+    t.highest = S::highest(high);
+    // A NaN shows in the sum, and so do infinities of both signs.
+    if (S::all_zero((sums[0] + sums[1] + sums[2] + sums[3]) * T(0))) return;
+    bool nan = false;
+    for_each_varying(p, v, [&](V y, int) {
+        for (int i = 0; i < t.frames; ++i) nan |= y[i] != y[i];
+    });
+    if (nan) t.lowest = t.highest = T(__builtin_nan(""));
+}
+
+// v = log_scale ln(max(m, floor) + offset) + log_shift ; for top_db its extrema too.
 template <class T>
 void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t, Prefetch& prefetch) {
     using S = Simd<T>;
@@ -297,37 +336,7 @@ void compress(const MelParams<T>& p, const Vec<T>* m, Vec<T>* v, FrameTile<T>& t
     } else {
         logarithm(std::false_type());
     }
-    if (!p.has_top_db) return;
-    // Four of each: the next value would wait for the comparison before.
-    V highs[4], lows[4];
-    typename S::I bads[4] = {};
-    for (int j = 0; j < 4; ++j) lows[j] = -(highs[j] = S::splat(-T(__builtin_inf())));
-    const auto take = [&](int64_t i, int j) {
-        const V y = v[i];
-        if (!p.constant_band(i)) lows[j] = y < lows[j] ? y : lows[j];
-        highs[j] = y > highs[j] ? y : highs[j];
-        bads[j] |= y != y;
-    };
-    int64_t i = 0;
-    for (; i + 4 <= bands; i += 4)
-        for (int j = 0; j < 4; ++j) take(i + j, j);
-    for (; i < bands; ++i) take(i, 0);
-    for (int j = 1; j < 4; ++j) {
-        lows[0] = lows[j] < lows[0] ? lows[j] : lows[0];
-        highs[0] = highs[j] > highs[0] ? highs[j] : highs[0];
-        bads[0] |= bads[j];
-    }
-    const V low = lows[0], high = highs[0];
-    const typename S::I bad = bads[0];
-    t.lowest = low[0];
-    t.highest = high[0];
-    bool nan = bad[0];
-    for (int i = 1; i < t.frames; ++i) {
-        t.lowest = low[i] < t.lowest ? low[i] : t.lowest;
-        t.highest = high[i] > t.highest ? high[i] : t.highest;
-        nan |= bool(bad[i]);
-    }
-    if (nan) t.lowest = t.highest = T(__builtin_nan(""));
+    if (p.has_top_db) find_extrema(p, v, t);
 }
 
 // c[j * step] = sum over i < rows of v[i] dct[i][j * step], a few outputs at a time so that each v is loaded once for all.
@@ -427,7 +436,7 @@ void finish_bands(const MelParams<T>& p, const FrameTile<T>& t, Vec<T>* v) {
     const bool all = t.threshold != t.threshold;
     const Vec<T> threshold = Simd<T>::splat(t.clip ? t.threshold : -T(__builtin_inf()));
     for (int64_t i = 0; i < p.bands(); ++i) {
-        const Vec<T> raised = v[i] < threshold ? threshold : v[i];
+        const Vec<T> raised = Simd<T>::max(threshold, v[i]);  // a NaN stays
         v[i] = affine ? (raised + p.output_offset) * p.output_scale : raised;
     }
     for (int64_t i = 0; t.clip && all && i < p.bands(); ++i) v[i] = threshold;
@@ -458,9 +467,8 @@ void forward(const MelParams<T>& p, FrameTile<T>& t, void* scratch) {
         }
     }
     finish_bands(p, t, v);
-    if (p.has_top_db && p.cepstra && !t.clip)
-        for (int64_t i = 0; i < p.bands(); ++i)
-            if (p.constant_band(i)) v[i] = V{};
+    if (p.has_top_db && !t.clip)
+        for (int64_t k = 0; k < p.constant_bands(); ++k) *eighths<T>(v, p.filters.order[k].row8) = V{};
     V* features = v;
     if (p.cepstra || p.energy == Energy::prepend || p.energy == Energy::append) {
         features = s.features;
@@ -534,37 +542,9 @@ void backward(const MelParams<T>& p, GradientTile<T>& t, void* scratch) {
     overlap_add(p, t, d);
 }
 
-// Frames are taken to begin and end with blocks of `hop` samples, of which whole vectors are looked at.
-template <class T>
-float loudest(const MelParams<T>& p, const T* samples, int64_t count) {
-    constexpr int N = Simd<T>::lanes;
-    constexpr int64_t kMostBlocks = 64;
-    const int64_t hop = p.framing.hop, together = (p.framing.window + hop - 1) / hop;
-    float energy[kMostBlocks], most = 0;
-    for (int64_t b = 0; b < kMostBlocks && b * hop < count; ++b) {
-        Vec<T> sum[2] = {};
-        const int64_t end = (b + 1) * hop < count ? (b + 1) * hop : count;
-        int64_t q = b * hop;
-        for (; q + 2 * N <= end; q += 2 * N) {
-            const Vec<T> a = Simd<T>::load(samples + q), c = Simd<T>::load(samples + q + N);
-            sum[0] += a * a;
-            sum[1] += c * c;
-        }
-        for (; q + N <= end; q += N) {
-            const Vec<T> a = Simd<T>::load(samples + q);
-            sum[0] += a * a;
-        }
-        energy[b] = float(Simd<T>::sum(sum[0] + sum[1]));
-        float frame = 0;
-        for (int64_t i = b + 1 < together ? 0 : b + 1 - together; i <= b; ++i) frame += energy[i];
-        if (!(frame <= most)) most = frame;
-    }
-    return most;
-}
-
 template <class T>
 MMFAST_INLINE MelKernels<T> kernels_of() {
-    return {Simd<T>::lanes, scratch_bytes<T, false>, scratch_bytes<T, true>, forward<T>, backward<T>, loudest<T>};
+    return {Simd<T>::lanes, scratch_bytes<T, false>, scratch_bytes<T, true>, forward<T>, backward<T>};
 }
 
 }  // namespace

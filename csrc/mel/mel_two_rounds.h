@@ -20,11 +20,10 @@ namespace mel {
 //   top_db needs the maximum of the group before any of its values is final. The first round takes what is known of it (it only
 //   grows) for the maximum; the second computes anew, or without a DCT just raises, the tiles that took a maximum that was not
 //   the last. Speech in a quiet room has values below in nearly every tile, so the maximum must be met early. It stands in one of
-//   the frames with the most energy: of the third of the tiles that is loudest where a few samples are looked at, all samples
-//   are looked at; the loudest frames of these lead, and the next loudest, in order, come before all others as scouts. Without
-//   a DCT a tile is raised for less than a closer look would cost.
-//   While the leading tiles are computed little is known. With a DCT they are left unfinished where they lie below, v kept, as
-//   long as kKept bytes a thread have room, and so are those of groups too small to have any scouts.
+//   the frames with the most energy: the tiles that are loudest where a few samples are looked at come before all others as
+//   scouts, the very loudest of them first. While they are computed little is known: with a DCT they are left unfinished where
+//   they lie below, v kept, as long as kKept bytes a thread have room, and so are those of groups too small to have any scouts.
+//   (All samples of the likely tiles, looked at to find fewer and better ones, cost more: a third of the waveform read twice.)
 //   What is computed twice, and by whom, changes with the order of events; the values do not.
 template <class T>
 class TwoRounds {
@@ -43,9 +42,9 @@ public:
         choose_scouts();
         const int64_t scouts = int64_t(scouts_.size());
         deal_out(scouts + total_, job_.tile_cost(), output_.scratch_bytes(), [&](int64_t i, char* scratch) {
-            if (i < scouts)
-                first(scouts_[i].tile, i + 1 < scouts ? scouts_[i + 1].tile : -1, scouts_[i].leads, scratch);
-            else if (scouts == 0 || !is_scout_[i - scouts]) first(i - scouts, -1, scouts == 0, scratch);
+            if (i < scouts) first(scouts_[i], i + 1 < scouts ? scouts_[i + 1] : -1, true, scratch);
+            else if (scouts == 0) first(i, -1, true, scratch);
+            else if (!is_scout_[i - scouts]) first(i - scouts, after(i - scouts), false, scratch);
         });
         for (int64_t g = 0; g < job_.groups; ++g) {
             T top = -kInfinity;
@@ -60,12 +59,7 @@ public:
 private:
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
     static constexpr size_t kKept = size_t(7) << 19;
-    static constexpr int64_t kLookedAt = 3, kScouts = 8, kLeads = 64;  // one tile in so many
-
-    struct Scout {
-        int64_t tile;
-        bool leads;
-    };
+    static constexpr int64_t kScouts = 8, kLeads = 64;  // one tile in so many
 
     int64_t begin_of(int64_t group) const { return std::min(group * job_.group * job_.tiles, total_); }
     bool below(int64_t i) const { return !(lowest_[i] >= threshold_[i / job_.tiles / job_.group]); }
@@ -74,48 +68,51 @@ private:
 
     void choose_scouts() {
         if (job_.group * job_.tiles < 2 * kScouts) return;
-        std::vector<float> loudness(total_);
-        std::vector<int64_t> order(total_), looked_at;
+        const std::vector<float> loudness = measure();
+        std::vector<int64_t> order(total_);
         std::iota(order.begin(), order.end(), 0);
-        measure(order, false, loudness);
         // The `most` loudest of tiles [first, last) come first.
-        const auto select = [&](std::vector<int64_t>& tiles, int64_t first, int64_t most, int64_t last) {
+        const auto select = [&](int64_t first, int64_t most, int64_t last) {
             std::nth_element(
-                tiles.begin() + first, tiles.begin() + first + most, tiles.begin() + last,
+                order.begin() + first, order.begin() + first + most, order.begin() + last,
                 [&](int64_t a, int64_t b) { return loudness[a] != loudness[b] ? loudness[a] > loudness[b] : a < b; });
         };
-        const auto share = [&](int64_t g, int64_t of) { return (begin_of(g + 1) - begin_of(g) + of - 1) / of; };
-        for (int64_t g = 0; g < job_.groups; ++g) {
-            const int64_t begin = begin_of(g), count = share(g, kLookedAt);
-            select(order, begin, count, begin_of(g + 1));
-            std::sort(order.begin() + begin, order.begin() + begin + count);
-            looked_at.insert(looked_at.end(), order.begin() + begin, order.begin() + begin + count);
-        }
-        if (p_.cepstra) measure(looked_at, true, loudness);
         is_scout_.resize(total_);
-        for (int64_t g = 0, begin = 0; g < job_.groups; begin += share(g++, kLookedAt)) {
-            const int64_t end = begin + share(g, kLookedAt), scouts = share(g, kScouts), leads = share(g, kLeads);
-            select(looked_at, begin, scouts, end);
-            select(looked_at, begin, leads, begin + scouts);
-            std::sort(looked_at.begin() + begin, looked_at.begin() + begin + leads);
-            std::sort(looked_at.begin() + begin + leads, looked_at.begin() + begin + scouts);
-            for (int64_t i = 0; i < scouts; ++i) {
-                scouts_.push_back({looked_at[begin + i], i < leads});
-                is_scout_[looked_at[begin + i]] = 1;
+        for (int64_t g = 0; g < job_.groups; ++g) {
+            const int64_t begin = begin_of(g), end = begin_of(g + 1);
+            const int64_t scouts = (end - begin + kScouts - 1) / kScouts, leads = (end - begin + kLeads - 1) / kLeads;
+            select(begin, scouts, end);
+            select(begin, leads, begin + scouts);
+            std::sort(order.begin() + begin, order.begin() + begin + leads);
+            std::sort(order.begin() + begin + leads, order.begin() + begin + scouts);
+            for (int64_t i = begin; i < begin + scouts; ++i) {
+                scouts_.push_back(order[i]);
+                is_scout_[order[i]] = 1;
             }
         }
     }
 
-    void measure(const std::vector<int64_t>& tiles, bool closely, std::vector<float>& loudness) const {
-        const size_t bytes = closely && !job_.readable_in_place() ? job_.tile_samples() * sizeof(T) : 0;
-        deal_out(int64_t(tiles.size()), (closely ? 0.1 : 0.02) * job_.tile_cost(), bytes,
-                 [&](int64_t j, char* scratch) {
-                     const int64_t i = tiles[j], row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
-                     const int64_t count = std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes);
-                     loudness[i] = !count    ? 0
-                                   : closely ? job_.loudest_frame(row, frame, count, reinterpret_cast<T*>(scratch))
-                                             : job_.loudness(row, frame, count);
-                 });
+    std::vector<float> measure() const {
+        std::vector<float> loudness(total_);
+        const auto of = [&](int64_t i, const auto& f) {
+            const int64_t row = i / job_.tiles, frame = i % job_.tiles * job_.kernel.lanes;
+            f(row, frame, std::clamp<int64_t>(counts_[row] - frame, 0, job_.kernel.lanes));
+        };
+        deal_out(total_, 0.02 * job_.tile_cost(), 0, [&](int64_t i, char*) {
+            constexpr int64_t kAhead = 2;
+            if (i + kAhead < total_)
+                of(i + kAhead, [&](auto row, auto frame, auto count) { job_.announce_look(row, frame, count); });
+            of(i,
+               [&](auto row, auto frame, auto count) { loudness[i] = count ? job_.loudness(row, frame, count) : 0; });
+        });
+        return loudness;
+    }
+
+    // The next tile that is no scout.
+    int64_t after(int64_t i) const {
+        for (++i; i < total_ && is_scout_[i]; ++i) {
+        }
+        return i < total_ ? i : -1;
     }
 
     // Tile i; `next`, unless negative, is the one that comes after it.
@@ -226,7 +223,7 @@ private:
     // Of each tile: extrema of v, and the threshold that the first round finished it with (NaN: none).
     std::vector<T> lowest_, highest_, guess_;
     std::vector<T> threshold_;  // of each group
-    std::vector<Scout> scouts_;
+    std::vector<int64_t> scouts_;
     std::vector<char> is_scout_;
     std::vector<T*> kept_, free_;
     std::vector<std::atomic<T>> known_;

@@ -62,6 +62,17 @@ void check_shuffles() {
     for (int i = 0; i < N; ++i) {
         v[i] = nth<T>(i);
     }
+    CHECK(S::highest(v) == nth<T>(N - 1) && S::lowest(v) == nth<T>(0), "extrema %g %g", double(S::lowest(v)),
+          double(S::highest(v)));
+    typename S::V other = v;
+    for (int i = 0; i < N; ++i) {
+        other[i] = i % 3 == 0 ? T(__builtin_nan("")) : i % 3 == 1 ? v[i] + 1 : v[i] - 1;
+    }
+    for (int i = 0; i < N; ++i) {
+        CHECK(S::min(other, v)[i] == (i % 3 == 2 ? other : v)[i], "lane %d of min: %g", i, double(S::min(other, v)[i]));
+        CHECK(S::max(other, v)[i] == (i % 3 == 1 ? other : v)[i], "lane %d of max: %g", i, double(S::max(other, v)[i]));
+    }
+    CHECK(S::min(v, other)[0] != S::min(v, other)[0], "a NaN in the second place is left");
     v = S::shift_in(v, T(-1));
     for (int i = 0; i < N; ++i) {
         CHECK(v[i] == (i + 1 < N ? nth<T>(i + 1) : -1), "lane %d shifted: %g", i, double(v[i]));
