@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -142,20 +144,17 @@ public:
     bool skip(int64_t i, int64_t j) const { return own && i == j; }
     const Approx& at(int64_t i, int64_t j) const { return k[i * m + j]; }
 
-    // The derivative of K by a parameter of a term.
-    Approx by_parameter(size_t layer, size_t term, int which, int64_t i, int64_t j) const {
-        const Term& t = kernel_.layers[layer].terms[term];
-        const Approx& z = layers[layer].z[i * m + j];
-        Approx d{term_derivative(t, which, z.v)};
-        for (double e = z.e; e > z.e / 1000; e /= 4) {  // it need not grow with z all the way
-            d.e = std::max(d.e, 2 * std::abs(double(term_derivative(t, which, z.v + e) - d.v)));
+    // The derivatives of all K_ij by a parameter of a term, computed when they are first asked for.
+    const std::vector<Approx>& by_parameter(size_t layer, size_t term, int which) const {
+        std::vector<Approx>& all = by_parameter_[{layer, term, which}];
+        if (all.empty()) {
+            all.resize(n * m);
+            for (int64_t at = 0; at < n * m; ++at) {
+                if (const int64_t twin = twin_of(at); twin != at) all[at] = all[twin];
+                else if (!skip(at / m, at % m)) all[at] = parameter_at(layer, term, which, at);
+            }
         }
-        // A derivative by an exponent has the logarithm of something near 1.
-        const double scale = std::abs(double(term_value(t, z.v)));
-        d.e += (16 + 8 * t.exponent) * eps_ * d.size() + 1e-11 * (d.size() + scale);
-        d.e += std::pow(0x1p-14 * std::log(std::max(scale, 1e-308)), 4) * d.size();  // of the differences, far out
-        d.e += which == 3 ? 4 * eps_ * scale : 0;
-        return times_others(d, layer, i * m + j);
+        return all;
     }
 
     // Adds the derivatives by the features: weights[i][j] = dL / dk_ij; `to` [n][features], `to_y` [m][features].
@@ -181,6 +180,27 @@ public:
     }
 
 private:
+    // Of a sample's own pairs (i, j) and (j, i) are the same to the bit: that of them which comes first.
+    int64_t twin_of(int64_t at) const {
+        const int64_t i = at / m, j = at % m;
+        return own && j < i ? j * m + i : at;
+    }
+
+    Approx parameter_at(size_t layer, size_t term, int which, int64_t at) const {
+        const Term& t = kernel_.layers[layer].terms[term];
+        const Approx& z = layers[layer].z[at];
+        Approx d{term_derivative(t, which, z.v)};
+        for (double e = z.e; e > z.e / 1000; e /= 4) {  // it need not grow with z all the way
+            d.e = std::max(d.e, 2 * std::abs(double(term_derivative(t, which, z.v + e) - d.v)));
+        }
+        // A derivative by an exponent has the logarithm of something near 1.
+        const double scale = std::abs(double(term_value(t, z.v)));
+        d.e += (16 + 8 * t.exponent) * eps_ * d.size() + 1e-11 * (d.size() + scale);
+        d.e += std::pow(0x1p-14 * std::log(std::max(scale, 1e-308)), 4) * d.size();  // of the differences, far out
+        d.e += which == 3 ? 4 * eps_ * scale : 0;
+        return times_others(d, layer, at);
+    }
+
     // Terms are rounded once, and once more for each sum that they stand in.
     void add_feature(Metric metric, const Approx& w, double p, double q, double spread, Approx& a, Approx& b) const {
         const double more = (8 + std::sqrt(double(n + m))) * eps_ * w.size();
@@ -222,10 +242,11 @@ private:
             r.spread[c] = high > low ? high - low : 0;
             diameter += r.spread[c] * r.spread[c];
         }
-        for (int64_t i = 0; i < n; ++i) {
-            for (int64_t j = 0; j < m; ++j) {
-                r.z[i * m + j] = distance(l, x_.row(b_, i) + column, y_.row(b_, j) + column, std::sqrt(diameter));
-            }
+        for (int64_t at = 0; at < n * m; ++at) {
+            const int64_t twin = twin_of(at);
+            r.z[at] = twin != at ? r.z[twin]
+                                 : distance(l, x_.row(b_, at / m) + column, y_.row(b_, at % m) + column,
+                                            std::sqrt(diameter));
         }
         return r;
     }
@@ -273,6 +294,11 @@ private:
                 gaussians += t.family == Family::gaussian;
             }
             for (int64_t at = 0; at < n * m; ++at) {
+                if (const int64_t twin = twin_of(at); twin != at) {
+                    values[at] = values[twin];
+                    layers[l].slope[at] = layers[l].slope[twin];
+                    continue;
+                }
                 for (const Term& t : layer.terms) {
                     // A Gaussian may be the sixteenth power of another.
                     const double rounded = (t.family == Family::gaussian && gaussians > 1 ? 64 : 12) * eps_;
@@ -315,6 +341,7 @@ private:
     int64_t b_;
     double eps_;
     std::vector<std::vector<Approx>> values_;  // of each layer
+    mutable std::map<std::tuple<size_t, size_t, int>, std::vector<Approx>> by_parameter_;
 };
 
 // Gradients of one kernel, of all the batch.
@@ -348,11 +375,11 @@ struct SlowGradients {
 private:
     static void add_parameter(const Pairs& pairs, size_t l, size_t t, int which, const std::vector<Approx>& weights,
                               Approx& to) {
+        const std::vector<Approx>& derivatives = pairs.by_parameter(l, t, which);
         for (int64_t i = 0; i < pairs.n; ++i) {
             for (int64_t j = 0; j < pairs.m; ++j) {
-                const Approx& w = weights[i * pairs.m + j];
+                const Approx &w = weights[i * pairs.m + j], &d = derivatives[i * pairs.m + j];
                 if (!pairs.skip(i, j)) {
-                    const Approx d = pairs.by_parameter(l, t, which, i, j);
                     to.add(w.v, d.v, d.e);
                     to.e += w.e * (d.size() + d.e);
                 }

@@ -42,6 +42,10 @@ public:
     template <class F>
     Tensor(Random& random, const Sizes& of, ScalarType type, bool boolean, const F& value)
         : sizes(of), type_(type), boolean_(boolean) {
+        for (int64_t d = 3, step = 1; d >= 0; --d) {
+            step_[d] = sizes[d] == 1 ? 0 : step;
+            step *= sizes[d];
+        }
         std::array<int, 4> order{0, 1, 2, 3};
         for (int i = 3; i > 0 && random.chance(0.7); --i) std::swap(order[i - 1], order[random.below(i)]);
         if (random.chance(0.2)) std::swap(order[3], order[random.below(4)]);
@@ -57,10 +61,7 @@ public:
         for (int64_t i = 0; i < values_in(); ++i) values[i] = put(place(i), value());
     }
     double at(int64_t b, int64_t h, int64_t i, int64_t j) const {
-        const int64_t index[4] = {b, h, i, j};
-        int64_t flat = 0;
-        for (int d = 0; d < 4; ++d) flat = flat * sizes[d] + (sizes[d] == 1 ? 0 : index[d]);
-        return values[flat];
+        return values[b * step_[0] + h * step_[1] + i * step_[2] + j * step_[3]];
     }
     View view() const {
         int64_t s[4];
@@ -103,7 +104,7 @@ private:
     }
     ScalarType type_;
     bool boolean_;
-    int64_t stride_[4];
+    int64_t stride_[4], step_[4];  // of an axis, in memory and in `values`
     std::unique_ptr<Buffer<unsigned char>> bytes_;
 };
 
