@@ -1,9 +1,10 @@
 // Argument checks, allocation and the device switch of the mel slice.
-#include <torch/csrc/utils/pybind.h>
-
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <array>
 #include <cstdlib>
