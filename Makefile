@@ -18,10 +18,11 @@ export MAX_JOBS
 
 .PHONY: test bench speech setup lint format docs native-test triton-test sanitize cuda-compile cuda-report gpu clean
 
-# Two processes share the tests. Their threads give way while they wait: there may be more of them than cores.
+# Two processes share the tests. Their threads give way while they wait: there may be more of them than cores. So inductor
+# need not start processes of its own to compile in.
 WORKERS ?= 2
 test: setup native-test
-	OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 TORCHINDUCTOR_COMPILE_THREADS=1 MMFAST_REQUIRE_NATIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 bench: setup
 	$(PY) -m benchmarks.readme_bench
