@@ -244,9 +244,9 @@ private:
         }
         for (int64_t at = 0; at < n * m; ++at) {
             const int64_t twin = twin_of(at);
-            r.z[at] = twin != at ? r.z[twin]
-                                 : distance(l, x_.row(b_, at / m) + column, y_.row(b_, at % m) + column,
-                                            std::sqrt(diameter));
+            r.z[at] = twin != at
+                          ? r.z[twin]
+                          : distance(l, x_.row(b_, at / m) + column, y_.row(b_, at % m) + column, std::sqrt(diameter));
         }
         return r;
     }
