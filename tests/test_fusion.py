@@ -269,6 +269,32 @@ def test_one_panel(dtype, batch, rows, dims, causal):
             assert torch.equal(got[expected == 0], torch.zeros_like(got[expected == 0])), f"{name}: nobody looks there"
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("rows", [65, 134])
+@pytest.mark.parametrize("dims", [(40, 40), (6, 24), (72, 8), (20, 36)])
+def test_gradients_of_dims_that_are_no_multiple(rows, dims):
+    """Some of the last features of two queries share a vector; a key that nobody may attend to may be infinite."""
+    tensors = [torch.randn(2, n, 3, d).transpose(1, 2) for n, d in zip((rows, 77, 77), (dims[0], *dims), strict=True)]
+    mask = torch.rand(1, 3, rows, 77) < 0.8
+    mask[..., 5] = False
+    grad = torch.randn(2, rows, 3, dims[1]).transpose(1, 2)
+    results = []
+    for to in (torch.float32, torch.float64):
+        query, key, value = (x.detach().to(to).requires_grad_() for x in tensors)
+        out = F.scaled_dot_product_attention(query, key, value, mask) if to == torch.float64 else None
+        if out is None:
+            out = mmfast.cross_attention(query, [Source(key, value, mask)], backend="cpu")
+        results.append(torch.autograd.grad(out, (query, key, value), grad.to(to)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
+    tensors[1] = tensors[1].detach().index_fill(2, torch.tensor([5]), torch.inf)
+    query, key, value = (x.detach().requires_grad_() for x in tensors)
+    out = mmfast.cross_attention(query, [Source(key, value, mask)], backend="cpu")
+    _, *again = torch.autograd.grad(out, (query, key, value), grad)
+    for x, same in zip(again, results[0][1:], strict=True):
+        torch.testing.assert_close(x, same)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("count", [1, 3])

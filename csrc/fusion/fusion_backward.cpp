@@ -52,8 +52,8 @@ MMFAST_INLINE int64_t lay_out(const Problem& p, int64_t heads, T* scratch, Buffe
     take(b.dp, W * n);
     take(b.mask, W * n);
     take(b.out_or_dq, W * larger(p.dim, p.value_dim));
-    take(b.query_rows, W * b.dim);
-    take(b.grad_rows, W * b.value_dim);
+    take(b.query_rows, W * b.dim + W / 2 * N);
+    take(b.grad_rows, W * b.value_dim + W / 2 * N);
     take(b.dk, heads * n * b.dim);
     take(b.dv, heads * n * b.value_dim);
     take(b.keys, heads * n * copy_stride<T>(p.dim));
@@ -75,19 +75,137 @@ MMFAST_INLINE bool straight(const BackwardItem& item, const Accumulator& to, int
     return item.panels == 1 && !to.add && to.target.type == scalar_type_of<T>() && width % Simd<T>::lanes == 0;
 }
 
+// Note: [Pairs]
+//   Of 40 features the last 8 would take a whole vector of multiply-adds a query. Instead those of two queries share one: they
+//   are interleaved, and the two values of the tile, side by side as the queries are, are broadcast together. What this adds
+//   up are two sums in turn, which become one at the end, in add_pairs().
+template <class T>
+MMFAST_INLINE constexpr bool in_pairs(int64_t width) {
+    const int64_t rest = width % Simd<T>::lanes;
+    return sizeof(T) == 4 && rest > 0 && 2 * rest <= Simd<T>::lanes;
+}
+
+// a[0], b[0], a[1], b[1], .. of half of the lanes.
+template <class T, size_t... K>
+MMFAST_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<K...>) {
+    return __builtin_shufflevector(a, b, (K / 2 + K % 2 * sizeof...(K))...);
+}
+
+// p[0], p[1], p[0], p[1], ..
+MMFAST_INLINE Vec<float> splat_pair(const float* p) {
+    double pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return Simd<float>::bits<Vec<double>, Vec<float>>(Simd<double>::splat(pair));
+}
+
+// The queries or gradients of the output of a panel by rows: where they lie, or a copy in `buffer`, in whole vectors.
+template <class T>
+MMFAST_INLINE Block<T> rows_of(const View& x, int64_t batch, const Rows& rows, int64_t width, T* buffer) {
+    if (in_place<T>(x, true) && rows.one_head && (in_pairs<T>(width) || width % Simd<T>::lanes == 0))
+        return {static_cast<const T*>(x.data) + x.at(batch, rows.head[0], rows.row[0]), x.row};
+    const int64_t padded = up_to_multiple(width, Simd<T>::lanes);
+    pack_rows<T>(x, batch, rows, width, padded, T(1), buffer);
+    return {buffer, padded};
+}
+
+// The last features of `n` rows, interleaved by pairs of rows.
+template <class T>
+void pack_pairs(int64_t n, const Block<T>& rows, int64_t width, T* to) {
+    constexpr int64_t N = Simd<T>::lanes;
+    const int rest = int(width % N);
+    const T* from = rows.data + width - rest;
+    for (int64_t r = 0; r < n; r += 2, from += 2 * rows.stride, to += N) {
+        const Vec<T> other = r + 1 < n ? Simd<T>::load(from + rows.stride, rest) : Vec<T>{};
+        Simd<T>::store(to, interleave<T>(Simd<T>::load(from, rest), other, std::make_index_sequence<N>()));
+    }
+}
+
+// c[key][..] += sum over `pairs` pairs of rows of a[key][lane] row[lane][..], of M whole vectors and the pairs behind them.
+template <class T, int R, int M, int64_t W>
+MMFAST_INLINE void pair_block(int64_t pairs, const T* a, const Block<T>& rows, const T* behind, T* c,
+                              int64_t c_stride) {
+    constexpr int64_t N = Simd<T>::lanes;
+    Vec<T> sum[R][M + 1] = {};
+    const T* row = rows.data;
+    for (int64_t i = 0; i < pairs; ++i, a += 2, behind += N) {
+        for (int second = 0; second < 2 && M; ++second, row += rows.stride) {
+            Vec<T> x[M + 1];
+#pragma GCC unroll 8
+            for (int v = 0; v < M; ++v) x[v] = Simd<T>::load(row + v * N);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int v = 0; v < M; ++v) sum[r][v] += a[r * W + second] * x[v];
+        }
+        const Vec<T> pair = Simd<T>::load(behind);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][M] += splat_pair(a + r * W) * pair;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v <= M; ++v) {
+            T* const to = c + r * c_stride + v * N;
+            Simd<T>::store(to, sum[r][v] + Simd<T>::load(to));
+        }
+}
+
+// The queries or gradients of the output of a panel, by rows.
+template <class T>
+struct PanelRows {
+    Block<T> rows;
+    const T* pairs;
+};
+
+// The same for any number of keys.
+template <class T, int M, int64_t W>
+void product_pairs(int64_t keys, int64_t pairs, const T* a, const PanelRows<T>& panel, T* c, int64_t c_stride) {
+    constexpr int kMost = kProductWidth >= 4 ? 24 / (M + 1) : 12 / (M + 1), kRows = smaller(kMost, 12);
+    int64_t i = 0;
+    const auto block = [&]<int R>() __attribute__((always_inline)) {
+        for (; i + R <= keys; i += R)
+            pair_block<T, R, M, W>(pairs, a + i * W, panel.rows, panel.pairs, c + i * c_stride, c_stride);
+    };
+    block.template operator()<kRows>();
+    block.template operator()<4>();
+    block.template operator()<1>();
+}
+
+template <class T>
+MMFAST_INLINE PanelRows<T> panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t width, T* buffer) {
+    const Block<T> block = rows_of(x, batch, rows, width, buffer);
+    T* const pairs = buffer + kPanel<T> * up_to_multiple(width, Simd<T>::lanes);
+    if constexpr (sizeof(T) == 4) {
+        if (in_pairs<T>(width)) pack_pairs(rows.n, block, width, pairs);
+    }
+    return {block, pairs};
+}
+
 // Gradients of the keys or values of one segment: a[keys][lane] times `from` [lane][..], to `sums` or straight.
 template <class T, int64_t W>
 void add_keys(const BackwardItem& item, const Accumulator& to, int64_t run, int64_t head, const Segment& s,
-              int64_t lanes, int64_t width, const T* a, const T* from, T* sums) {
+              int64_t lanes, int64_t width, T* a, const PanelRows<T>& panel, T* sums) {
     constexpr int64_t N = Simd<T>::lanes, kLine = 64 / sizeof(T);
     if (!to.target.data) return;
     const int64_t padded = up_to_multiple(width, N);
-    if (!straight<T>(item, to, width))
-        return product_rows<T, false>(s.count, lanes, padded, a, W, from, padded, sums, padded, Start::add);
+    const Block<T>& from = panel.rows;
+    if constexpr (sizeof(T) == 4) {
+        if (in_pairs<T>(width)) {
+            if (padded == 3 * N && lanes % 2 == 0)
+                return product_pairs<T, 2, W>(s.count, lanes / 2, a, panel, sums, padded);
+            for (int64_t k = 0; k < s.count && lanes % 2; ++k) a[k * W + lanes] = 0;  // no row: perhaps NaN
+            product_pairs<T, 0, W>(s.count, (lanes + 1) / 2, a, panel, sums + padded - N, padded);
+            width = padded - N;
+            if (!width) return;
+        }
+    }
+    if (!straight<T>(item, to, width) || width < padded)
+        return product_rows<T, false>(s.count, lanes, up_to_multiple(width, N), a, W, from.data, from.stride, sums,
+                                      padded, Start::add);
     T* const data = static_cast<T*>(to.target.data) + run * to.run + to.target.at(item.batch, head, s.first);
     const bool lines = reinterpret_cast<uintptr_t>(data) % 64 == 0 && to.target.row % kLine == 0 &&
                        width % kLine == 0 && kProductWidth * N % kLine == 0;
-    product_rows<T, false>(s.count, lanes, width, a, W, from, width, data, to.target.row,
+    product_rows<T, false>(s.count, lanes, width, a, W, from.data, from.stride, data, to.target.row,
                            to.large && lines ? Start::stream : Start::zero);
 }
 
@@ -136,9 +254,9 @@ void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
     for (int v = 0; v < S; ++v) Simd<T>::store(lanes.delta + v * N, delta[v]);
 }
 
-// dS in place of dP, and g P in place of P.
+// scale dS in place of dP, and g P in place of P.
 template <class T, int S, bool kGated>
-void score_gradients(int64_t count, T* p, T* dp, const Lanes<T>& lanes) {
+void score_gradients(int64_t count, T scale, T* p, T* dp, const Lanes<T>& lanes) {
     constexpr int N = Simd<T>::lanes, W = S * N;
     Vec<T> gate[S], delta[S], grad_lse[S];
     for (int v = 0; v < S; ++v) {
@@ -151,7 +269,7 @@ void score_gradients(int64_t count, T* p, T* dp, const Lanes<T>& lanes) {
         for (int v = 0; v < S; ++v) {
             T *const at = p + k * W + v * N, *const to = dp + k * W + v * N;
             const Vec<T> e = Simd<T>::load(at), d = Simd<T>::load(to) - delta[v];
-            Simd<T>::store(to, e * (kGated ? d * gate[v] + grad_lse[v] : d));
+            Simd<T>::store(to, scale * e * (kGated ? d * gate[v] + grad_lse[v] : d));
             if (kGated) Simd<T>::store(at, e * gate[v]);
         }
 }
@@ -176,9 +294,9 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
     const Problem& p = *job.problem;
     const bool whole = item.first == 0 && item.last == keys.start[p.count];
     pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
+    const PanelRows<T> queries = panel_rows<T>(p.query, item.batch, rows, p.dim, b.query_rows);
     pack_columns<T>(job.grad_out, item.batch, rows, 0, p.value_dim, T(1), b.grad_out);
-    pack_rows<T>(p.query, item.batch, rows, p.dim, b.dim, T(p.scale), b.query_rows);
-    pack_rows<T>(job.grad_out, item.batch, rows, p.value_dim, b.value_dim, T(1), b.grad_rows);
+    const PanelRows<T> grads = panel_rows<T>(job.grad_out, item.batch, rows, p.value_dim, b.grad_rows);
     const auto for_each = [&](int64_t lo, int64_t hi, const auto& f) __attribute__((always_inline)) {
         for_segments(p, keys, rows.last, lo, hi, [&](const Segment& s) __attribute__((always_inline)) {
             f(s, key_head(p, s.source, item.head), s.place - item.first);
@@ -206,8 +324,9 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
         if (job.grad_gates)
             scatter(p, lanes.delta, item.batch, rows, job.grad_gates + softmax * p.batch * p.heads * p.rows);
         for_each(lo, hi, [&](const Segment& s, int64_t, int64_t at) __attribute__((always_inline)) {
-            if (p.decoupled) score_gradients<T, S, true>(s.count, b.p + at * W, b.dp + at * W, lanes);
-            else score_gradients<T, S, false>(s.count, b.p + at * W, b.dp + at * W, lanes);
+            T *const of = b.p + at * W, *const to = b.dp + at * W;
+            if (p.decoupled) score_gradients<T, S, true>(s.count, T(p.scale), of, to, lanes);
+            else score_gradients<T, S, false>(s.count, T(p.scale), of, to, lanes);
         });
     }
     Start start = Start::zero;
@@ -218,20 +337,18 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
             product_strip<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
             start = Start::add;
         }
-        add_keys<T, W>(item, job.key[s.source], item.key_run[s.source], head, s, rows.n, p.dim, b.dp + at * W,
-                       b.query_rows, b.dk + at * b.dim);
+        add_keys<T, W>(item, job.key[s.source], item.key_run[s.source], head, s, rows.n, p.dim, b.dp + at * W, queries,
+                       b.dk + at * b.dim);
         add_keys<T, W>(item, job.value[s.source], item.value_run[s.source], head, s, rows.n, p.value_dim, b.p + at * W,
-                       b.grad_rows, b.dv + at * b.value_dim);
+                       grads, b.dv + at * b.value_dim);
     });
     if (!job.query.target.data) return;
     if (start == Start::zero) {
         if (job.query.add) return;
         for (int64_t i = 0; i < p.dim * W; i += N) Simd<T>::store(b.out_or_dq + i, Vec<T>{});
     }
-    alignas(64) T scale[W];
-    for (int64_t i = 0; i < W; ++i) scale[i] = T(p.scale);
-    unpack_columns<T>(b.out_or_dq, p.dim, scale, item.batch, rows, job.query.target, item.query_run * job.query.run,
-                      job.query.add);
+    unpack_columns<T>(b.out_or_dq, p.dim, static_cast<const T*>(nullptr), item.batch, rows, job.query.target,
+                      item.query_run * job.query.run, job.query.add);
 }
 
 // Sums of keys first .. to where they belong, or added to it.
@@ -248,6 +365,14 @@ void flush(const Accumulator& to, int64_t run, int64_t batch, int64_t head, int6
                 store_as<T>(row + k, Simd<T>::load(from + i * stride + k), width - k);
         }
     });
+}
+
+// Sums of rows as product_pairs leaves them, one for each feature from now on.
+template <class T>
+void add_pairs(int64_t count, int64_t width, T* sums) {
+    const int64_t padded = up_to_multiple(width, Simd<T>::lanes), rest = width % Simd<T>::lanes;
+    for (T* at = sums + width - rest; count > 0; --count, at += padded)
+        for (int64_t j = 0; j < rest; ++j) at[j] = at[2 * j] + at[2 * j + 1];
 }
 
 template <class T>
@@ -293,6 +418,7 @@ void end_head(const BackwardJob<T>& job, const BackwardItem& item, int64_t last,
             const int64_t padded = up_to_multiple(width, Simd<T>::lanes);
             const bool here = straight<T>(item, to, width);
             const int64_t there = here ? written : 0;
+            if (in_pairs<T>(width)) add_pairs(count, width, sums);
             if (here) clear(sums + there * padded, (count - there) * padded);
             flush<T>(to, run, item.batch, head, first + there, count - there, width, sums + there * padded, padded);
         };
