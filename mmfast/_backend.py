@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -238,17 +239,22 @@ def format_info(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_TRACERS = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
+
+
 def keeps() -> bool:
-    """False while a graph is traced and inside function transforms and modes: tensors made there carry marks of it,
-    which would break later calls, and are needed there with these marks."""
-    return not torch.compiler.is_compiling() and nobody_looks_on()
+    """False while a graph is traced and inside function transforms: tensors made there carry marks of it, which would
+    break later calls, and are needed there with these marks."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 or not any(map(torch._C._get_dispatch_mode, _TRACERS))
 
 
 @contextlib.contextmanager
 def apart():
-    """For tensors that are made once and kept: not in inference mode, which would bar them from training, and not on a
-    default device."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+    """For tensors that are made once and kept: not in inference mode, which would bar them from training, not on a
+    default device, and unseen by modes that watch or change what is done."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 
 

@@ -20,9 +20,9 @@ from mmfast.mel.tables import resolve
 def extract(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor | None:
     """`mmfast.mel.extract` without further arguments, or None where a check fails, for others to say why, and for what
     is not ``(T,)`` or ``(B, T)`` samples computed in float32."""
-    if _backend._C is None or not _backend.keeps() or forward_ad._current_level >= 0 or config.dither:
+    if _backend._C is None or torch.compiler.is_compiling() or not _backend.nobody_looks_on():
         return None
-    if type(waveform) not in (torch.Tensor, torch.nn.Parameter):
+    if forward_ad._current_level >= 0 or config.dither or type(waveform) not in (torch.Tensor, torch.nn.Parameter):
         return None
     return _backend._C.mel_direct(_how(config.key), waveform)  # which sees to the rest, in a tenth of the time
 
