@@ -103,7 +103,6 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
     const int64_t threads = max_threads();
     const bool single = panels == 1 && !p.decoupled && keys > kWideFrom;
-    const Order order = !single ? Order::panels : panel_rows <= kFewRows ? Order::few : Order::wide;
     int64_t splits = 1;
     const int64_t units = single ? p.batch : groups * panels;
     if (!p.decoupled && threads > 1 && units < wanted_items())
@@ -115,16 +114,28 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
+    const bool shared = panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1;
+    const Order order = single && panel_rows <= kFewRows ? Order::few : single || shared ? Order::wide : Order::panels;
     int64_t heads = heads_together<T>(p, folds, panels, panels * splits, panels > 1);
-    if (order == Order::wide) {
-        const int64_t each = (up_to_multiple(panel_rows, 16) + kWideKeys) * (p.dim + p.value_dim) * int64_t(sizeof(T));
-        heads = std::clamp<int64_t>(kWideBytes / std::max<int64_t>(1, each), 1, heads);
-    }
-    const int64_t parts = divide_up(folds, heads);
+    if (shared) heads = folds;
     // Neighbouring panels are one item: what is converted for the first serves the others.
-    const int64_t run = splits > 1 ? 1 : std::clamp<int64_t>(p.batch * parts * panels / (8 * threads), 1, 8);
-    const int64_t runs = divide_up(panels, run);
-    const size_t bytes = size_t(k.forward_scratch(p, run > 1 || single ? heads : 1, order)) * sizeof(T);
+    int64_t run =
+        splits > 1 ? 1 : std::clamp<int64_t>(p.batch * divide_up(folds, heads) * panels / (8 * threads), 1, 8);
+    if (order == Order::wide) {
+        const int64_t row = std::max<int64_t>(1, (p.dim + p.value_dim) * int64_t(sizeof(T)));
+        const int64_t lanes = up_to_multiple(panel_rows, 16);
+        const int64_t most =
+            std::clamp<int64_t>((kWideBytes / row - kWideKeys) / lanes, 1, std::min(panels, kWidePanels));
+        if (shared) run = divide_up(panels, divide_up(panels, most));
+        heads = std::clamp<int64_t>(kWideBytes / ((run * lanes + kWideKeys) * row), 1, heads);
+        if (shared) {  // items enough for the threads
+            heads = std::clamp<int64_t>(groups * divide_up(panels, run) / wanted_items(), 1, heads);
+            run = std::clamp<int64_t>(groups * panels / wanted_items(), 1, run);
+        }
+        heads = divide_up(folds, divide_up(folds, heads));
+    }
+    const int64_t parts = divide_up(folds, heads), runs = divide_up(panels, run);
+    const size_t bytes = size_t(k.forward_scratch(p, run > 1 || single || shared ? heads : 1, run, order)) * sizeof(T);
     deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
              [&](int64_t i, char* scratch) {
                  const int64_t split = i % splits, panel = i / splits % runs * run, part = i / splits / runs % parts;

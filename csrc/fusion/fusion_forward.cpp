@@ -47,13 +47,13 @@ constexpr int64_t state_size(const Problem& p, int64_t width) {
 }
 
 template <class T>
-int64_t scratch_size(const Problem& p, int64_t heads, Order order) {
+int64_t scratch_size(const Problem& p, int64_t heads, int64_t panels, Order order) {
     if (order == Order::few) return few_scratch<T>(p, heads);
     constexpr int64_t W = kPanel<T>;
     const int64_t tiles = W * (p.dim + 2 * p.value_dim + 2 * kBlockKeys);
     if (order == Order::wide)
-        return tiles +
-               heads * (state_size<T>(p, W) + kWideKeys * (copy_stride<T>(p.dim) + copy_stride<T>(p.value_dim)));
+        return tiles + heads * (panels * state_size<T>(p, W) +
+                                kWideKeys * (copy_stride<T>(p.dim) + copy_stride<T>(p.value_dim)));
     return tiles + heads * (keys_size<T>(p) + values_size<T>(p));
 }
 
@@ -321,63 +321,91 @@ void make_resident(const Problem& p, const Item& item, int64_t fold, const Keys&
     }
 }
 
+// Asks for the keys and values of all heads of an item, lo .. hi - 1.
+template <class T>
+void heads_ahead(const Problem& p, const Item& item, int64_t fold, const Keys& keys, int64_t last, int64_t lo,
+                 int64_t hi, Ahead& ahead) {
+    for_segments(p, keys, last, lo, hi, [&](const Segment& s) {
+        const auto add = [&](const View& x, int64_t width) {
+            const int64_t first = key_head(p, s.source, item.head);
+            const int64_t end = key_head(p, s.source, item.head + (item.heads - 1) * fold) + 1;
+            if (x.head == width) return ahead.add(x, item.batch, first, s.first, s.count, (end - first) * width);
+            for (int64_t head = first; head < end; ++head) ahead.add(x, item.batch, head, s.first, s.count, width);
+        };
+        add(p.sources[s.source].key, p.dim);
+        add(p.sources[s.source].value, p.value_dim);
+    });
+}
+
 // Note: [Wide]
-//   One panel of queries and more keys than a block: every key is needed once, and the time to read them is most of the time.
-//   So they are read as they lie, whole rows with all heads of the item, block by block, into copies that stay in the
-//   second cache, beside the queries, outputs and softmaxes so far of all heads.
-template <class T, int S>
+//   More keys than stay in a cache, which every panel of an item needs once. To read and copy them would take most of the time
+//   of a single panel and a quarter of that of several, one after the other. So they are read as they lie, whole rows with all
+//   heads of the item, block by block, into copies that stay in the second cache, beside the queries, outputs and softmaxes
+//   so far of all panels and heads; the next block is asked for meanwhile.
+template <class T>
 void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
-    constexpr int64_t W = S * Simd<T>::lanes;
     const Problem& p = *job.problem;
-    T* const states = scratch;
-    const int64_t state = state_size<T>(p, W);
-    T *const all_keys = states + item.heads * state, *const all_values =
-                                                         all_keys + item.heads * kWideKeys * copy_stride<T>(p.dim);
+    const int64_t state = state_size<T>(p, kPanel<T>), count = item.heads * item.panels;
+    T *const states = scratch, *const all_keys = states + count * state,
+             *const all_values = all_keys + item.heads * kWideKeys * copy_stride<T>(p.dim);
     Rows rows;
     Item now = item;
-    const auto set_head = [&](int64_t h) {
-        now.head = item.head + h * job.fold;
-        now.slot = item.slot + h * job.panels * item.splits;
-        set_rows<T>(p, job.fold, now.head, item.panel, rows);
-        b.queries = states + h * state;
-        b.out = b.queries + W * p.dim;
-        b.keys = all_keys + h * kWideKeys * copy_stride<T>(p.dim);
-        b.values = all_values + h * kWideKeys * copy_stride<T>(p.value_dim);
-        return b.out + W * p.value_dim;
+    int64_t last = 0;  // the largest row
+    // f<S>(softmax so far, panel) for every head of every panel.
+    const auto for_each = [&](const auto& f) {
+        for (int64_t h = 0; h < item.heads; ++h)
+            for (int64_t i = 0; i < item.panels; ++i) {
+                now.head = item.head + h * job.fold;
+                now.slot = item.slot + (h * job.panels + i) * item.splits;
+                set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
+                b.keys = all_keys + h * kWideKeys * copy_stride<T>(p.dim);
+                b.values = all_values + h * kWideKeys * copy_stride<T>(p.value_dim);
+                b.queries = states + (h * item.panels + i) * state;
+                for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+                    constexpr int64_t W = S * Simd<T>::lanes;
+                    b.out = b.queries + W * p.dim;
+                    f.template operator()<S>(b.out + W * p.value_dim, i);
+                });
+            }
     };
-    Running<T, S> running;
-    for (int64_t h = 0; h < item.heads; ++h) {
-        T* const so_far = set_head(h);
+    bool started[kWidePanels] = {};
+    for_each([&]<int S>(T* so_far, int64_t) {
+        Running<T, S> running;
         pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
         reset(running);
         store_running<T, S>(running, so_far);
-    }
+        last = larger(last, rows.last);
+    });
     const auto [lo, hi] = share_of(p, item, keys);
     const int64_t blocks = blocks_of(hi - lo, kWideKeys);
     b.copies = Copies::block;
-    bool started = false;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t from = lo + (hi - lo) * i / blocks, to = lo + (hi - lo) * (i + 1) / blocks;
         b.base = from;
-        for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        for_segments(p, keys, last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
             copy_heads(p, item, job.fold, s, false, s.place - from, kWideKeys * copy_stride<T>(p.dim), all_keys);
             copy_heads(p, item, job.fold, s, true, s.place - from, kWideKeys * copy_stride<T>(p.value_dim), all_values);
         });
-        bool any = started;
-        for (int64_t h = 0; h < item.heads; ++h) {
-            T* const so_far = set_head(h);
-            load_running<T, S>(so_far, running);
-            any = attend_block<T, S>(p, now, rows, keys, from, to, b, running, started);
-            store_running<T, S>(running, so_far);
+        if (item.panels > 1) {
+            heads_ahead<T>(p, item, job.fold, keys, last, to, lo + (hi - lo) * smaller(i + 2, blocks) / blocks,
+                           b.ahead);
+            b.ahead.spread(count * (product_steps(to - from) + product_steps(p.value_dim)));
         }
-        started = any;
+        bool any[kWidePanels];
+        for_each([&]<int S>(T* so_far, int64_t panel) {
+            Running<T, S> running;
+            load_running<T, S>(so_far, running);
+            any[panel] = attend_block<T, S>(p, now, rows, keys, from, to, b, running, started[panel]);
+            store_running<T, S>(running, so_far);
+        });
+        for (int64_t panel = 0; panel < item.panels; ++panel) started[panel] = any[panel];
     }
-    for (int64_t h = 0; h < item.heads; ++h) {
-        const T* const so_far = set_head(h);
+    for_each([&]<int S>(T* so_far, int64_t panel) {
+        Running<T, S> running;
         load_running<T, S>(so_far, running);
-        if (!started) clear_out<T, S>(p, b.out);
+        if (!started[panel]) clear_out<T, S>(p, b.out);
         conclude<T, S>(job, now, rows, running, b.out);
-    }
+    });
 }
 
 // Note: [Wide in place]
@@ -428,22 +456,6 @@ bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const
         count += s.count;
     });
     return true;
-}
-
-// Asks for the keys and values of all heads of an item, lo .. hi - 1.
-template <class T>
-void heads_ahead(const Problem& p, const Item& item, int64_t fold, const Keys& keys, int64_t last, int64_t lo,
-                 int64_t hi, Ahead& ahead) {
-    for_segments(p, keys, last, lo, hi, [&](const Segment& s) {
-        const auto add = [&](const View& x, int64_t width) {
-            const int64_t first = key_head(p, s.source, item.head);
-            const int64_t end = key_head(p, s.source, item.head + (item.heads - 1) * fold) + 1;
-            if (x.head == width) return ahead.add(x, item.batch, first, s.first, s.count, (end - first) * width);
-            for (int64_t head = first; head < end; ++head) ahead.add(x, item.batch, head, s.first, s.count, width);
-        };
-        add(p.sources[s.source].key, p.dim);
-        add(p.sources[s.source].value, p.value_dim);
-    });
 }
 
 template <class T, int S>
@@ -533,10 +545,11 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     T *const all_keys = b.keys, *const all_values = b.values;
     Keys keys;
     set_keys(p, item.batch, true, keys);
+    if (item.order == Order::wide && (item.panels > 1 || !wide_in_place<T>(p)))
+        return forward_wide(job, item, keys, b, b.keys);
     if (item.order == Order::wide)
         return for_width<T>(smaller(kPanel<T>, job.fold * p.rows), [&]<int S>() __attribute__((always_inline)) {
-            if (wide_in_place<T>(p)) forward_in_place<T, S>(job, item, keys, b, b.keys);
-            else forward_wide<T, S>(job, item, keys, b, b.keys);
+            forward_in_place<T, S>(job, item, keys, b, b.keys);
         });
     const bool resident = keys.start[p.count] <= buffered_keys(p);
     b.copies = resident ? Copies::resident : Copies::now;

@@ -22,10 +22,11 @@ struct ForwardJob {
     T* partial;
 };
 
-// Panel by panel; or of a single panel all heads, block by block of the keys, with queries or features in the lanes.
+// Panel by panel; or several heads and panels block by block of the keys, with queries or (a single panel) features in the lanes.
 enum class Order { panels, wide, few };
-constexpr int64_t kFewRows = 8;    // at most, for Order::few
-constexpr int64_t kWideKeys = 64;  // of a block, for Order::wide
+constexpr int64_t kFewRows = 8;     // at most, for Order::few
+constexpr int64_t kWideKeys = 64;   // of a block, for Order::wide
+constexpr int64_t kWidePanels = 8;  // of an item at most, for Order::wide
 
 struct Item {
     int64_t batch, head;    // the first head of the first fold
@@ -78,7 +79,8 @@ struct WeightsItem {
 template <class T>
 struct TileKernels {
     int64_t panel;
-    int64_t (*forward_scratch)(const Problem&, int64_t heads, Order order);  // elements, for items of so many folds
+    int64_t (*forward_scratch)(const Problem&, int64_t heads, int64_t panels,
+                               Order order);  // elements, for items of so many
     void (*forward)(const ForwardJob<T>&, const Item&, T* scratch);
     void (*merge)(const ForwardJob<T>&, const Item&, T* scratch);  // of `splits` partial results from `slot` on
     int64_t (*backward_scratch)(const Problem&, int64_t heads, bool few);
