@@ -272,23 +272,24 @@ def test_one_panel(dtype, batch, rows, dims, causal):
 @pytest.mark.native
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "rows", "dims"),
+    ("dtype", "heads", "rows", "dims"),
     [
-        (torch.float64, 70, (12, 24)),
-        (torch.float32, 65, (40, 48)),
-        (torch.float32, 600, (64, 64)),
-        (torch.float32, 200, (250, 256)),  # few panels stay in the cache
-        (torch.bfloat16, 130, (64, 80)),
+        (torch.float64, 4, 70, (12, 24)),
+        (torch.float32, 4, 65, (40, 48)),
+        (torch.float32, 4, 600, (64, 64)),
+        (torch.float32, 4, 200, (250, 256)),  # few panels stay in the cache
+        (torch.float32, 1, 70, (64, 64)),  # each panel by itself, one of them narrow
+        (torch.bfloat16, 4, 130, (64, 80)),
     ],
 )
-def test_several_panels(dtype, rows, dims, causal):
+def test_several_panels(dtype, heads, rows, dims, causal):
     """Panels that go through the blocks of long keys together: of two sources, with lengths and a mask that hides all
     from a query; the same by any number of threads."""
-    tensors = [torch.randn(2, n, 4, d).transpose(1, 2) for n in (300, 350) for d in dims]
-    tensors = [x.to(dtype) for x in (torch.randn(2, rows, 4, dims[0]).transpose(1, 2), *tensors)]
+    tensors = [torch.randn(2, n, heads, d).transpose(1, 2) for n in (300, 350) for d in dims]
+    tensors = [x.to(dtype) for x in (torch.randn(2, rows, heads, dims[0]).transpose(1, 2), *tensors)]
     mask = torch.rand(2, 1, rows, 350) < 0.5
     mask[0, :, rows - 1] = False
-    weights = torch.randn(2, 4, rows, dims[1]).double(), torch.randn(2, 4, rows).double()
+    weights = torch.randn(2, heads, rows, dims[1]).double(), torch.randn(2, heads, rows).double()
     close_to_gold(dtype, tensors, torch.tensor([0, 290]), mask, weights, causal)
     query, *rest = (x.detach() for x in tensors)
     sources = [Source(rest[0], rest[1]), Source(rest[2], rest[3], mask)]

@@ -545,7 +545,7 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     T *const all_keys = b.keys, *const all_values = b.values;
     Keys keys;
     set_keys(p, item.batch, true, keys);
-    if (item.order == Order::wide && (item.panels > 1 || !wide_in_place<T>(p)))
+    if (item.order == Order::wide && (job.panels > 1 || !wide_in_place<T>(p)))
         return forward_wide(job, item, keys, b, b.keys);
     if (item.order == Order::wide)
         return for_width<T>(smaller(kPanel<T>, job.fold * p.rows), [&]<int S>() __attribute__((always_inline)) {
