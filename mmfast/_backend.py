@@ -87,14 +87,13 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
         ImportError: a native backend was asked for and the extension did not load; the cause is chained.
     """
     there = OPS[op].get(device.type, ())
-    origin = "backend="
-    if requested is None and "MMFAST_BACKEND" in os.environ:  # this stands before every call, and get() is slow
-        origin, requested = "MMFAST_BACKEND", os.environ["MMFAST_BACKEND"] or None
+    origin = "backend=" if requested is not None else "MMFAST_BACKEND"
+    requested = requested or os.environ.get("MMFAST_BACKEND") or None
     if requested is None:
         if is_differentiated_by_formula():
             return "reference", _BY_FORMULA
         reasons = []
-        for name in there:  # up to the first that can run
+        for name in there:  # up to the first that can run: this stands before every call
             if (reason := _missing(name)) is None:
                 kind = "Triton" if name == "triton" else "native"
                 return name, f"{kind} kernels for {device.type} tensors"
