@@ -315,8 +315,9 @@ def test_gradients_of_dims_that_are_no_multiple(rows, dims):
     results = []
     for to in (torch.float32, torch.float64):
         query, key, value = (x.detach().to(to).requires_grad_() for x in tensors)
-        out = F.scaled_dot_product_attention(query, key, value, mask) if to == torch.float64 else None
-        if out is None:
+        if to == torch.float64:
+            out = F.scaled_dot_product_attention(query, key, value, mask)
+        else:
             out = mmfast.cross_attention(query, [Source(key, value, mask)], backend="cpu")
         results.append(torch.autograd.grad(out, (query, key, value), grad.to(to)))
     for got, expected in zip(*results, strict=True):

@@ -84,10 +84,14 @@ def _first_in_inference_mode(f, x):
         f(x)
 
 
+_FIRST_CALLS = [_gradient, _dual, _first_by_default_elsewhere, _first_in_inference_mode]
+
+
 @pytest.mark.parametrize(
-    "call", [_gradient, _dual, _first_on_fakes, _first_by_default_elsewhere, _first_in_inference_mode]
+    "name, call",
+    [(name, call) for name in ("mel", "mmd2") for call in _FIRST_CALLS]
+    + [("mel", _first_on_fakes)],  # POINTS, which mmd2 takes, is a real tensor
 )
-@pytest.mark.parametrize("name", ["mel", "mmd2"])
 def test_first_call_leaves_no_mark(name, call):
     """What is kept from a first call under a transform, a mode or another default device serves any later call."""
     window = {_gradient: 48, _dual: 49, _first_on_fakes: 50, _first_by_default_elsewhere: 51}.get(call, 52)
@@ -97,8 +101,7 @@ def test_first_call_leaves_no_mark(name, call):
         kernel = mmfast.kernels.MultiGaussian(bandwidth="dan") + 0.5 * Gaussian(1.0)
         shape, function = (7, 5), lambda x: mmfast.mmd2(x, POINTS, kernel=kernel)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    if not (name == "mmd2" and call is _first_on_fakes):  # POINTS is a real tensor
-        call(function, x)
+    call(function, x)
     x.requires_grad_()
     out = function(x)
     out.sum().backward()
