@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths, compute_dtype
 from mmfast.fusion.attention import attention_pool, cross_attention
 from mmfast.fusion.multihead import MultiheadAttention
+from mmfast.fusion.projection import project
 
 __all__ = ["CrossAttentionFusion", "MultiheadAttention", "TemporalPooling", "WeightedFusion"]
 
@@ -153,11 +154,11 @@ class CrossAttentionFusion(nn.Module):
             query_lengths = check_lengths("query_lengths", query_lengths, query.device, *query.shape[:2])
             query = torch.where(_exists(query_lengths, query), query, 0.0)
         x = query if self.pre_norm is None else self.pre_norm(query)
-        q = self._in_heads(self.q_proj(x), self.q_norm)
+        q = self._in_heads(project(self.q_proj, x), self.q_norm)
         gates = self._gates(x)
         given = []
         for j, z in enumerate(sources):
-            k, v = self.kv_proj[j](z).chunk(2, -1)
+            k, v = project(self.kv_proj[j], z).chunk(2, -1)
             k = self._in_heads(k, None if self.k_norm is None else self.k_norm[j])
             source = Source(k, self._in_heads(v), None if masks is None else masks[j])
             source = source._replace(lengths=None if lengths is None else lengths[j])
@@ -192,7 +193,7 @@ class CrossAttentionFusion(nn.Module):
     def _gates(self, x: Tensor) -> list[Tensor | None]:
         """For each softmax a factor in 4 dimensions, or None."""
         if self.gate_proj is not None:
-            gates = 2 * self.gate_proj(x).sigmoid()
+            gates = 2 * project(self.gate_proj, x).sigmoid()
             return list(gates.unflatten(2, (-1, self.num_heads)).permute(2, 0, 3, 1)[..., None])
         if self.gate is None:
             return [None] * len(self.source_dims)
@@ -200,7 +201,7 @@ class CrossAttentionFusion(nn.Module):
         return [g.view(1, -1, 1, 1) for g in gates]
 
     def _finish(self, residual: Tensor | None, attended: Tensor) -> Tensor:
-        y = self.out_proj(attended)
+        y = project(self.out_proj, attended)
         y = y if residual is None else residual + y
         return y if self.post_norm is None else self.post_norm(y)
 

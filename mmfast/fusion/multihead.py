@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmfast.fusion._inputs import Source, check_choice
 from mmfast.fusion.attention import cross_attention
+from mmfast.fusion.projection import linear
 
 
 def _nan_rows(need_weights: bool) -> bool:
@@ -129,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if need_weights:
                 weights = weights * (factor.mean(1) if average_attn_weights else factor)
         out = out.transpose(1, 2) if self.batch_first and batched else out.permute(2, 0, 1, 3)
-        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if batched:
             return out, weights
         return out.squeeze(1), weights.squeeze(0) if need_weights else None
@@ -167,17 +168,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         e, bias = self.embed_dim, self.in_proj_bias
         if self._qkv_same_embed_dim and key is value:  # one product for both
             if query is key:
-                q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+                q, k, v = linear(query, self.in_proj_weight, bias).chunk(3, -1)
             else:
-                q = F.linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
-                k, v = F.linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:]).chunk(2, -1)
+                q = linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
+                k, v = linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:]).chunk(2, -1)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.chunk(3)
             else:
                 weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            q, k, v = map(F.linear, (query, key, value), weights, biases)
+            q, k, v = map(linear, (query, key, value), weights, biases)
 
         def in_heads(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_heads, self.head_dim))
