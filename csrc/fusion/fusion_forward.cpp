@@ -114,7 +114,7 @@ void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
 #pragma GCC unroll 4
         for (int v = 0; v < S; ++v) {
             const Vec<T> x = Simd<T>::load(tile + k * W + v * N);
-            maximum[v] = x > maximum[v] ? x : maximum[v];
+            maximum[v] = Simd<T>::max(x, maximum[v]);
         }
     for (int v = 0; v < S; ++v) {
         shift[v] = maximum[v] == -infinity<T>() ? Vec<T>{} : maximum[v];

@@ -69,14 +69,14 @@ MMFAST_INLINE void set_rows(const Problem& p, int64_t fold, int64_t head, int64_
     rows.n = smaller(kPanel<T>, fold * p.rows - first);
     rows.last = 0;
     head += first / p.rows;
-    for (int64_t r = 0, row = first % p.rows; r < rows.n; ++r) {
-        rows.head[r] = head;
-        rows.row[r] = row;
-        rows.last = larger(rows.last, row);
-        if (++row == p.rows) {
-            row = 0;
-            ++head;
+    for (int64_t r = 0, row = first % p.rows; r < rows.n; row = 0, ++head) {
+        const int64_t here = smaller(rows.n - r, p.rows - row);
+        for (int64_t i = 0; i < here; ++i) {
+            rows.head[r + i] = head;
+            rows.row[r + i] = row + i;
         }
+        r += here;
+        rows.last = larger(rows.last, row + here - 1);
     }
     rows.one_head = rows.head[0] == rows.head[rows.n - 1];
 }
