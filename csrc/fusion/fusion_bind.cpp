@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,9 +12,11 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/pages.h"
+#include "common/plain.h"
 
 namespace py = pybind11;
 
@@ -53,11 +56,13 @@ fusion::View view_of(const char* name, const Tensor& t, at::IntArrayRef sizes) {
             strides[3]};
 }
 
-// A gradient with the strides of (batch, row, head, column), as attention has its outputs.
+// With the strides of (batch, row, head, column), and no view of another tensor: in place of one that a Function gave out
+// nothing may be written.
 Tensor heads_inside(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    const Tensor result = at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options);
+    const int64_t row = sizes[1] * sizes[3];
+    const Tensor result = at::empty_strided(sizes, {sizes[2] * row, sizes[3], row, 1}, options);
     prefer_large_pages(result.data_ptr(), result.nbytes());
-    return result.transpose(1, 2);
+    return result;
 }
 
 fusion::Target target_of(const Tensor& t) {
@@ -156,6 +161,33 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const vector<Tensor>& ke
     return {out, lse};
 }
 
+// Whether `forward` may be called for joint attention to these sources, which have neither masks nor lengths, and whether
+// autograd follows them. False, too, where a check fails, for others to say why.
+std::pair<bool, bool> takes(const Tensor& query, const vector<Tensor>& keys, const vector<Tensor>& values) {
+    const auto type = query.scalar_type();
+    const bool known = type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+    const size_t n = keys.size();
+    if (!known || n < 1 || n > fusion::kMostSources || values.size() != n || backend_is_asked_for()) return {};
+    bool tracked = false;
+    const auto fits = [&](const Tensor& t) {
+        tracked = tracked || is_tracked(t);
+        return is_plain(t) && t.scalar_type() == type && t.dim() == 4 && t.numel() > 0;
+    };
+    if (!fits(query)) return {};
+    for (size_t j = 0; j < n; ++j)
+        if (!fits(keys[j]) || !fits(values[j])) return {};
+    const int64_t batch = broadcast_batch(query, keys, values), heads = keys[0].size(1);
+    const auto has_batch = [&](const Tensor& t) { return t.size(0) == 1 || t.size(0) == batch; };
+    if (!has_batch(query) || query.size(1) % heads) return {};
+    for (size_t j = 0; j < n; ++j) {
+        const Tensor &key = keys[j], &value = values[j];
+        if (!has_batch(key) || !has_batch(value) || key.size(1) != heads || value.size(1) != heads ||
+            value.size(2) != key.size(2) || key.size(3) != query.size(3) || value.size(3) != values[0].size(3))
+            return {};
+    }
+    return {true, tracked};
+}
+
 // Gradients of query, keys, values and gates, where `need` says so for query, keys and values; else empty tensors. Those
 // of gates, in the computing type, are (sources, batch, heads, rows).
 std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> backward(
@@ -232,6 +264,7 @@ vector<Tensor> weights(const Tensor& query, const vector<Tensor>& keys, const Te
 void bind_fusion(py::module_& m) {
     m.attr("fusion_resident_keys") = fusion::kResidentKeys;
     m.attr("fusion_most_sources") = fusion::kMostSources;
+    m.def("fusion_takes", &takes);
     m.def("fusion_forward", &forward);
     m.def("fusion_backward", &backward);
     m.def("fusion_weights", &weights);

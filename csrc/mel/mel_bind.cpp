@@ -1,18 +1,17 @@
 // Argument checks, allocation and the device switch of the mel slice.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/GradMode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
-#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "common/plain.h"
 #include "mel/mel.h"
 
 #if defined(MMFAST_WITH_CUDA)
@@ -198,20 +197,9 @@ struct Direct {
     bool by_item;  // a maximum for each row, not for all
 };
 
-// Whether memory holds the values and neither a gradient nor another backend is wanted. With the lock of Python held, under
-// which the environment changes.
-bool is_direct(const Tensor& t) {
-    using c10::DispatchKey;
-    constexpr c10::DispatchKeySet kOthers({DispatchKey::Python, DispatchKey::Batched, DispatchKey::FuncTorchBatched,
-                                           DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
-                                           DispatchKey::Negative, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
-    return t.device().is_cpu() && t.layout() == at::kStrided && !t.key_set().has_any(kOthers) &&
-           !(t.requires_grad() && c10::GradMode::is_enabled()) && !std::getenv("MMFAST_BACKEND");
-}
-
 // The features of (T,) or (B, T) samples on the CPU, the kernels' counts and maxima left aside; none for anything else.
 optional<Tensor> mel_direct(const Direct& direct, const Tensor& waveform) {
-    if (!is_direct(waveform)) return std::nullopt;
+    if (!is_plain(waveform) || is_tracked(waveform) || backend_is_asked_for()) return std::nullopt;
     const py::gil_scoped_release unlocked;
     const mel::Spec& spec = direct.plan->spec;
     const auto type = waveform.scalar_type();

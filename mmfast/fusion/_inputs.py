@@ -47,12 +47,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def is_eager(tensors: Sequence[Tensor]) -> bool:
-    """Whether an operator's kernel may be called itself (`_backend.nobody_looks_on`): plain tensors, none tracked."""
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether an operator's kernel may be called itself (`_backend.nobody_looks_on`), on these tensors."""
     if torch.compiler.is_compiling() or not _backend.nobody_looks_on():
         return False
-    tracked = torch.is_grad_enabled()
-    return not any(not _backend.is_plain(x) or (tracked and x.requires_grad) for x in tensors)
+    return all(map(_backend.is_plain, tensors))
+
+
+def is_tracked(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd follows what is done with them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_eager(tensors: Sequence[Tensor]) -> bool:
+    """Plain tensors, none tracked."""
+    return is_plain(tensors) and not is_tracked(tensors)
 
 
 def as_sources(sources: Sources | Source | tuple[Tensor, Tensor]) -> list[Source]:
@@ -231,8 +240,9 @@ def check_lengths(name: str, lengths: object, device: torch.device, batch: int, 
         raise ValueError(f"{name} must be ({batch},), one for each item, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{name} must be on the query's device {device}, got {lengths.device}")
-    # On an accelerator the values stay where they are: a check would wait for them.
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    # On an accelerator the values stay where they are: a check would wait for them. Of a vmap the kernels look at them.
+    readable = lengths.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(lengths)
+    if readable and lengths.numel() and not torch.compiler.is_compiling():
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > longest:
             raise ValueError(f"{name} must lie in [0, {longest}], got values from {low} to {high}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.fusion import op, reference, routes, streamed
+from mmfast.fusion import direct, op, reference, routes, streamed
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import Source, Sources, check_choice, check_options, check_tensor, prepare
 from mmfast.fusion.reference import Attention
@@ -85,6 +85,11 @@ def cross_attention(
         >>> cross_attention(query, [text, Source(*image, gate=0.6)], fusion="decoupled").shape
         torch.Size([2, 8, 4096, 64])
     """
+    more = return_lse is not False or return_weights is not False or softcap is not None or backend is not None
+    if not more and fusion == "joint" and type(dropout_p) is float and dropout_p == 0:
+        out = direct.attention(query, sources, scale, is_causal)
+        if out is not None:
+            return out
     check_choice("return_weights", return_weights, WEIGHTS)
     if _any_nested(query, sources):
         from mmfast.fusion import packed

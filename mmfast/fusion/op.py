@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mmfast import _backend
 from mmfast.fusion import reference
-from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager
+from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain, is_tracked
 from mmfast.fusion.reference import Attention
 
 RESIDENT_KEYS = 512
@@ -100,9 +101,10 @@ def _attention(query: Tensor, sources: Sequence[Source], fusion: str, scale: flo
 
 def _run(*call) -> tuple[Tensor, Tensor]:
     arguments = query, keys, values, gates, extras, *_ = _arguments(*call)
-    if is_eager((query, *keys, *values, *gates, *extras)):
-        return _forward(*arguments)
-    return torch.ops.mmfast.fusion_forward.default(*arguments)
+    followed = query, *keys, *values, *gates
+    if not is_plain((*followed, *extras)):
+        return torch.ops.mmfast.fusion_forward.default(*arguments)
+    return Direct.apply(arguments, *followed) if is_tracked(followed) else _forward(*arguments)
 
 
 def _arguments(query: Tensor, sources: Sequence[Source], decoupled: bool, is_causal: bool, scale: float) -> tuple:
@@ -225,18 +227,62 @@ def _split(tensors: Sequence[Tensor], counts: tuple[int, int, int]) -> list:
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    query, keys, values, gates, extras, (out, lse) = _split(ctx.saved_tensors, ctx.counts)
+    saved = ctx.saved_tensors
+    query, keys, values, gates, extras, (out, lse) = _split(saved, ctx.counts)
     parts, *options = ctx.options
     n, g, e = ctx.counts
     if grad_out is None and grad_lse is None:
         return None, [None] * n, [None] * n, [None] * g, [None] * e, *(None,) * 4
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (grad_out, grad_lse)):
+        return _differentiate_reference(ctx, grad_out, grad_lse)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    by_query, by_keys, by_values, by_gates = torch.ops.mmfast.fusion_backward.default(
+    eager = is_eager([*saved, grad_out] if grad_lse is None else [*saved, grad_out, grad_lse])
+    backward = _backward if eager else torch.ops.mmfast.fusion_backward.default
+    by_query, by_keys, by_values, by_gates = backward(
         grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, *options, ctx.need
     )
     kept = [x if w else None for x, w in zip((by_query, *by_keys, *by_values), ctx.need, strict=True)]
     return kept[0], kept[1 : 1 + n], kept[1 + n :], by_gates, [None] * e, *(None,) * 4
+
+
+def _differentiate_reference(ctx, grad_out, grad_lse):
+    """Of a batch of gradients (``is_grads_batched``), which no operator with lists takes: by those of the reference."""
+    query, keys, values, gates, extras, _ = _split(ctx.saved_tensors, ctx.counts)
+    parts, decoupled, is_causal, scale = ctx.options
+    n, g, e = ctx.counts
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values, *gates)]
+        query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
+        out, lses = _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale)
+    pairs = [(x, v) for x, v in ((out, grad_out), (lses, grad_lse)) if v is not None]
+    by = torch.autograd.grad([x for x, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True)
+    by_query, by_keys, by_values, by_gates, _, _ = _split(by, (n, g, 0))
+    return by_query, by_keys, by_values, by_gates, [None] * e, *(None,) * 4
+
+
+def _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale) -> tuple[Tensor, Tensor]:
+    """What ``mmfast::fusion_forward`` gives."""
+    masks, biases, lengths, gates = _spread(gates, extras, parts)
+    sources = [Source(*s) for s in zip(keys, values, masks, lengths, biases, gates, strict=True)]
+    fusion = "decoupled" if decoupled else "joint"
+    result = reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
+    return result.out, torch.stack(result.lses)
+
+
+class Direct(torch.autograd.Function):
+    """The operators' kernels and derivatives without the operators, which take longer than a small attention."""
+
+    @staticmethod
+    def forward(ctx, arguments, *_followed):
+        output = _forward(*arguments)
+        _save_forward(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        by_query, by_keys, by_values, by_gates, *_ = _differentiate(ctx, grad_out, grad_lse)
+        return None, by_query, *by_keys, *by_values, *by_gates
 
 
 def _save_backward(ctx, inputs, output):
@@ -268,11 +314,8 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
     with torch.enable_grad():
         grad_out, grad_lse, *inputs = [tracked(x) for x in (grad_out, grad_lse, query, *keys, *values, *gates)]
         query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
-        masks, biases, lengths, gates = _spread(gates, extras, ctx.parts)
-        sources = [Source(*s) for s in zip(keys, values, masks, lengths, biases, gates, strict=True)]
-        fusion = "decoupled" if decoupled else "joint"
-        result = reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
-        outputs = [(result.out, grad_out)] + ([] if grad_lse is None else [(torch.stack(result.lses), grad_lse)])
+        out, lses = _by_reference(query, keys, values, gates, extras, ctx.parts, decoupled, is_causal, scale)
+        outputs = [(out, grad_out)] + ([] if grad_lse is None else [(lses, grad_lse)])
         wanted = [(x, v) for x, v in zip(inputs, incoming, strict=True) if v is not None]
         first = torch.autograd.grad(
             [x for x, _ in outputs],
@@ -331,3 +374,29 @@ def _differentiate_weights(ctx, grads):
 
 
 torch.library.register_autograd("mmfast::fusion_weights", _differentiate_weights, setup_context=_save_weights)
+
+
+# ---- vmap
+
+
+def _batched(name: str) -> None:
+    """Under `torch.func.vmap` one call after the other."""
+    op = getattr(torch.ops.mmfast, name).default
+
+    def rule(info, in_dims, *args):
+        flat, spec = tree_flatten(args)
+        dims = tree_flatten(in_dims)[0]
+
+        def at(i):
+            return tree_unflatten(
+                [x.select(d, i) if isinstance(d, int) else x for x, d in zip(flat, dims, strict=True)], spec
+            )
+
+        outs = tree_map(lambda *each: torch.stack(each), *(op(*at(i)) for i in range(info.batch_size)))
+        return outs, tree_map(lambda _: 0, outs)
+
+    torch.library.register_vmap(f"mmfast::{name}", rule)
+
+
+for _name in ("fusion_forward", "fusion_backward", "fusion_weights"):
+    _batched(_name)

@@ -1,0 +1,239 @@
+"""Joint attention to plain sources past the operators: the same as by them, and left to them where it has to be; vmap."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import mmfast
+from mmfast.fusion import Source, direct
+
+pytestmark = pytest.mark.native
+
+
+def _tensors(dtype=torch.float32, batches=(2, 2), heads=(4, 4), lengths=(5, 7), dims=(16, 24), requires_grad=False):
+    tensors = [torch.randn(batches[0], heads[0], lengths[0], dims[0])]
+    tensors += [torch.randn(batches[1], heads[1], n, d) for n in lengths[1:] for d in dims]
+    return [x.to(dtype).requires_grad_(requires_grad) for x in tensors]
+
+
+def _pairs(tensors):
+    return list(zip(tensors[1::2], tensors[2::2], strict=True))
+
+
+CASES = {
+    "one": {},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "grouped": {"heads": (4, 2)},
+    "shared query": {"batches": (1, 3)},
+    "shared sources": {"batches": (3, 1), "lengths": (5, 7, 9)},
+    "three": {"lengths": (70, 7, 130, 1)},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_as_by_the_operators(name, scale, causal, monkeypatch):
+    """The same bits: outputs, and gradients of all inputs."""
+    tensors = _tensors(**CASES[name], requires_grad=True)
+    assert direct.attention(tensors[0], _pairs(tensors), scale, causal) is not None
+    results = []
+    for way in ("direct", "operators"):
+        if way == "operators":
+            monkeypatch.setattr(direct, "attention", lambda *args: None)
+            monkeypatch.setattr("mmfast.fusion.op.is_plain", lambda tensors: False)
+        out = mmfast.cross_attention(tensors[0], _pairs(tensors), scale=scale, is_causal=causal)
+        with torch.no_grad():
+            again = mmfast.cross_attention(tensors[0], _pairs(tensors), scale=scale, is_causal=causal)
+        results.append([out, again, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(*results[0][:2]) and results[0][0].stride() == results[1][0].stride()
+
+
+def test_ways_to_write_sources():
+    query, key, value = _tensors()
+    for sources in ((key, value), [(key, value)], ([key, value],), Source(key, value), [Source(key, value)]):
+        assert direct.attention(query, sources, None, False) is not None
+
+
+def test_second_derivatives():
+    tensors = _tensors(torch.float64, lengths=(3, 4, 2), dims=(3, 2), requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *x: mmfast.cross_attention(x[0], _pairs(x)), tensors)
+
+
+def test_batched_gradients():
+    tensors = _tensors(requires_grad=True)
+    out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+    upstream = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        for a, b in zip(together, torch.autograd.grad(out, tensors, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def _decoupled(query, key, value, other, other_value, mask, gate, lengths):
+    sources = [Source(key, value, mask=mask), Source(other, other_value, lengths=lengths, gate=gate)]
+    results = mmfast.cross_attention(query, sources, fusion="decoupled", return_lse=True, return_weights="mean")
+    return [results[0], *results[1], *results[2]]
+
+
+@pytest.mark.parametrize("batched", [(0,) * 8, (0, None, None, 0, 0, None, 0, None), (None,) * 4 + (1, 0, None, 0)])
+def test_vmap(batched):
+    """Any arguments batched, also those in lists of their own, on any axis: as one call after the other."""
+    tensors = [*_tensors(lengths=(5, 7, 3)), torch.rand(2, 1, 5, 7) < 0.7, torch.rand(1, 4, 1, 1), torch.tensor([3, 0])]
+    inputs = [
+        x if axis is None else torch.stack([x, x.flip(0), x.roll(1, -1)], axis)
+        for x, axis in zip(tensors, batched, strict=True)
+    ]
+    together = torch.func.vmap(_decoupled, in_dims=batched)(*inputs)
+    for i in range(3):
+        one = [x if axis is None else x.select(axis, i) for x, axis in zip(inputs, batched, strict=True)]
+        for a, b in zip(together, _decoupled(*one), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_vmap_of_tracked_tensors():
+    tensors = [torch.stack([x, 2 * x]).requires_grad_() for x in _tensors()]
+    out = torch.func.vmap(lambda *x: mmfast.cross_attention(x[0], _pairs(x)))(*tensors)
+    grads = torch.autograd.grad(out.sum(), tensors)
+    alone = [x.detach()[1].requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(mmfast.cross_attention(alone[0], _pairs(alone)).sum(), alone)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a[1], b)
+
+
+def test_batched_gradients_of_lses_and_gates():
+    tensors = [x.requires_grad_() for x in (*_tensors(lengths=(5, 7, 3)), torch.rand(1, 4, 1, 1))]
+    results = _decoupled(*tensors[:5], torch.rand(2, 1, 5, 7) < 0.7, tensors[5], torch.tensor([3, 1]))[:3]
+    upstream = [torch.randn(3, *x.shape) for x in results]
+    together = torch.autograd.grad(results, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        one = torch.autograd.grad(results, tensors, [x[i] for x in upstream], retain_graph=True)
+        for a, b in zip(together, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_some_inputs_tracked():
+    for i in range(3):
+        tensors = _tensors()
+        tensors[i].requires_grad_()
+        out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+        out.sum().backward()
+        assert [x.grad is not None for x in tensors] == [j == i for j in range(3)]
+
+
+def test_the_output_may_be_written_to():
+    tensors = _tensors(requires_grad=True)
+    out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+    assert not out._is_view()
+    expected = torch.autograd.grad((2 * out + 1).sum(), tensors, retain_graph=True)
+    out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+    written = out.mul_(2).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        written.sum().backward()  # as after any operator that needs its output
+    with torch.no_grad():
+        mmfast.cross_attention(tensors[0], _pairs(tensors)).add_(1)
+    assert all(x.isfinite().all() for x in expected)
+
+
+def test_inputs_written_to_are_noticed():
+    tensors = _tensors(requires_grad=True)
+    out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+    with torch.no_grad():
+        tensors[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_saved_tensors_are_packed_once():
+    tensors, packed, unpacked = _tensors(requires_grad=True), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: unpacked.append(x) or x):
+        out = mmfast.cross_attention(tensors[0], _pairs(tensors))
+    out.sum().backward()
+    assert len(packed) == len(unpacked) == 5  # query, key, value, output and log-sum-exp
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "rank",
+        "features",
+        "heads",
+        "dtype",
+        "batch",
+        "empty",
+        "mask",
+        "gate",
+        "scale",
+        "subclass",
+        "nested",
+        "meta",
+        "negative",
+    ],
+)
+def test_left_to_others(what):
+    query, key, value = _tensors()
+    source, scale = (key, value), None
+    if what == "rank":
+        query = query[0]
+    elif what == "features":
+        query = query[..., :8]
+    elif what == "heads":
+        query = query[:, :3]
+    elif what == "dtype":
+        query = query.double()
+    elif what == "batch":
+        query = query.repeat(2, 1, 1, 1)
+    elif what == "empty":
+        source = key[:, :, :0], value[:, :, :0]
+    elif what == "mask":
+        source = Source(key, value, mask=torch.ones(5, 7, dtype=torch.bool))
+    elif what == "gate":
+        source = Source(key, value, gate=0.5)
+    elif what == "scale":
+        scale = float("nan")
+    elif what == "subclass":
+        query = query.as_subclass(_Subclass)
+    elif what == "nested":
+        query = torch.nested.nested_tensor([query[0], query[1]])
+    elif what == "meta":
+        query, source = query.to("meta"), (key.to("meta"), value.to("meta"))
+    elif what == "negative":
+        source = key, torch._neg_view(value)
+    assert direct.attention(query, [source], scale, False) is None
+
+
+@pytest.mark.parametrize("where", ["environment", "autocast", "vmap", "grad", "dual", "fake"])
+def test_left_to_others_where(where, monkeypatch):
+    query, key, value = _tensors()
+    seen = []
+
+    def attend(query):
+        seen.append(direct.attention(query, [(key, value)], None, False))
+        return query.sum()
+
+    if where == "environment":
+        monkeypatch.setenv("MMFAST_BACKEND", "reference")
+        attend(query)
+    elif where == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            attend(query)
+            assert mmfast.cross_attention(query, [(key, value)]).dtype == torch.bfloat16
+    elif where == "vmap":
+        torch.func.vmap(attend)(query[None])
+    elif where == "grad":
+        torch.func.grad(attend)(query)
+    elif where == "dual":
+        with forward_ad.dual_level():
+            attend(forward_ad.make_dual(query, query))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            attend(mode.from_tensor(query))
+    assert seen == [None]
