@@ -13,7 +13,7 @@ from fusion_cases import CASES, ENGINES, excluding, inputs, kv, randn, replaced
 from numerics import assert_no_worse_than_eager, peak_extra_bytes
 
 import mmfast
-from mmfast.fusion import Source, op, reference, routes, streamed
+from mmfast.fusion import Source, direct, op, reference, routes, streamed
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -474,6 +474,19 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, inputs(query, sources), strict=True))
 
 
+def when_direct(monkeypatch, record):
+    """``record()`` whenever the calls past the operators take an attention."""
+    ours = direct.attention
+
+    def attention(*args):
+        out = ours(*args)
+        if out is not None:
+            record()
+        return out
+
+    monkeypatch.setattr(direct, "attention", attention)
+
+
 def test_backends(monkeypatch):
     query, (key, value) = randn(2, 4, 5, 3), kv()
     assert "fusion" in mmfast._backend.info()["ops"]
@@ -494,6 +507,7 @@ def test_backends(monkeypatch):
     calls = []
     for taken in (op, streamed):
         monkeypatch.setattr(taken, "attention", lambda *a, **k: calls.append(1) or reference.attention(*a, **k))
+    when_direct(monkeypatch, lambda: calls.append(1))
     attend(None, query, (key, value))
     monkeypatch.setenv("MMFAST_BACKEND", "reference")
     attend(None, query, (key, value))
@@ -510,6 +524,7 @@ def test_routes(monkeypatch):
             "attention",
             lambda *a, _name=name, **k: taken.append(_name) or reference.attention(*a, **k),
         )
+    when_direct(monkeypatch, lambda: taken.append("cpu"))
     few, long = routes.FEW_QUERIES, routes.LONG_KEYS
     for rows, keys, weights, gradients in (
         (few, long, False, False),

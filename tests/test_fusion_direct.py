@@ -1,4 +1,4 @@
-"""Joint attention to plain sources past the operators: the same as by them, and left to them where it has to be; vmap."""
+"""Joint attention to plain sources past the operators: the same as by them, or left to them; and vmap."""
 
 import pytest
 import torch
