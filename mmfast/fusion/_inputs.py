@@ -241,8 +241,8 @@ def check_lengths(name: str, lengths: object, device: torch.device, batch: int, 
     if lengths.device != device:
         raise ValueError(f"{name} must be on the query's device {device}, got {lengths.device}")
     # On an accelerator the values stay where they are: a check would wait for them. Of a vmap the kernels look at them.
-    readable = lengths.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(lengths)
-    if readable and lengths.numel() and not torch.compiler.is_compiling():
+    known = lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling()
+    if known and not torch._C._functorch.is_batchedtensor(lengths):
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > longest:
             raise ValueError(f"{name} must lie in [0, {longest}], got values from {low} to {high}")
