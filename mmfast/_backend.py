@@ -298,9 +298,14 @@ def is_differentiated_by_formula() -> bool:
 def is_plain(t: torch.Tensor) -> bool:
     """True where the memory of ``t`` holds its values: strided, on the CPU, no other subclass than
     a parameter, nothing still to be done, no batch of gradients (``is_grads_batched``)."""
-    ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t)
+    ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not is_batch_of_gradients(t)
     strided = ours and t.is_cpu and t.layout is torch.strided
     return strided and not t.is_neg() and not t._is_zerotensor()
+
+
+def is_batch_of_gradients(x: torch.Tensor | None) -> bool:
+    """True of what `torch.autograd.grad` hands down with ``is_grads_batched``."""
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def nobody_looks_on() -> bool:

@@ -116,6 +116,27 @@ def test_batched_gradients_of_lses_and_gates():
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_few_queries_of_long_sources(backend):
+    """Where flash attention is taken, source by source: a batch of gradients, and vmap, which it leaves to others."""
+    tensors = [x.requires_grad_() for x in _tensors(lengths=(4, 600))]
+    sources = [Source(*tensors[1:], mask=torch.rand(2, 1, 4, 600) < 0.8)]
+    out, (lse,) = mmfast.cross_attention(tensors[0], sources, fusion="decoupled", return_lse=True, backend=backend)
+    upstream = [torch.randn(3, *x.shape) for x in (out, lse)]
+    together = torch.autograd.grad([out, lse], tensors, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        one = torch.autograd.grad([out, lse], tensors, [x[i] for x in upstream], retain_graph=True)
+        for a, b in zip(together, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+    queries = torch.stack([tensors[0], 2 * tensors[0]]).detach()
+
+    def run(query):
+        return mmfast.cross_attention(query, sources, fusion="decoupled", backend=backend)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(run)(queries), torch.stack([run(q) for q in queries]))
+
+
 def test_some_inputs_tracked():
     for i in range(3):
         tensors = _tensors()

@@ -158,7 +158,7 @@ def attend(
                     f"backend {engine!r} has no cross-attention with {reason}; backend=None takes the reference"
                 )
             engine = "reference"
-        elif engine == "cpu" and _is_free(backend):
+        elif engine == "cpu" and _is_free(backend) and not _is_transformed():
             engine = routes.choose(query, sources, fusion, weights)
 
     def compute() -> Attention:
@@ -190,11 +190,16 @@ def attend(
 
 def choose_engine(device: torch.device, backend: str | None) -> str:
     """``"torch"``, or a backend of `_backend.choose`."""
-    by_formula = _backend.is_differentiated_by_formula()
+    plain = not (_backend.is_differentiated_by_formula() or _is_transformed())
     if backend == "torch":
-        return "reference" if by_formula else backend
+        return backend if plain else "reference"
     chosen = _backend.choose("fusion", device, backend)[0]
-    return "torch" if _is_free(backend) and chosen == "reference" and not by_formula else chosen
+    return "torch" if _is_free(backend) and chosen == "reference" and plain else chosen
+
+
+def _is_transformed() -> bool:
+    """Inside `torch.func.vmap` and its like, for which flash attention, source by source, has no rule."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_free(backend: str | None) -> bool:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mmfast import _backend
 from mmfast.fusion import reference
 from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain, is_tracked
+from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
 
 RESIDENT_KEYS = 512
@@ -233,7 +233,7 @@ def _differentiate(ctx, grad_out, grad_lse):
     n, g, e = ctx.counts
     if grad_out is None and grad_lse is None:
         return None, [None] * n, [None] * n, [None] * g, [None] * e, *(None,) * 4
-    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (grad_out, grad_lse)):
+    if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
         return _differentiate_reference(ctx, grad_out, grad_lse)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -376,27 +376,4 @@ def _differentiate_weights(ctx, grads):
 torch.library.register_autograd("mmfast::fusion_weights", _differentiate_weights, setup_context=_save_weights)
 
 
-# ---- vmap
-
-
-def _batched(name: str) -> None:
-    """Under `torch.func.vmap` one call after the other."""
-    op = getattr(torch.ops.mmfast, name).default
-
-    def rule(info, in_dims, *args):
-        flat, spec = tree_flatten(args)
-        dims = tree_flatten(in_dims)[0]
-
-        def at(i):
-            return tree_unflatten(
-                [x.select(d, i) if isinstance(d, int) else x for x, d in zip(flat, dims, strict=True)], spec
-            )
-
-        outs = tree_map(lambda *each: torch.stack(each), *(op(*at(i)) for i in range(info.batch_size)))
-        return outs, tree_map(lambda _: 0, outs)
-
-    torch.library.register_vmap(f"mmfast::{name}", rule)
-
-
-for _name in ("fusion_forward", "fusion_backward", "fusion_weights"):
-    _batched(_name)
+one_by_one("fusion_forward", "fusion_backward", "fusion_weights")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.fusion import reference
 from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager
 from mmfast.fusion.reference import Attention
@@ -275,14 +276,30 @@ def _differentiate(ctx, grad_out, grad_lse):
     query, *rest = ctx.saved_tensors
     n, m = ctx.counts
     keys, values, masks, (out, lse) = rest[:n], rest[n : 2 * n], rest[2 * n : 2 * n + m], rest[2 * n + m :]
+    if grad_out is None and grad_lse is None:
+        return None, [None] * n, [None] * n, [None] * m, None, None, None
+    if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
+        return _differentiate_reference(ctx, grad_out, grad_lse, query, keys, values, masks)
     if grad_out is None:
-        if grad_lse is None:
-            return None, [None] * n, [None] * n, [None] * m, None, None, None
         grad_out = torch.zeros_like(out)
     grad_query, grad_keys, grad_values = torch.ops.mmfast.fusion_streamed_backward(
         grad_out, grad_lse, query, keys, values, masks, ctx.masked, out, lse, ctx.is_causal, ctx.scale
     )
     return grad_query, grad_keys, grad_values, [None] * m, None, None, None
+
+
+def _differentiate_reference(ctx, grad_out, grad_lse, query, keys, values, masks):
+    """Of a batch of gradients, which no operator with lists takes: by those of the reference."""
+    n, m = ctx.counts
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values)]
+        of = zip(inputs[1 : 1 + n], inputs[1 + n :], _for_each(keys, masks, ctx.masked), strict=True)
+        result = reference.attention(
+            inputs[0], [Source(*parts) for parts in of], fusion="joint", scale=ctx.scale, is_causal=ctx.is_causal
+        )
+    pairs = [(x, g) for x, g in ((result.out, grad_out), (result.lses[0], grad_lse)) if g is not None]
+    by_query, *by = torch.autograd.grad([x for x, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+    return by_query, by[:n], by[n:], [None] * m, None, None, None
 
 
 torch.library.register_autograd("mmfast::fusion_streamed_forward", _differentiate, setup_context=_save_forward)

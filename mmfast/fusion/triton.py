@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.fusion import merged, reference, routes_cuda
 from mmfast.fusion._inputs import Source, batch_of
+from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
 
 # Autograd has no lists with None in them, so `has` says which source each tensor belongs to: bits 1 mask, 2 bias,
@@ -332,6 +334,8 @@ def _differentiate(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return None, *lists, None, *nothing
     query, row_lengths, out, lse, *rest = ctx.saved_tensors
+    if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
+        return _differentiate_reference(ctx, grad_out, grad_lse, query, row_lengths, rest)
     if grad_out is None:
         grad_out = query.new_zeros(ctx.shape, dtype=ctx.kind)
     grad_query, grad_keys, grad_values, grad_gates = torch.ops.mmfast.fusion_device_backward(
@@ -341,6 +345,32 @@ def _differentiate(ctx, grad_out, grad_lse):
     if ctx.gate_gradients:
         lists[5] = grad_gates
     return grad_query, *lists, None, *nothing
+
+
+def _differentiate_reference(ctx, grad_out, grad_lse, query, row_lengths, rest):
+    """Of a batch of gradients (``is_grads_batched``), which no operator with lists takes: by those of the reference."""
+    keys, values, *added, gates = _split(rest, ctx.counts)
+    n, g = len(keys), len(gates) if ctx.gate_gradients else 0
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values, *gates)]
+        query, keys, values, gates = inputs[0], inputs[1 : 1 + n], inputs[1 + n : 1 + 2 * n], inputs[1 + 2 * n :]
+        outputs = _by_reference(query, keys, values, *added, gates, row_lengths, *ctx.options)
+    pairs = [(x, v) for x, v in zip(outputs, (grad_out, grad_lse), strict=True) if v is not None]
+    of = inputs[: 1 + 2 * n + g]
+    by_query, *by = torch.autograd.grad([x for x, _ in pairs], of, [v for _, v in pairs], allow_unused=True)
+    lists = [by[:n], by[n : 2 * n], *([None] * k for k in ctx.counts[2:5]), by[2 * n :] or [None] * ctx.counts[5]]
+    return by_query, *lists, None, *[None] * 7
+
+
+def _by_reference(
+    query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal, pool, scale, _engine
+) -> tuple[Tensor, Tensor]:
+    """What ``mmfast::fusion_device_forward`` gives."""
+    sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
+    result = reference.attention(
+        query, sources, fusion="joint" if joint else "decoupled", scale=scale, is_causal=causal
+    )
+    return _pooled(result.out, row_lengths) if pool else result.out, torch.stack(result.lses)
 
 
 torch.library.register_autograd("mmfast::fusion_device_forward", _differentiate, setup_context=_save_forward)
@@ -359,7 +389,6 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
     """Second derivatives, by the reference: rare, and then its memory is the price."""
     *tensors, row_lengths = ctx.saved_tensors[:4]
     lists = _split(ctx.saved_tensors[4:], ctx.counts)
-    has, factors, joint, causal, pool, scale, _ = ctx.options
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, so that differentiation stops here and not where the caller's graph began.
@@ -368,14 +397,10 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
 
         grad_out, grad_lse, query = (alias(x) for x in tensors)
         keys, values, gates = ([alias(x) for x in lists[i]] for i in (0, 1, 5))
-        sources = _unpack(keys, values, *lists[2:5], gates, has, factors)
-        result = reference.attention(
-            query, sources, fusion="joint" if joint else "decoupled", scale=scale, is_causal=causal
-        )
-        out = _pooled(result.out, row_lengths) if pool else result.out
+        out, lses = _by_reference(query, keys, values, *lists[2:5], gates, row_lengths, *ctx.options)
         outputs, given = [out], [grad_out]
         if grad_lse is not None:
-            outputs.append(torch.stack(result.lses))
+            outputs.append(lses)
             given.append(grad_lse)
         of = [query, *keys, *values, *(gates if ctx.gate_gradients else [])]
         incoming = [grad_query]
@@ -406,3 +431,5 @@ def _pooled(out: Tensor, row_lengths: Tensor | None) -> Tensor:
 
 
 torch.library.register_autograd("mmfast::fusion_device_backward", _differentiate_twice, setup_context=_save_backward)
+
+one_by_one("fusion_device_forward", "fusion_device_backward", "fusion_mean_weights")

@@ -227,6 +227,37 @@ def test_opcheck():
         )
 
 
+def test_vmap():
+    """One call after the other, also where one source of two is batched."""
+    query, (key, value), other = randn(3, 1, 2, 4, 8).float(), [x.float() for x in kv(keys=5)], kv(keys=3)
+    batched = [torch.stack([x, 2 * x, x.flip(2)]).float() for x in other]
+
+    def run(query, *two):
+        out, lse, weights = cross_attention(
+            query, [(key, value), two], return_lse=True, return_weights="mean", backend="triton"
+        )
+        return out, lse, *weights
+
+    together = torch.func.vmap(run)(query, *batched)
+    for i in range(3):
+        for a, b in zip(together, run(query[i], *(x[i] for x in batched)), strict=True):
+            torch.testing.assert_close(a[i], b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fusion", ["joint", "decoupled"])
+def test_batched_gradients(fusion):
+    gate = {"gate": torch.rand(1, 2, 1, 1)} if fusion == "decoupled" else {}
+    query, first, second = randn(1, 2, 4, 8).float(), [x.float() for x in kv(keys=5)], [x.float() for x in kv(keys=3)]
+    sources = [Source(*first, mask=torch.rand(1, 1, 4, 5) < 0.8, **gate), Source(*second)]
+    of = leaves(query, sources)
+    out = cross_attention(query, sources, fusion=fusion, backend="triton")
+    upstream = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, of, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        for a, b in zip(together, torch.autograd.grad(out, of, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+
+
 def test_same_bits():
     query, sources, options = _ip_adapter()
     results = []
