@@ -482,10 +482,12 @@ void forward_in_place(const ForwardJob<T>& job, const Item& item, const Keys& ke
     const auto [lo, hi] = share_of(p, item, keys);
     const int64_t blocks = blocks_of(hi - lo, kInPlaceKeys);
     const int64_t size = blocks ? up_to_multiple((hi - lo + blocks - 1) / blocks, 4) : 0;
+    // A few keys that are left are no block of their own, which would read and write all outputs once more.
+    const auto end_of = [&](int64_t from) { return hi - from < size + size / 4 ? hi : from + size; };
     bool started = false;
-    for (int64_t from = lo; from < hi; from += size) {
-        const int64_t to = smaller(from + size, hi);
-        heads_ahead<T>(p, item, job.fold, keys, rows.last, to, smaller(to + size, hi), b.ahead);
+    for (int64_t from = lo, to; from < hi; from = to) {
+        to = end_of(from);
+        heads_ahead<T>(p, item, job.fold, keys, rows.last, to, end_of(to), b.ahead);
         b.ahead.spread(item.heads * (product_steps(to - from) / 2 + product_steps(rows.n)));
         bool any = started;
         for (int64_t h = 0; h < item.heads; ++h) {
