@@ -116,6 +116,19 @@ def test_batched_gradients_of_lses_and_gates():
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_batched_gradients_are_differentiated_on(backend):
+    tensors = _tensors(torch.float64, lengths=(3, 4), dims=(3, 2), requires_grad=True)
+    out = mmfast.cross_attention(tensors[0], _pairs(tensors), backend=backend)
+    upstream = torch.randn(2, *out.shape, dtype=torch.float64)
+    together = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True, create_graph=True)
+    alone = [torch.autograd.grad(out, tensors, one, create_graph=True) for one in upstream]
+    second = torch.autograd.grad(sum(x.square().sum() for x in together), tensors, retain_graph=True)
+    expected = torch.autograd.grad(sum(x.square().sum() for one in alone for x in one), tensors)
+    for a, b in zip(second, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_few_queries_of_long_sources(backend):
     """Where flash attention is taken, source by source: a batch of gradients, and vmap, which it leaves to others."""

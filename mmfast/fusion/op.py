@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion import reference
+from mmfast.fusion._derivatives import alias, of_batch
 from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain, is_tracked
 from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
@@ -234,7 +235,7 @@ def _differentiate(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return None, [None] * n, [None] * n, [None] * g, [None] * e, *(None,) * 4
     if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
-        return _differentiate_reference(ctx, grad_out, grad_lse)
+        return _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, gates, extras)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     eager = is_eager([*saved, grad_out] if grad_lse is None else [*saved, grad_out, grad_lse])
@@ -246,17 +247,14 @@ def _differentiate(ctx, grad_out, grad_lse):
     return kept[0], kept[1 : 1 + n], kept[1 + n :], by_gates, [None] * e, *(None,) * 4
 
 
-def _differentiate_reference(ctx, grad_out, grad_lse):
-    """Of a batch of gradients (``is_grads_batched``), which no operator with lists takes: by those of the reference."""
-    query, keys, values, gates, extras, _ = _split(ctx.saved_tensors, ctx.counts)
+def _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, gates, extras):
     parts, decoupled, is_causal, scale = ctx.options
     n, g, e = ctx.counts
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values, *gates)]
+        inputs = [alias(x) for x in (query, *keys, *values, *gates)]
         query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
-        out, lses = _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale)
-    pairs = [(x, v) for x, v in ((out, grad_out), (lses, grad_lse)) if v is not None]
-    by = torch.autograd.grad([x for x, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True)
+        outputs = _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale)
+    by = of_batch(outputs, (grad_out, grad_lse), inputs)
     by_query, by_keys, by_values, by_gates, _, _ = _split(by, (n, g, 0))
     return by_query, by_keys, by_values, by_gates, [None] * e, *(None,) * 4
 
@@ -307,12 +305,8 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
     onward = torch.is_grad_enabled()
     query, keys, values, gates, extras, (grad_out, grad_lse) = _split(ctx.saved_tensors, ctx.counts)
 
-    def tracked(x):
-        # An alias, so that differentiation stops here and not where the caller's graph began.
-        return None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
     with torch.enable_grad():
-        grad_out, grad_lse, *inputs = [tracked(x) for x in (grad_out, grad_lse, query, *keys, *values, *gates)]
+        grad_out, grad_lse, *inputs = [alias(x) for x in (grad_out, grad_lse, query, *keys, *values, *gates)]
         query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
         out, lses = _by_reference(query, keys, values, gates, extras, ctx.parts, decoupled, is_causal, scale)
         outputs = [(out, grad_out)] + ([] if grad_lse is None else [(lses, grad_lse)])
@@ -358,7 +352,7 @@ def _differentiate_weights(ctx, grads):
     query, lse, *rest = ctx.saved_tensors
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (query, lse, *rest[:n])]
+        inputs = [alias(x) for x in (query, lse, *rest[:n])]
         query, lse, *keys = inputs
         masks, biases, lengths, _ = _spread((), rest[n:], ctx.parts)
         shift = torch.where(lse == -torch.inf, torch.inf, lse)[..., None]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion import reference
+from mmfast.fusion._derivatives import alias, of_batch
 from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager
 from mmfast.fusion.reference import Attention
 
@@ -279,7 +280,7 @@ def _differentiate(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return None, [None] * n, [None] * n, [None] * m, None, None, None
     if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
-        return _differentiate_reference(ctx, grad_out, grad_lse, query, keys, values, masks)
+        return _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, masks)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_query, grad_keys, grad_values = torch.ops.mmfast.fusion_streamed_backward(
@@ -288,17 +289,15 @@ def _differentiate(ctx, grad_out, grad_lse):
     return grad_query, grad_keys, grad_values, [None] * m, None, None, None
 
 
-def _differentiate_reference(ctx, grad_out, grad_lse, query, keys, values, masks):
-    """Of a batch of gradients, which no operator with lists takes: by those of the reference."""
+def _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, masks):
     n, m = ctx.counts
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values)]
+        inputs = [alias(x) for x in (query, *keys, *values)]
         of = zip(inputs[1 : 1 + n], inputs[1 + n :], _for_each(keys, masks, ctx.masked), strict=True)
         result = reference.attention(
             inputs[0], [Source(*parts) for parts in of], fusion="joint", scale=ctx.scale, is_causal=ctx.is_causal
         )
-    pairs = [(x, g) for x, g in ((result.out, grad_out), (result.lses[0], grad_lse)) if g is not None]
-    by_query, *by = torch.autograd.grad([x for x, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+    by_query, *by = of_batch((result.out, result.lses[0]), (grad_out, grad_lse), inputs)
     return by_query, by[:n], by[n:], [None] * m, None, None, None
 
 
@@ -320,11 +319,7 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values):
     n, m = ctx.counts
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, so that differentiation stops here and not where the caller's graph began.
-        saved = [
-            None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in ctx.saved_tensors[: 3 + 2 * n]
-        ]
+        saved = [alias(x) for x in ctx.saved_tensors[: 3 + 2 * n]]
         grad_out, grad_lse, *inputs = saved
         query, keys, values = inputs[0], inputs[1 : 1 + n], inputs[1 + n :]
         masks = _for_each(keys, ctx.saved_tensors[3 + 2 * n :], ctx.masked)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.fusion import merged, reference, routes_cuda
+from mmfast.fusion._derivatives import alias, of_batch
 from mmfast.fusion._inputs import Source, batch_of
 from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
@@ -335,7 +336,7 @@ def _differentiate(ctx, grad_out, grad_lse):
         return None, *lists, None, *nothing
     query, row_lengths, out, lse, *rest = ctx.saved_tensors
     if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
-        return _differentiate_reference(ctx, grad_out, grad_lse, query, row_lengths, rest)
+        return _differentiate_batch(ctx, grad_out, grad_lse, query, row_lengths, rest)
     if grad_out is None:
         grad_out = query.new_zeros(ctx.shape, dtype=ctx.kind)
     grad_query, grad_keys, grad_values, grad_gates = torch.ops.mmfast.fusion_device_backward(
@@ -347,17 +348,14 @@ def _differentiate(ctx, grad_out, grad_lse):
     return grad_query, *lists, None, *nothing
 
 
-def _differentiate_reference(ctx, grad_out, grad_lse, query, row_lengths, rest):
-    """Of a batch of gradients (``is_grads_batched``), which no operator with lists takes: by those of the reference."""
+def _differentiate_batch(ctx, grad_out, grad_lse, query, row_lengths, rest):
     keys, values, *added, gates = _split(rest, ctx.counts)
     n, g = len(keys), len(gates) if ctx.gate_gradients else 0
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, *keys, *values, *gates)]
+        inputs = [alias(x) for x in (query, *keys, *values, *gates)]
         query, keys, values, gates = inputs[0], inputs[1 : 1 + n], inputs[1 + n : 1 + 2 * n], inputs[1 + 2 * n :]
         outputs = _by_reference(query, keys, values, *added, gates, row_lengths, *ctx.options)
-    pairs = [(x, v) for x, v in zip(outputs, (grad_out, grad_lse), strict=True) if v is not None]
-    of = inputs[: 1 + 2 * n + g]
-    by_query, *by = torch.autograd.grad([x for x, _ in pairs], of, [v for _, v in pairs], allow_unused=True)
+    by_query, *by = of_batch(outputs, (grad_out, grad_lse), inputs[: 1 + 2 * n + g])
     lists = [by[:n], by[n : 2 * n], *([None] * k for k in ctx.counts[2:5]), by[2 * n :] or [None] * ctx.counts[5]]
     return by_query, *lists, None, *[None] * 7
 
@@ -391,10 +389,6 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
     lists = _split(ctx.saved_tensors[4:], ctx.counts)
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, so that differentiation stops here and not where the caller's graph began.
-        def alias(x):
-            return None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
         grad_out, grad_lse, query = (alias(x) for x in tensors)
         keys, values, gates = ([alias(x) for x in lists[i]] for i in (0, 1, 5))
         out, lses = _by_reference(query, keys, values, *lists[2:5], gates, row_lengths, *ctx.options)
