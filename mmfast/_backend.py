@@ -309,8 +309,18 @@ def is_batch_of_gradients(x: torch.Tensor | None) -> bool:
 
 
 def nobody_looks_on() -> bool:
-    """True outside every function transform and every mode of dispatch: an operator's kernel may then be called itself.
+    """True outside every function transform, every mode of dispatch and `torch.jit.trace`: an operator's kernel may
+    then be called itself.
 
     The dispatcher has no say there, and takes as long as thirty frames or a small attention.
     """
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def may_look(t: torch.Tensor) -> bool:
+    """True where reading the values of ``t`` waits for no device, and nobody records or transforms what is done."""
+    return t.is_cpu and not torch.compiler.is_compiling() and nobody_looks_on()

@@ -74,14 +74,14 @@ _TRITON = "triton:"  # before the precision: Triton's kernels, which on CPU tens
 
 def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms, by: str = "") -> tuple[Tensor, Tensor]:
     """`reference.quadratic`; the gradients are computed along with the value where one will be asked for."""
-    if not _fits(terms):
+    if not _fits(terms) or torch._C._get_tracing_state() is not None:  # `torch.jit.trace` records no list of bool
         return reference.quadratic(x, y, wx, wy, coefs, terms)
     kernel, name = _kernel(x, terms), by + _precision.current()
     x, y = _joined(x), _joined(y)
     need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
     if torch.is_grad_enabled():
         need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params, coefs)]
-    if any(need) and _is_plain(x, y):
+    if any(need) and _is_plain(x, y, wx, wy):
         return _Quadratic.apply(x, y, wx, wy, coefs, *kernel, need, name)
     if any(need) or torch.compiler.is_compiling():
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need, name)[:2]
@@ -89,12 +89,12 @@ def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms, by: str = "") -> tuple[
         return _ops.mmd_quadratic.default(x, y, wx, wy, coefs, *kernel, need, name)[:2]
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """True where nothing but autograd looks on: no compilation, no function transform, no mode, no subclass."""
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """True where nothing but autograd looks on: no compilation, no function transform, no mode, and plain tensors."""
     return (
         not torch.compiler.is_compiling()
         and _backend.nobody_looks_on()
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+        and all(t is None or _backend.is_plain(t) for t in tensors)
     )
 
 
