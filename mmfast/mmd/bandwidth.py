@@ -37,6 +37,9 @@ class Rule:
             raise ValueError(f"scale must be positive, got {self.scale}")
 
     def __call__(self, x: Tensor, y: Tensor | None = None, backend: str | None = None) -> Tensor:
+        if x.dim() != 2 or (y is not None and (y.dim() != 2 or y.shape[1] != x.shape[1])):
+            shapes = " and ".join(str(tuple(t.shape)) for t in (x, y) if t is not None)
+            raise ValueError(f"x and y must be (n, d) and (m, d) for a bandwidth rule, got {shapes}")
         if self.points == "x" or (self.points == "y" and y is None):
             y = None
         elif self.points == "y":
@@ -138,11 +141,13 @@ class MedianDistance(Rule):
         pairs = n * y.shape[0] if cross else n * n if self.diagonal else n * (n - 1)
         self._need_pairs(n, pairs)
         lower, upper = (pairs - 1) // 2, pairs // 2
-        ranks = {"lower": [lower], "upper": [upper], "average": sorted({lower, upper})}[self.kind]
+        ranks = {"lower": [lower], "upper": [upper], "average": [lower, upper]}[self.kind]
         zeros = 0
         if not cross:
             # The N distances of points to themselves come first, then each pair of points twice.
-            zeros = sum(rank < n for rank in ranks) if self.diagonal else 0
+            # In the middle of all n² pairs is one of them for n <= 2, or n <= 1 where the upper one is meant.
+            last = {"lower": [2], "upper": [1], "average": [2, 1]}[self.kind]
+            zeros = sum(n <= most for most in last) if self.diagonal else 0
             ranks = [(rank - (n if self.diagonal else 0)) // 2 for rank in ranks[zeros:]]
         found = squared_distances_at(x, y, ranks, skip_diagonal=not cross, lower_triangle=not cross, backend=backend)
         return found.sum() / (len(found) + zeros)
@@ -164,7 +169,7 @@ def squared_distances_at(
     if not ranks:
         return x.new_zeros(0, dtype=torch.float64)
     chosen, _ = _backend.choose("mmd", x.device, backend)
-    wanted = torch.tensor(ranks, dtype=torch.int64)  # on the host, which needs them: no device is waited for
+    wanted = torch.tensor(ranks, dtype=torch.int64, device="cpu")  # the host needs them: no device is waited for
     with torch.no_grad():
         values, index = primitives(chosen).select(x, y, wanted, skip_diagonal, lower_triangle)
     other = x if y is None else y

@@ -95,7 +95,7 @@ class _Direct(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return unit_x * grad if need_x else None, unit_y * grad if need_y else None, None, None
         coefs, families = ctx.how
-        coefs, nothing = torch.tensor(coefs, dtype=torch.float64), params.new_empty(0)
+        coefs, nothing = torch.tensor(coefs, dtype=torch.float64, device="cpu"), params.new_empty(0)
         kernel = params, [x.shape[1]], families, [0] * len(families)
         need = [need_x, need_y, False, False, False, False]
         units = unit_x[None], unit_y[None], nothing, nothing, nothing
