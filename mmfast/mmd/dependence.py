@@ -12,7 +12,7 @@ from mmfast.mmd import reference
 from mmfast.mmd._inputs import as_layers, by_item, check_choice, check_kernel, need_rows, resolver
 from mmfast.mmd._primitives import primitives
 from mmfast.mmd.kernels import Gaussian, Kernel, Linear, apply
-from mmfast.mmd.reference import compute_dtype, diagonal
+from mmfast.mmd.reference import compute_dtype, diagonal, without_autocast
 
 _MEDIAN = Gaussian("median")
 _LINEAR = Linear()
@@ -163,6 +163,14 @@ def _unbiased(rows_x: Tensor, rows_y: Tensor, products: Tensor) -> Tensor:
     return torch.stack(values, dim=1)
 
 
+def _power_of_two(x: Tensor) -> Tensor:
+    """Near the largest entry of each item, ``(b, 1, 1)``, a constant; 1 where there is no such number."""
+    if not x.shape[2]:
+        return x.new_ones(x.shape[0], 1, 1)
+    largest = x.detach().abs().amax((1, 2), keepdim=True)
+    return largest.log2().floor().exp2().masked_fill(~((largest > 0) & largest.isfinite()), 1)
+
+
 def _linear_moments(x, y, kernel_x, kernel_y, unbiased, all_three, centred, chosen) -> Tensor:
     """Of linear kernels: what translates the features leaves every centred form as it is, so they are centred first."""
     dtype = compute_dtype(x.dtype)
@@ -172,10 +180,13 @@ def _linear_moments(x, y, kernel_x, kernel_y, unbiased, all_three, centred, chos
     n, dx, dy = x.shape[1], x.shape[2], y.shape[2]
     by_features = dx * dy + (dx * dx + dy * dy if all_three else 0)
     if by_features > n * (dx + dy):
-        return _streamed([x], [y], kernel_x, kernel_y, unbiased, centred, chosen, None)
+        a, b = _power_of_two(x), _power_of_two(y)  # products of products leave the range of float32
+        values = _streamed([x / a], [y / b], kernel_x, kernel_y, unbiased, centred, chosen, None)
+        a, b = a.flatten().double(), b.flatten().double()
+        return values * torch.stack((a * b, a * a, b * b), dim=1).square()
     pairs = ((x, y), (x, x), (y, y)) if all_three else ((x, y),)
-    with torch.autocast(x.device.type, enabled=False):
-        values = [(a.transpose(1, 2) @ b).square().sum((1, 2), dtype=torch.float64) for a, b in pairs]
+    with without_autocast(x.device.type):
+        values = [(a.transpose(1, 2) @ b).double().square().sum((1, 2)) for a, b in pairs]
     if unbiased:
         own = {id(t): t.double().square().sum(2) for t in (x, y)}
         for i, (a, b) in enumerate(pairs):

@@ -11,6 +11,7 @@ energy).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -44,15 +45,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _in_full(function):
-    """Without autocast: the matrix products would drop to half precision."""
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Where matrix products do not drop to half precision."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
+
+def _in_full(function):
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        device = (x if isinstance(x, Tensor) else x[0]).device.type
-        if not torch.is_autocast_enabled(device):
-            return function(x, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with without_autocast((x if isinstance(x, Tensor) else x[0]).device.type):
             return function(x, *args, **kwargs)
 
     return wrapped
