@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.mmd.bandwidth import Rule
 from mmfast.mmd.kernels import Kernel, Layers, MultiGaussian, Resolve, resolve_locally
 
@@ -97,7 +99,7 @@ def check_weights(name: str, weights: Tensor | None, x: Layers, single: bool) ->
         raise TypeError(f"{name} must be real numbers, got {weights.dtype}")
     weights = (weights[None] if single else weights).double()
     total = weights.sum(1, keepdim=True)
-    if total.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _backend.may_look(total):
         wrong = [t for t in total.flatten().tolist() if not 0 < t < float("inf")]
         if wrong:
             raise ValueError(f"{name} must have a positive, finite sum, got {wrong[0]}")
@@ -107,6 +109,15 @@ def check_weights(name: str, weights: Tensor | None, x: Layers, single: bool) ->
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def as_integer(name: str, value: object) -> int:
+    """Python's integers as they are (some stand for sizes of a traced graph), numpy's as Python's."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return int(value)
 
 
 def resolver(backend: str | None) -> Resolve:

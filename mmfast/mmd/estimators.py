@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from mmfast import _backend
 from mmfast.mmd._inputs import (
+    as_integer,
     by_item,
     check_choice,
     check_kernel,
@@ -274,9 +274,7 @@ def _bracket(parts: list[tuple[Layers, Layers, Terms]], split: Callable) -> Tens
 
 def _block(xs, ys, kernel, chosen, backend, block_size: int | None) -> Tensor:
     n = _need_equal(xs, ys, "block")
-    size = max(2, math.isqrt(n)) if block_size is None else block_size
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"block_size must be an integer, got {type(size).__name__}")
+    size = max(2, int(n**0.5)) if block_size is None else as_integer("block_size", block_size)
     if not 2 <= size <= n:
         raise ValueError(f"block_size must be from 2 to the number of rows, {n}, got {size}")
     batch, blocks = xs[0].shape[0], n // size
@@ -333,7 +331,7 @@ def lmmd(
     given = [t.shape[1] for t in (classes_x, classes_y) if isinstance(t, Tensor) and t.dim() == 2]
     if n_classes is None and not given:
         raise ValueError("n_classes must be given where classes_x and classes_y are both labels")
-    count = given[0] if n_classes is None else n_classes
+    count = given[0] if n_classes is None else as_integer("n_classes", n_classes)
     a, seen_x = _class_weights("classes_x", classes_x, xs, count)
     b, seen_y = _class_weights("classes_y", classes_y, ys, count)
     common = (seen_x & seen_y).double()
@@ -358,8 +356,7 @@ def _class_weights(name: str, classes: Tensor, xs: Layers, count: int) -> tuple[
         raise ValueError(f"{name} must be integer ({n},) or probabilities ({n}, {count}), got {tuple(classes.shape)}")
     if classes.device != xs[0].device:
         raise ValueError(f"{name} must be on the features' device, got {classes.device} and {xs[0].device}")
-    looks = classes.device.type == "cpu" and not torch.compiler.is_compiling()
-    if labels and n and looks and not 0 <= int(classes.min()) <= int(classes.max()) < count:
+    if labels and n and _backend.may_look(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < count:
         raise ValueError(
             f"{name} must be from 0 to n_classes - 1 = {count - 1}, got {classes.min()} to {classes.max()}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -101,14 +102,16 @@ class Kernel(nn.Module):
     __radd__ = __add__
 
     def __mul__(self, weight: float | Tensor) -> Kernel:
-        return Scaled(self, weight) if isinstance(weight, (int, float, Tensor)) else NotImplemented
+        return Scaled(self, weight) if isinstance(weight, (numbers.Real, Tensor)) else NotImplemented
 
     __rmul__ = __mul__
 
     def _own(self, name: str, value: object) -> None:
-        """Sets an attribute; tensors become parameters or buffers of the module."""
+        """Sets an attribute; tensors become parameters or buffers of the module, numpy's numbers Python's."""
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self.register_buffer(name, value, persistent=False)
+        elif isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+            setattr(self, name, float(value))
         else:
             setattr(self, name, value)
 
@@ -363,6 +366,9 @@ class Cosine(Linear):
 
 def _normalized(x: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
+    if x.shape[-1]:  # a factor changes nothing, and keeps the square of a tiny or huge vector within range
+        largest = x.detach().abs().amax(-1, keepdim=True)
+        x = x / largest.masked_fill(largest == 0, 1)
     square = x.square().sum(-1, keepdim=True)
     zero = square == 0
     return (x * square.masked_fill(zero, 1).rsqrt()).masked_fill(zero, 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from mmfast import _backend
 
 if TYPE_CHECKING:
     from mmfast.mmd.bandwidth import MeanDistance
@@ -51,10 +54,10 @@ def check_scalar(name: str, value: object, positive: bool = True) -> None:
                 f"{name} must be a number or a floating-point tensor without dimensions, "
                 f"got shape {tuple(value.shape)}, {value.dtype}"
             )
-        if value.device.type != "cpu":  # looking at it would wait for the device
+        if not _backend.may_look(value):
             return
         number = value.item()
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     else:
         number = value
@@ -83,7 +86,7 @@ def vector(name: str, values: Sequence[float] | Tensor, positive: bool = False) 
                 f"{name} must be numbers or a floating-point tensor of one dimension, "
                 f"got shape {tuple(values.shape)}, {values.dtype}"
             )
-        if values.device.type == "cpu":
+        if _backend.may_look(values):
             for value in values.tolist():
                 check_scalar(name, value, positive)
         return values
