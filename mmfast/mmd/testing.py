@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.mmd._inputs import by_item, check_choice, check_kernel, need_rows, resolver, two_samples
+from mmfast.mmd._inputs import as_integer, by_item, check_choice, check_kernel, need_rows, resolver, two_samples
 from mmfast.mmd._primitives import primitives
 from mmfast.mmd.estimators import mmd2
 from mmfast.mmd.kernels import Kernel, Layers, apply
@@ -76,9 +76,9 @@ def two_sample_test(
     members = torch.zeros(1, n + m, dtype=torch.bool, device=device)
     members[:, :n] = True
     if permutations is None:
-        if isinstance(n_permutations, bool) or not isinstance(n_permutations, int) or n_permutations < 1:
+        if as_integer("n_permutations", n_permutations) < 1:
             raise ValueError(f"n_permutations must be an integer >= 1, got {n_permutations!r}")
-        drawn = _draw(n_permutations, n, n + m, device, generator, seed)
+        drawn = _draw(int(n_permutations), n, n + m, device, generator, seed)
     else:
         drawn = _given(permutations, n, n + m, device)
     members = torch.cat((members, drawn))  # the observed statistic is computed like the others: ties are ties
@@ -87,6 +87,7 @@ def two_sample_test(
         statistics = _statistics(xs, ys, members, kernel, estimator == "biased", chosen, backend)
     null = statistics[1:]
     p_value = (1 + (null >= statistics[0]).sum(dtype=torch.float64)) / (1 + len(null))
+    p_value = p_value.masked_fill(statistics[0].isnan(), float("nan"))  # which no comparison holds for
     return TwoSampleTest(statistics[0], p_value, null)
 
 
@@ -95,7 +96,7 @@ def _draw(b: int, n: int, total: int, device, generator: torch.Generator | None,
     if seed is not None:
         if generator is not None:
             raise ValueError("give either generator or seed, not both")
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(as_integer("seed", seed))
     elif generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     source = device if generator is None else generator.device
@@ -103,7 +104,8 @@ def _draw(b: int, n: int, total: int, device, generator: torch.Generator | None,
     step = max(1, _CHUNK // total)
     for start in range(0, b, step):
         rows = members[start : start + step]
-        chosen = torch.rand(rows.shape, generator=generator, device=source).argsort(dim=1)[:, :n]
+        keys = torch.rand(rows.shape, dtype=torch.float32, generator=generator, device=source)  # whatever the default
+        chosen = keys.argsort(dim=1)[:, :n]
         rows.scatter_(1, chosen, True)
     return members.to(device)
 
