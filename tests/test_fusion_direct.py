@@ -1,4 +1,4 @@
-"""Joint attention to plain sources past the operators: the same as by them, or left to them; and vmap."""
+"""Attention past the checks and operators of Python: the same as by them, or left to them; and vmap."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ CASES = {
 def test_as_by_the_operators(name, scale, causal, monkeypatch):
     """The same bits: outputs, and gradients of all inputs."""
     tensors = _tensors(**CASES[name], requires_grad=True)
-    assert direct.attention(tensors[0], _pairs(tensors), scale, causal) is not None
+    assert direct.attention(tensors[0], _pairs(tensors), "joint", scale, causal) is not None
     results = []
     for way in ("direct", "operators"):
         if way == "operators":
@@ -53,10 +53,80 @@ def test_as_by_the_operators(name, scale, causal, monkeypatch):
     assert torch.equal(*results[0][:2]) and results[0][0].stride() == results[1][0].stride()
 
 
+def _more(name, tensors, dtype=torch.float32):
+    """Sources with what is beside keys and values, and the gates that are to have gradients."""
+    (k, v), (k2, v2) = _pairs(tensors)
+    mask = torch.rand(2, 1, 5, 7) < 0.6
+    mask[0, 0, 1] = False
+    gates = [torch.rand(4), torch.rand(2, 1, 5, 1), torch.tensor(0.3)]
+    gates = [x.to(dtype).requires_grad_() for x in gates]
+    sources = {
+        "mask": [Source(k, v, mask=mask), (k2, v2)],
+        "two dimensions": [Source(k, v, mask=torch.randn(5, 7)), Source(k2, v2, bias=torch.randn(4, 1, 9))],
+        "half": [Source(k, v, mask=torch.randn(5, 7).half()), Source(k2, v2, bias=torch.randn(5, 9).bfloat16())],
+        "lengths": [Source(k, v, lengths=torch.tensor([7, 0])), Source(k2, v2, lengths=torch.tensor([0, 4]).int())],
+        "all": [Source(k, v, mask, torch.tensor([3, 7])[[1, 0]], torch.randn(2, 4, 5, 7), 0.5), (k2, v2)],
+        "gate a head": [Source(k, v, gate=gates[0]), (k2, v2)],
+        "gate a query": [(k, v), Source(k2, v2, lengths=torch.tensor([9, 2]), gate=gates[1])],
+        "gate": [Source(k, v, mask=mask, gate=gates[2]), Source(k2, v2, gate=-2.0)],
+    }[name]
+    return sources, [x for x in gates if any(x is s[5] for s in sources if len(s) > 2)]
+
+
+@pytest.mark.parametrize("return_weights", [False, True, "mean"])
+@pytest.mark.parametrize(
+    ("name", "fusion"),
+    [
+        *((name, "joint") for name in ("mask", "two dimensions", "half", "lengths")),
+        *((name, "decoupled") for name in ("mask", "half", "lengths", "all", "gate a head", "gate a query", "gate")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whatever_belongs_to_a_source(name, fusion, dtype, return_weights, monkeypatch):
+    """The same bits as by the operators: outputs, log-sum-exps, weights, and gradients through each of them."""
+    heads = (4, 2) if name == "half" else (4, 4)
+    tensors = _tensors(dtype, heads=heads, lengths=(5, 7, 9), requires_grad=True)
+    sources, gates = _more(name, tensors, torch.float32 if name == "gate a head" else dtype)
+    options = {"fusion": fusion, "return_lse": True, "return_weights": return_weights}
+    assert direct.attention(tensors[0], sources, fusion, None, False, True, return_weights) is not None
+    results = []
+    for way in ("direct", "operators"):
+        if way == "operators":
+            monkeypatch.setattr(direct, "attention", lambda *args: None)
+            monkeypatch.setattr("mmfast.fusion.op.is_plain", lambda tensors: False)
+        out, lse, *weights = mmfast.cross_attention(tensors[0], sources, **options)
+        outputs = [out, *([lse] if fusion == "joint" else lse), *(weights[0] if weights else ())]
+        with torch.no_grad():
+            out, lse, *weights = mmfast.cross_attention(tensors[0], sources, **options)
+        again = [out, *([lse] if fusion == "joint" else lse), *(weights[0] if weights else ())]
+        upstream = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype) for x in outputs]
+        grads = torch.autograd.grad(outputs[:1], [*tensors, *gates], upstream[:1], retain_graph=True)
+        through = torch.autograd.grad(outputs[1:], tensors[:2], upstream[1:])
+        results.append([*outputs, *again, *grads, *through])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    n = len(outputs)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:n], results[0][n : 2 * n], strict=True))
+
+
+def test_second_derivatives_of_gates_lses_and_weights():
+    tensors = _tensors(torch.float64, batches=(1, 2), heads=(2, 2), lengths=(3, 4, 2), dims=(3, 2), requires_grad=True)
+    gate = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 4) < 0.7
+
+    def attend(query, k, v, k2, v2, gate):
+        sources = [Source(k, v, mask=mask, gate=gate), Source(k2, v2, lengths=torch.tensor([2, 1]))]
+        out, lses, weights = mmfast.cross_attention(
+            query, sources, fusion="decoupled", return_lse=True, return_weights=True
+        )
+        return out, *(x.clamp(min=-9) for x in lses), *weights
+
+    assert torch.autograd.gradgradcheck(attend, [*tensors, gate])
+
+
 def test_ways_to_write_sources():
     query, key, value = _tensors()
     for sources in ((key, value), [(key, value)], ([key, value],), Source(key, value), [Source(key, value)]):
-        assert direct.attention(query, sources, None, False) is not None
+        assert direct.attention(query, sources, "joint", None, False) is not None
 
 
 def test_second_derivatives():
@@ -196,21 +266,7 @@ class _Subclass(torch.Tensor):
 
 @pytest.mark.parametrize(
     "what",
-    [
-        "rank",
-        "features",
-        "heads",
-        "dtype",
-        "batch",
-        "empty",
-        "mask",
-        "gate",
-        "scale",
-        "subclass",
-        "nested",
-        "meta",
-        "negative",
-    ],
+    ["rank", "features", "heads", "dtype", "batch", "empty", "scale", "subclass", "nested", "meta", "negative"],
 )
 def test_left_to_others(what):
     query, key, value = _tensors()
@@ -227,10 +283,6 @@ def test_left_to_others(what):
         query = query.repeat(2, 1, 1, 1)
     elif what == "empty":
         source = key[:, :, :0], value[:, :, :0]
-    elif what == "mask":
-        source = Source(key, value, mask=torch.ones(5, 7, dtype=torch.bool))
-    elif what == "gate":
-        source = Source(key, value, gate=0.5)
     elif what == "scale":
         scale = float("nan")
     elif what == "subclass":
@@ -241,7 +293,64 @@ def test_left_to_others(what):
         query, source = query.to("meta"), (key.to("meta"), value.to("meta"))
     elif what == "negative":
         source = key, torch._neg_view(value)
-    assert direct.attention(query, [source], scale, False) is None
+    assert direct.attention(query, [source], "joint", scale, False) is None
+
+
+WRONG = {
+    "mask": [
+        torch.ones(5, 6),
+        torch.ones(7),
+        torch.ones(1, 1, 1, 5, 7),
+        torch.ones(5, 7).long(),
+        torch.ones(3, 1, 5, 7),
+        torch.ones(5, 7, requires_grad=True),
+        torch.ones(5, 7).as_subclass(_Subclass),
+        torch.ones(5, 7, device="meta"),
+        torch._neg_view(torch.ones(5, 7)),
+        [[1.0] * 7] * 5,
+    ],
+    "bias": [torch.ones(5, 7) > 0, torch.ones(5, 6), torch.ones(5, 7, requires_grad=True)],
+    "lengths": [
+        torch.tensor([1, 8]),
+        torch.tensor([-1, 7]),
+        torch.tensor([7]),
+        torch.tensor([[1, 7]]),
+        torch.tensor([1.0, 7.0]),
+        torch.tensor([1, 7], device="meta"),
+        [1, 7],
+    ],
+    "gate": [
+        torch.ones(3),
+        torch.ones(2, 4, 5, 24),
+        torch.ones(4, 1),
+        torch.ones(4).long(),
+        float("inf"),
+        True,
+        "1",
+        torch.ones(4).as_subclass(_Subclass),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "i"), [(name, i) for name, wrong in WRONG.items() for i in range(len(wrong))])
+def test_left_to_others_of_a_source(name, i):
+    query, key, value = _tensors()
+    source = Source(key, value)._replace(**{name: WRONG[name][i]})
+    assert direct.attention(query, [source], "decoupled", None, False) is None
+    assert direct.attention(query, [Source(key, value)], "decoupled", None, False) is not None
+
+
+def test_left_to_others_together():
+    query, key, value = _tensors()
+    gate = Source(key, value, gate=torch.ones(4))
+    assert direct.attention(query, [gate], "joint", None, False) is None  # an error of others
+    assert direct.attention(query, [(key, value), (key[:, :2], value[:, :2])], "joint", None, False) is None
+    assert direct.attention(query, [(key, value), (key[:, :2], value[:, :2])], "decoupled", None, False) is not None
+    long = [torch.randn(2, 4, 505, x.shape[3]) for x in (key, value)]
+    assert direct.attention(query, [(key, value), long], "decoupled", None, False) is None
+    assert direct.attention(query, [(key, value), long], "joint", None, False) is not None
+    assert direct.attention(query, [], "joint", None, False) is None
+    assert direct.attention(query, [(key, value)] * 17, "joint", None, False) is None
 
 
 @pytest.mark.parametrize("where", ["environment", "autocast", "vmap", "grad", "dual", "fake"])
@@ -250,7 +359,7 @@ def test_left_to_others_where(where, monkeypatch):
     seen = []
 
     def attend(query):
-        seen.append(direct.attention(query, [(key, value)], None, False))
+        seen.append(direct.attention(query, [(key, value)], "joint", None, False))
         return query.sum()
 
     if where == "environment":

@@ -1,22 +1,21 @@
-// Binds the fusion slice: checks, allocation.
-#include "fusion/fusion.h"
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
+// Binds the fusion slice: attention as Python has it, and its node in autograd's graph.
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
-#include <optional>
+#include <algorithm>
+#include <cmath>
 #include <tuple>
-#include <utility>
-#include <vector>
 
-#include "common/pages.h"
 #include "common/plain.h"
+#include "fusion/fusion.h"
+#include "fusion/fusion_call.h"
 
 namespace py = pybind11;
 
@@ -24,250 +23,402 @@ namespace mmfast {
 namespace {
 
 using at::Tensor;
+using fusion::Arguments;
+using fusion::Optionals;
 using std::optional;
 using std::vector;
-using Optionals = vector<optional<Tensor>>;
 
-ScalarType type_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case at::kFloat: return ScalarType::float32;
-        case at::kDouble: return ScalarType::float64;
-        case at::kHalf: return ScalarType::float16;
-        case at::kBFloat16: return ScalarType::bfloat16;
-        default: TORCH_CHECK_TYPE(false, "attention is of floating point tensors, got ", t.scalar_type());
-    }
+// ---- Gradients
+
+// As `_backend.nobody_looks_on`.
+bool nobody_looks_on() {
+    const auto included = c10::impl::tls_is_dispatch_key_included;
+    return c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
+           !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(c10::DispatchKey::Tracer);
 }
 
-at::ScalarType compute_type(const Tensor& t) {
-    return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+// Masks, biases and lengths there are, source by source, and gates; which there are: bit 0 mask, bit 1 bias, bit 2 lengths,
+// bit 3 gate. As in mmfast/fusion/op.py.
+struct Parts {
+    vector<Tensor> gates, extras;
+    vector<int64_t> flags;
 
-// t under broadcasting to `sizes`: no stride where it has the size 1.
-fusion::View view_of(const char* name, const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(t.dim() == 4 && t.device().is_cpu(), name, " must have 4 dimensions and be on the CPU");
-    int64_t strides[4];
-    for (int i = 0; i < 4; ++i) {
-        TORCH_CHECK_VALUE(t.size(i) == sizes[i] || t.size(i) == 1, name, " must broadcast to ", sizes, ", got ",
-                          t.sizes());
-        strides[i] = t.size(i) == 1 ? (i == 3 && sizes[3] == 1 ? 1 : 0) : t.stride(i);
-    }
-    const bool boolean = t.scalar_type() == at::kBool;
-    return {t.const_data_ptr(), boolean ? ScalarType::float32 : type_of(t), boolean, strides[0], strides[1], strides[2],
-            strides[3]};
-}
-
-// With the strides of (batch, row, head, column), and no view of another tensor: in place of one that a Function gave out
-// nothing may be written.
-Tensor heads_inside(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    const int64_t row = sizes[1] * sizes[3];
-    const Tensor result = at::empty_strided(sizes, {sizes[2] * row, sizes[3], row, 1}, options);
-    prefer_large_pages(result.data_ptr(), result.nbytes());
-    return result;
-}
-
-fusion::Target target_of(const Tensor& t) {
-    return {t.data_ptr(), type_of(t), t.size(0) == 1 ? 0 : t.stride(0), t.stride(1), t.stride(2)};
-}
-
-int64_t broadcast_batch(const Tensor& query, const vector<Tensor>& keys, const vector<Tensor>& values) {
-    const auto larger = [](int64_t a, const Tensor& t) { return a == 1 ? t.size(0) : a; };
-    int64_t batch = query.size(0);
-    for (const Tensor& t : keys) batch = larger(batch, t);
-    for (const Tensor& t : values) batch = larger(batch, t);
-    return batch;
-}
-
-// A call as Python has it; keeps alive what the problem points to.
-struct Call {
-    fusion::Problem problem;
-    vector<Tensor> kept;
-
-    Call(const Tensor& query, const vector<Tensor>& keys, const vector<Tensor>& values, const Optionals& masks,
-         const Optionals& biases, const Optionals& lengths, const Optionals& gates, bool decoupled, bool causal,
-         double scale) {
-        const size_t n = keys.size();
-        TORCH_CHECK_VALUE(n >= 1 && n <= fusion::kMostSources, "there must be 1 to ", fusion::kMostSources, " sources");
-        TORCH_CHECK_VALUE(
-            values.size() == n && masks.size() == n && biases.size() == n && lengths.size() == n && gates.size() == n,
-            "each source must have its key, value, mask, bias, lengths and gate");
-        TORCH_CHECK_VALUE(query.dim() == 4 && keys[0].dim() == 4 && values[0].dim() == 4,
-                          "tensors must have 4 dimensions");
-        fusion::Problem& p = problem;
-        p.batch = broadcast_batch(query, keys, values);
-        p.heads = query.size(1);
-        p.rows = query.size(2);
-        p.dim = query.size(3);
-        p.value_dim = values[0].size(3);
-        p.causal = causal;
-        p.decoupled = decoupled;
-        p.scale = scale;
-        p.query = view_of("query", query, {p.batch, p.heads, p.rows, p.dim});
-        p.count = int(n);
-        int64_t total = 0;
-        for (size_t j = 0; j < n; ++j) {
-            fusion::Source& s = p.sources[j];
-            TORCH_CHECK_VALUE(keys[j].dim() == 4, "keys must have 4 dimensions");
-            s.heads = keys[j].size(1);
-            s.keys = keys[j].size(2);
-            total += s.keys;
-            TORCH_CHECK_VALUE(s.heads > 0 && p.heads % s.heads == 0, "the heads of keys must divide those of queries");
-            TORCH_CHECK_VALUE(keys[j].scalar_type() == query.scalar_type() &&
-                                  values[j].scalar_type() == query.scalar_type() && keys[j].size(3) == p.dim &&
-                                  values[j].size(3) == p.value_dim && values[j].size(1) == s.heads &&
-                                  values[j].size(2) == s.keys,
-                              "query, keys and values do not fit together");
-            s.key = view_of("key", keys[j], {p.batch, s.heads, s.keys, p.dim});
-            s.value = view_of("value", values[j], {p.batch, s.heads, s.keys, p.value_dim});
-            const std::array<int64_t, 4> sizes{p.batch, p.heads, p.rows, s.keys};
-            if (masks[j]) s.added[0] = view_of("mask", *masks[j], sizes);
-            if (biases[j]) s.added[1] = view_of("bias", *biases[j], sizes);
-            if (lengths[j]) {
-                TORCH_CHECK_VALUE(lengths[j]->sizes() == at::IntArrayRef({p.batch}) && lengths[j]->device().is_cpu(),
-                                  "lengths must be (batch,)");
-                kept.push_back(lengths[j]->to(at::kLong).contiguous());
-                s.lengths = kept.back().const_data_ptr<int64_t>();
-                for (int64_t b = 0; b < p.batch; ++b)
-                    TORCH_CHECK_VALUE(s.lengths[b] >= 0 && s.lengths[b] <= s.keys, "lengths must lie in [0, ", s.keys,
-                                      "]");
+    explicit Parts(const Arguments& a) {
+        for (size_t j = 0; j < a.keys.size(); ++j) {
+            int64_t flag = 0;
+            const optional<Tensor>* each[] = {&a.masks[j], &a.biases[j], &a.lengths[j], &a.gates[j]};
+            for (int bit = 0; bit < 4; ++bit) {
+                if (!*each[bit]) continue;
+                flag |= 1 << bit;
+                (bit == 3 ? gates : extras).push_back(**each[bit]);
             }
-            if (gates[j]) {
-                kept.push_back(gates[j]->to(compute_type(query)));
-                s.gate = view_of("gate", kept.back(), {p.batch, p.heads, p.rows, 1});
-            }
+            flags.push_back(flag);
         }
-        TORCH_CHECK_VALUE(!decoupled || total <= fusion::kResidentKeys, "decoupled sources must have at most ",
-                          fusion::kResidentKeys, " keys together");
     }
 };
 
-template <class F>
-void for_type(at::ScalarType type, const F& f) {
-    if (type == at::kDouble) f(static_cast<double*>(nullptr));
-    else f(static_cast<float*>(nullptr));
+vector<Tensor> followed_in(const Arguments& a, const Parts& parts) {
+    vector<Tensor> result{a.query};
+    for (const vector<Tensor>* each : {&a.keys, &a.values, &parts.gates})
+        result.insert(result.end(), each->begin(), each->end());
+    return result;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const vector<Tensor>& keys, const vector<Tensor>& values,
-                                   const Optionals& masks, const Optionals& biases, const Optionals& lengths,
-                                   const Optionals& gates, bool decoupled, bool causal, double scale) {
-    const Call call(query, keys, values, masks, biases, lengths, gates, decoupled, causal, scale);
-    const fusion::Problem& p = call.problem;
-    const Tensor out = heads_inside({p.batch, p.heads, p.rows, p.value_dim}, query.options());
-    const Tensor lse = at::empty({p.softmaxes(), p.batch, p.heads, p.rows}, query.options().dtype(compute_type(query)));
-    const py::gil_scoped_release release;
-    for_type(compute_type(query), [&](auto* kind) {
-        using T = std::remove_pointer_t<decltype(kind)>;
-        fusion::forward_cpu<T>(p, target_of(out), lse.data_ptr<T>());
-    });
+// Gradients that Python gave, or None.
+void fill(vector<Tensor>& result, const py::object& by) {
+    const auto each = by.cast<Optionals>();
+    for (size_t i = 0; i < each.size(); ++i)
+        if (each[i]) result.at(i) = *each[i];
+}
+
+// The kernels and their derivatives. What they cannot do, gradients that are differentiated again, batches of them and
+// subclasses, mmfast.fusion.op does.
+struct Attend : torch::autograd::Function<Attend> {
+    static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList followed, const Arguments& a,
+                                  const Parts& parts) {
+        const auto [out, lse] = fusion::attend(a);
+        vector<Tensor> saved = followed.vec();
+        saved.insert(saved.end(), parts.extras.begin(), parts.extras.end());
+        saved.insert(saved.end(), {out, lse});
+        ctx->save_for_backward(std::move(saved));
+        ctx->set_materialize_grads(false);
+        ctx->saved_data["parts"] = parts.flags;
+        ctx->saved_data["decoupled"] = a.decoupled;
+        ctx->saved_data["causal"] = a.causal;
+        ctx->saved_data["scale"] = a.scale;
+        return {out, lse};
+    }
+
+    static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
+        const vector<Tensor> saved = ctx->get_saved_variables();
+        const vector<int64_t> flags = ctx->saved_data["parts"].toIntVector();
+        const size_t n = flags.size();
+        Arguments a;
+        a.decoupled = ctx->saved_data["decoupled"].toBool();
+        a.causal = ctx->saved_data["causal"].toBool();
+        a.scale = ctx->saved_data["scale"].toDouble();
+        a.query = saved[0];
+        a.keys.assign(saved.begin() + 1, saved.begin() + 1 + n);
+        a.values.assign(saved.begin() + 1 + n, saved.begin() + 1 + 2 * n);
+        size_t gate = 1 + 2 * n, extra = gate;
+        for (const int64_t flag : flags) extra += flag >> 3 & 1;
+        const size_t count = extra;
+        for (const int64_t flag : flags) {
+            const auto next = [&](int bit, size_t& at) {
+                return flag >> bit & 1 ? optional<Tensor>(saved[at++]) : std::nullopt;
+            };
+            a.masks.push_back(next(0, extra));
+            a.biases.push_back(next(1, extra));
+            a.lengths.push_back(next(2, extra));
+            a.gates.push_back(next(3, gate));
+        }
+        const Tensor &out = saved[extra], &lse = saved[extra + 1];
+
+        vector<Tensor> result(count + 2);  // forward had two arguments more
+        if (!grads[0].defined() && !grads[1].defined()) return result;
+        vector<bool> need;
+        for (size_t i = 0; i < 1 + 2 * n; ++i) need.push_back(ctx->needs_input_grad(i));
+        bool plain = nobody_looks_on() && !c10::GradMode::is_enabled();
+        for (const vector<Tensor>* each : {&saved, &grads})
+            for (const Tensor& t : *each) plain = plain && (!t.defined() || is_plain(t));
+        if (!plain) {
+            const py::gil_scoped_acquire acquire;
+            const py::object by =
+                py::module_::import("mmfast.fusion.op")
+                    .attr("differentiate")(grads[0], grads[1], saved, flags, a.decoupled, a.causal, a.scale, need);
+            fill(result, by);
+            return result;
+        }
+        const auto by =
+            fusion::differentiate(a, grads[0].defined() ? grads[0] : at::zeros_like(out),
+                                  grads[1].defined() ? optional<Tensor>(grads[1]) : std::nullopt, out, lse, need);
+        if (need[0]) result[0] = by.query;
+        for (size_t j = 0; j < n; ++j) {
+            if (need[1 + j]) result[1 + j] = by.keys[j];
+            if (need[1 + n + j]) result[1 + n + j] = by.values[j];
+        }
+        gate = 1 + 2 * n;
+        for (size_t j = 0; j < n; ++j) {
+            if (!a.gates[j]) continue;
+            result[gate++] = by.gates[j].unsqueeze(3).sum_to_size(a.gates[j]->sizes()).to(a.gates[j]->scalar_type());
+        }
+        return result;
+    }
+};
+
+bool is_followed(const Arguments& a) {
+    const auto follows = [](const vector<Tensor>& each) { return std::any_of(each.begin(), each.end(), is_tracked); };
+    const auto is_gate = [](const optional<Tensor>& t) { return t && is_tracked(*t); };
+    return is_tracked(a.query) || follows(a.keys) || follows(a.values) ||
+           std::any_of(a.gates.begin(), a.gates.end(), is_gate);
+}
+
+// The output and the log-sum-exp, which autograd follows if it follows what they are of.
+vector<Tensor> attend_followed(const Arguments& a) {
+    if (is_followed(a)) {
+        const Parts parts(a);
+        return Attend::apply(at::TensorList(followed_in(a, parts)), a, parts);
+    }
+    const auto [out, lse] = fusion::attend(a);
     return {out, lse};
 }
 
-// Whether `forward` may be called for joint attention to these sources, which have neither masks nor lengths, and whether
-// autograd follows them. False, too, where a check fails, for others to say why.
-std::pair<bool, bool> takes(const Tensor& query, const vector<Tensor>& keys, const vector<Tensor>& values) {
-    const auto type = query.scalar_type();
-    const bool known = type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
-    const size_t n = keys.size();
-    if (!known || n < 1 || n > fusion::kMostSources || values.size() != n || backend_is_asked_for()) return {};
-    bool tracked = false;
+// Weights of one softmax. Their derivatives are mmfast.fusion.op's.
+struct Weigh : torch::autograd::Function<Weigh> {
+    static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList followed, const Arguments& a,
+                                  const Parts& parts, bool mean) {
+        vector<Tensor> saved = followed.vec();
+        saved.insert(saved.end(), parts.extras.begin(), parts.extras.end());
+        ctx->save_for_backward(std::move(saved));
+        ctx->set_materialize_grads(false);
+        ctx->saved_data["parts"] = parts.flags;
+        ctx->saved_data["mean"] = mean;
+        ctx->saved_data["causal"] = a.causal;
+        ctx->saved_data["scale"] = a.scale;
+        return fusion::weigh(a, followed.back(), mean);
+    }
+
+    static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
+        const vector<Tensor> saved = ctx->get_saved_variables();
+        const vector<int64_t> flags = ctx->saved_data["parts"].toIntVector();
+        vector<Tensor> result(2 + flags.size() + 3);  // forward had three arguments more
+        const py::gil_scoped_acquire acquire;
+        const py::object by =
+            py::module_::import("mmfast.fusion.op")
+                .attr("differentiate_weights")(grads, saved, flags, ctx->saved_data["mean"].toBool(),
+                                               ctx->saved_data["causal"].toBool(), ctx->saved_data["scale"].toDouble());
+        fill(result, by);
+        return result;
+    }
+};
+
+// Weights of each source, from the log-sum-exp of each softmax.
+vector<Tensor> weigh_followed(const Arguments& a, const Tensor& lse, bool mean) {
+    const int64_t batch = fusion::broadcast_batch(a);
+    const Tensor query = a.query.size(0) == batch ? a.query : a.query.expand({batch, -1, -1, -1});
+    const size_t together = a.decoupled ? 1 : a.keys.size();
+    const auto some = [together](const auto& each, size_t j) {
+        return std::remove_cvref_t<decltype(each)>(each.begin() + j, each.begin() + j + together);
+    };
+    vector<Tensor> result;
+    for (size_t j = 0; j < a.keys.size(); j += together) {
+        Arguments one{query,
+                      some(a.keys, j),
+                      some(a.keys, j),
+                      some(a.masks, j),
+                      some(a.biases, j),
+                      some(a.lengths, j),
+                      Optionals(together),
+                      false,
+                      a.causal,
+                      a.scale};
+        const Tensor its = lse[j];
+        vector<Tensor> weights;
+        if (is_tracked(its)) {
+            vector<Tensor> followed{query};
+            followed.insert(followed.end(), one.keys.begin(), one.keys.end());
+            followed.push_back(its);
+            weights = Weigh::apply(at::TensorList(followed), one, Parts(one), mean);
+        } else {
+            weights = fusion::weigh(one, its, mean);
+        }
+        result.insert(result.end(), weights.begin(), weights.end());
+    }
+    return result;
+}
+
+// ---- What Python passes
+
+bool is_plain_type(PyObject* x) {
+    return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
+           Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(ParameterClass);
+}
+
+bool is_sequence(PyObject* x) {
+    return PyTuple_CheckExact(x) || PyList_CheckExact(x);
+}
+
+bool is_pair(PyObject* x) {
+    return is_sequence(x) && PySequence_Fast_GET_SIZE(x) == 2 && is_plain_type(PySequence_Fast_GET_ITEM(x, 0)) &&
+           is_plain_type(PySequence_Fast_GET_ITEM(x, 1));
+}
+
+// A mask, bias or gate in 4 dimensions.
+Tensor in_four(Tensor t) {
+    while (t.dim() < 4) t = t.unsqueeze(0);
+    return t;
+}
+
+// Adds a mmfast.fusion.Source; false for what is left to others.
+bool add_source(Arguments& a, PyObject* source) {
+    PyObject* parts[6];  // key, value, mask, lengths, bias, gate
+    for (int i = 0; i < 6; ++i) parts[i] = PyTuple_GET_ITEM(source, i);
+    optional<Tensor> tensors[6];
+    for (int i = 0; i < 6; ++i) {
+        if (is_plain_type(parts[i])) tensors[i] = THPVariable_Unpack(parts[i]);
+        else if (parts[i] != Py_None && i < 5) return false;
+    }
+    auto& [key, value, mask, lengths, bias, gate] = tensors;
+    if (!key || !value) return false;
+    for (const optional<Tensor>* added : {&mask, &bias})
+        if (*added && (!is_plain(**added) || (*added)->dim() < 2 || (*added)->dim() > 4)) return false;
+    if (gate) {
+        if (!is_plain(*gate)) return false;
+        if (gate->dim() == 1 && gate->size(0) == a.query.size(1)) gate = gate->view({1, -1, 1, 1});
+        else if (gate->dim() != 0 && gate->dim() != 4) return false;
+    } else if (PyFloat_CheckExact(parts[5])) {
+        const double number = PyFloat_AS_DOUBLE(parts[5]);
+        if (!std::isfinite(number)) return false;
+        gate = at::full({1, 1, 1, 1}, number, a.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    } else if (parts[5] != Py_None) {
+        return false;
+    }
+    const auto four = [](const optional<Tensor>& t) { return t ? optional<Tensor>(in_four(*t)) : t; };
+    a.keys.push_back(*key);
+    a.values.push_back(*value);
+    a.masks.push_back(four(mask));
+    a.lengths.push_back(lengths && lengths->scalar_type() == at::kInt ? lengths->to(at::kLong) : lengths);
+    a.biases.push_back(four(bias));
+    a.gates.push_back(four(gate));
+    return true;
+}
+
+bool add_pair(Arguments& a, PyObject* pair) {
+    if (!is_pair(pair)) return false;
+    a.keys.push_back(THPVariable_Unpack(PySequence_Fast_GET_ITEM(pair, 0)));
+    a.values.push_back(THPVariable_Unpack(PySequence_Fast_GET_ITEM(pair, 1)));
+    for (Optionals* each : {&a.masks, &a.lengths, &a.biases, &a.gates}) each->emplace_back();
+    return true;
+}
+
+bool is_known(at::ScalarType t) {
+    return t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16;
+}
+
+bool broadcasts(const Tensor& t, at::IntArrayRef sizes) {
+    if (!is_plain(t) || t.dim() != 4) return false;
+    for (int64_t i = 0; i < 4; ++i)
+        if (t.size(i) != 1 && t.size(i) != sizes[i]) return false;
+    return true;
+}
+
+bool are_lengths(const Tensor& t, int64_t batch, int64_t longest) {
+    if (!is_plain(t) || t.scalar_type() != at::kLong || t.dim() != 1 || t.size(0) != batch) return false;
+    const int64_t* each = t.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < batch; ++b)
+        if (each[b * t.stride(0)] < 0 || each[b * t.stride(0)] > longest) return false;
+    return true;
+}
+
+// Whether these are arguments for the kernels alone, on which nothing is left to check or to choose.
+bool is_for_kernels(const Arguments& a) {
+    const auto type = a.query.scalar_type();
+    const size_t n = a.keys.size();
+    if (!is_known(type) || n < 1 || n > fusion::kMostSources) return false;
     const auto fits = [&](const Tensor& t) {
-        tracked = tracked || is_tracked(t);
         return is_plain(t) && t.scalar_type() == type && t.dim() == 4 && t.numel() > 0;
     };
-    if (!fits(query)) return {};
+    if (!fits(a.query)) return false;
     for (size_t j = 0; j < n; ++j)
-        if (!fits(keys[j]) || !fits(values[j])) return {};
-    const int64_t batch = broadcast_batch(query, keys, values), heads = keys[0].size(1);
+        if (!fits(a.keys[j]) || !fits(a.values[j])) return false;
+    const int64_t batch = fusion::broadcast_batch(a), heads = a.query.size(1), rows = a.query.size(2);
     const auto has_batch = [&](const Tensor& t) { return t.size(0) == 1 || t.size(0) == batch; };
-    if (!has_batch(query) || query.size(1) % heads) return {};
+    if (!has_batch(a.query)) return false;
+    int64_t total = 0;
     for (size_t j = 0; j < n; ++j) {
-        const Tensor &key = keys[j], &value = values[j];
-        if (!has_batch(key) || !has_batch(value) || key.size(1) != heads || value.size(1) != heads ||
-            value.size(2) != key.size(2) || key.size(3) != query.size(3) || value.size(3) != values[0].size(3))
-            return {};
-    }
-    return {true, tracked};
-}
-
-// Gradients of query, keys, values and gates, where `need` says so for query, keys and values; else empty tensors. Those
-// of gates, in the computing type, are (sources, batch, heads, rows).
-std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> backward(
-    const Tensor& grad_out, const optional<Tensor>& grad_lse, const Tensor& query, const vector<Tensor>& keys,
-    const vector<Tensor>& values, const Optionals& masks, const Optionals& biases, const Optionals& lengths,
-    const Optionals& gates, const Tensor& out, const Tensor& lse, bool decoupled, bool causal, double scale,
-    const vector<bool>& need) {
-    const Call call(query, keys, values, masks, biases, lengths, gates, decoupled, causal, scale);
-    const fusion::Problem& p = call.problem;
-    TORCH_CHECK_VALUE(need.size() == 1 + 2 * keys.size(), "need must say for query, each key and each value");
-    const std::array<int64_t, 4> sizes{p.batch, p.heads, p.rows, p.value_dim};
-    const fusion::View by_out = view_of("grad_out", grad_out, sizes), of_out = view_of("out", out, sizes);
-    const Tensor saved = lse.contiguous(), by_lse = grad_lse ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
-    TORCH_CHECK_VALUE(saved.scalar_type() == compute_type(query) &&
-                          saved.sizes() == at::IntArrayRef({p.softmaxes(), p.batch, p.heads, p.rows}) &&
-                          (!grad_lse || by_lse.sizes() == saved.sizes()),
-                      "the log-sum-exp or its gradient does not fit");
-    const auto empty = [&](const Tensor& like, bool wanted) {
-        return wanted ? heads_inside(like.sizes(), like.options()) : at::empty({0}, like.options());
-    };
-    const Tensor by_query = empty(query, need[0]);
-    vector<Tensor> by_keys, by_values;
-    for (size_t j = 0; j < keys.size(); ++j) {
-        by_keys.push_back(empty(keys[j], need[1 + j]));
-        by_values.push_back(empty(values[j], need[1 + keys.size() + j]));
-    }
-    const Tensor by_gates = at::empty({decoupled ? p.count : 0, p.batch, p.heads, p.rows}, saved.options());
-    const py::gil_scoped_release release;
-    for_type(compute_type(query), [&](auto* kind) {
-        using T = std::remove_pointer_t<decltype(kind)>;
-        fusion::Gradients<T> gradients;
-        if (need[0]) gradients.query = target_of(by_query);
-        gradients.query_batch = query.size(0);
-        for (size_t j = 0; j < keys.size(); ++j) {
-            if (need[1 + j]) gradients.key[j] = target_of(by_keys[j]);
-            if (need[1 + keys.size() + j]) gradients.value[j] = target_of(by_values[j]);
-            gradients.key_batch[j] = keys[j].size(0);
-            gradients.value_batch[j] = values[j].size(0);
+        const Tensor &key = a.keys[j], &value = a.values[j];
+        if (!has_batch(key) || !has_batch(value) || heads % key.size(1) || value.size(1) != key.size(1) ||
+            value.size(2) != key.size(2) || key.size(3) != a.query.size(3) || value.size(3) != a.values[0].size(3) ||
+            (!a.decoupled && key.size(1) != a.keys[0].size(1)))
+            return false;
+        for (const optional<Tensor>* added : {&a.masks[j], &a.biases[j]}) {
+            if (!*added) continue;
+            const Tensor& t = **added;
+            const bool boolean = added == &a.masks[j] && t.scalar_type() == at::kBool;
+            if (is_tracked(t) || !(boolean || is_known(t.scalar_type())) ||
+                !broadcasts(t, {batch, heads, rows, key.size(2)}))
+                return false;
         }
-        if (decoupled) gradients.gates = by_gates.data_ptr<T>();
-        fusion::backward_cpu<T>(p, by_out, grad_lse ? by_lse.const_data_ptr<T>() : nullptr, of_out,
-                                saved.const_data_ptr<T>(), gradients);
-    });
-    return {by_query, by_keys, by_values, by_gates};
+        if (a.lengths[j] && !are_lengths(*a.lengths[j], batch, key.size(2))) return false;
+        const optional<Tensor>& gate = a.gates[j];
+        if (gate && !(a.decoupled && is_known(gate->scalar_type()) && broadcasts(*gate, {batch, heads, rows, 1})))
+            return false;
+        total += key.size(2);
+    }
+    // Of as many keys as are resident flash attention may be the faster.
+    return !a.decoupled || total < fusion::kResidentKeys;
 }
 
-// Weights of one softmax over all sources, from its log-sum-exp: (batch, heads, rows, keys) for each source, or the means
-// over the heads, (batch, rows, keys).
-vector<Tensor> weights(const Tensor& query, const vector<Tensor>& keys, const Tensor& lse, const Optionals& masks,
-                       const Optionals& biases, const Optionals& lengths, bool mean, bool causal, double scale) {
-    const Call call(query, keys, keys, masks, biases, lengths, Optionals(keys.size()), false, causal, scale);
-    const fusion::Problem& p = call.problem;
-    const Tensor saved = lse.contiguous();
-    TORCH_CHECK_VALUE(
-        saved.scalar_type() == compute_type(query) && saved.sizes() == at::IntArrayRef({p.batch, p.heads, p.rows}),
-        "the log-sum-exp does not fit");
-    vector<Tensor> result;
-    std::array<fusion::Target, fusion::kMostSources> targets;
-    for (int j = 0; j < p.count; ++j) {
-        result.push_back(at::zeros({p.batch, mean ? 1 : p.heads, p.rows, p.sources[j].keys}, query.options()));
-        targets[j] = target_of(result.back());
-        if (mean) result.back() = result.back().squeeze(1);
+// `mmfast.cross_attention` of a query and sources as it has them: the output, the log-sum-exp of each softmax and, where
+// asked for, the weights. None for what `is_for_kernels` does not take, or where somebody has to see what is done.
+py::object direct(py::handle source_class, py::handle query, py::handle sources, bool decoupled, py::handle is_causal,
+                  py::handle scale, bool weights, bool mean) {
+    if (!nobody_looks_on() || !is_plain_type(query.ptr()) || backend_is_asked_for()) return py::none();
+    if (!PyBool_Check(is_causal.ptr()) || !(scale.is_none() || PyFloat_CheckExact(scale.ptr()))) return py::none();
+    Arguments a;
+    a.query = THPVariable_Unpack(query.ptr());
+    if (a.query.dim() != 4 || a.query.is_nested()) return py::none();
+    a.decoupled = decoupled;
+    a.causal = is_causal.ptr() == Py_True;
+    a.scale = scale.is_none() ? std::pow(double(a.query.size(3)), -0.5) : PyFloat_AS_DOUBLE(scale.ptr());
+    if (!std::isfinite(a.scale)) return py::none();
+    const auto is_source = [&](PyObject* x) {
+        return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(source_class.ptr());
+    };
+    PyObject* given = sources.ptr();
+    const bool one = is_source(given) || is_pair(given);
+    if (!one && !is_sequence(given)) return py::none();
+    for (Py_ssize_t i = 0; i < (one ? 1 : PySequence_Fast_GET_SIZE(given)); ++i) {
+        PyObject* source = one ? given : PySequence_Fast_GET_ITEM(given, i);
+        if (!(is_source(source) ? add_source(a, source) : add_pair(a, source))) return py::none();
     }
-    const py::gil_scoped_release release;
-    for_type(compute_type(query), [&](auto* kind) {
-        using T = std::remove_pointer_t<decltype(kind)>;
-        fusion::weights_cpu<T>(p, saved.const_data_ptr<T>(), mean, targets.data());
-    });
-    return result;
+    if (!is_for_kernels(a)) return py::none();
+    vector<Tensor> results, each;
+    {
+        const py::gil_scoped_release release;
+        results = attend_followed(a);
+        if (weights) each = weigh_followed(a, results[1], mean);
+    }
+    if (weights) return py::make_tuple(results[0], results[1], each);
+    return py::make_tuple(results[0], results[1]);
+}
+
+// ---- One argument after the other, for the operators
+
+Arguments arguments(const Tensor& query, vector<Tensor> keys, vector<Tensor> values, Optionals masks, Optionals biases,
+                    Optionals lengths, Optionals gates, bool decoupled, bool causal, double scale) {
+    return {query,
+            std::move(keys),
+            std::move(values),
+            std::move(masks),
+            std::move(biases),
+            std::move(lengths),
+            std::move(gates),
+            decoupled,
+            causal,
+            scale};
+}
+
+std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> differentiate(const Arguments& a, const Tensor& grad_out,
+                                                                         const optional<Tensor>& grad_lse,
+                                                                         const Tensor& out, const Tensor& lse,
+                                                                         const vector<bool>& need) {
+    const auto by = fusion::differentiate(a, grad_out, grad_lse, out, lse, need);
+    return {by.query, by.keys, by.values, by.gates};
 }
 
 }  // namespace
 
 void bind_fusion(py::module_& m) {
+    using Release = py::call_guard<py::gil_scoped_release>;
     m.attr("fusion_resident_keys") = fusion::kResidentKeys;
     m.attr("fusion_most_sources") = fusion::kMostSources;
-    m.def("fusion_takes", &takes);
-    m.def("fusion_forward", &forward);
-    m.def("fusion_backward", &backward);
-    m.def("fusion_weights", &weights);
+    py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
+    m.def("fusion_direct", &direct);
+    m.def("fusion_attend", &attend_followed, Release());
+    m.def("fusion_forward", &fusion::attend, Release());
+    m.def("fusion_backward", &differentiate, Release());
+    m.def("fusion_weights", &fusion::weigh, Release());
 }
 
 }  // namespace mmfast

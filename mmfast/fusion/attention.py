@@ -85,12 +85,11 @@ def cross_attention(
         >>> cross_attention(query, [text, Source(*image, gate=0.6)], fusion="decoupled").shape
         torch.Size([2, 8, 4096, 64])
     """
-    more = return_lse is not False or return_weights is not False or softcap is not None or backend is not None
-    if not more and fusion == "joint" and type(dropout_p) is float and dropout_p == 0:
-        out = direct.attention(query, sources, scale, is_causal)
-        if out is not None:
-            return out
     check_choice("return_weights", return_weights, WEIGHTS)
+    if softcap is None and backend is None and type(dropout_p) is float and dropout_p == 0:
+        result = direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), return_weights)
+        if result is not None:
+            return _returned(result, fusion, return_lse, return_weights)
     if _any_nested(query, sources):
         from mmfast.fusion import packed
 
@@ -115,9 +114,15 @@ def cross_attention(
     result = attend(
         query, sources, fusion, scale, bool(is_causal), dropout_p, softcap, return_weights, backend, bool(return_lse)
     )
-    weights = result.weights
-    lse = result.lses[0] if fusion == "joint" else result.lses
-    extra = (lse,) * bool(return_lse) + (weights,) * bool(return_weights)
+    return _returned(result, fusion, return_lse, return_weights)
+
+
+def _returned(result: Attention, fusion: str, lse: bool, weights: bool | str) -> Tensor | tuple:
+    extra = ()
+    if lse:
+        extra += (result.lses[0] if fusion == "joint" else result.lses,)
+    if weights:
+        extra += (result.weights,)
     return (result.out, *extra) if extra else result.out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast.fusion import reference
 from mmfast.fusion._derivatives import alias, of_batch
-from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain, is_tracked
+from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain
 from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
 
@@ -73,7 +73,8 @@ def attention(
     for group, lse in zip(groups, result.lses, strict=True):
         group = [s._replace(value=s.key, gate=None) for s in group]
         query_, keys, _, _, extras, flags, _, *options = _arguments(query, group, False, is_causal, scale)
-        parts += torch.ops.mmfast.fusion_weights.default(query_, keys, lse, extras, flags, weights == "mean", *options)
+        weigh = _weights if is_eager((query_, *keys, lse, *extras)) else torch.ops.mmfast.fusion_weights.default
+        parts += weigh(query_, keys, lse, extras, flags, weights == "mean", *options)
     return result._replace(weights=tuple(parts))
 
 
@@ -101,14 +102,14 @@ def _attention(query: Tensor, sources: Sequence[Source], fusion: str, scale: flo
 
 
 def _run(*call) -> tuple[Tensor, Tensor]:
-    arguments = query, keys, values, gates, extras, *_ = _arguments(*call)
-    followed = query, *keys, *values, *gates
-    if not is_plain((*followed, *extras)):
-        return torch.ops.mmfast.fusion_forward.default(*arguments)
-    return Direct.apply(arguments, *followed) if is_tracked(followed) else _forward(*arguments)
+    given = query, keys, values, gates, extras, *_ = _arguments(*call)
+    if is_plain((query, *keys, *values, *gates, *extras)):
+        return _backend._C.fusion_attend(_native(*given))
+    return torch.ops.mmfast.fusion_forward.default(*given)
 
 
 def _arguments(query: Tensor, sources: Sequence[Source], decoupled: bool, is_causal: bool, scale: float) -> tuple:
+    """What ``mmfast::fusion_forward`` takes."""
     gates, extras, parts = [], [], []
     for source in sources:
         part = 0
@@ -137,27 +138,19 @@ def _spread(gates: Sequence[Tensor], extras: Sequence[Tensor], parts: Sequence[i
     return [list(column) for column in zip(*of, strict=True)]
 
 
-def _forward(query, keys, values, gates, extras, parts, decoupled, is_causal, scale):
-    return _backend._C.fusion_forward(query, keys, values, *_spread(gates, extras, parts), decoupled, is_causal, scale)
+def _native(query, keys, values, gates, extras, parts, decoupled, is_causal, scale):
+    return _backend._C.FusionArguments(query, keys, values, *_spread(gates, extras, parts), decoupled, is_causal, scale)
+
+
+def _forward(*given):
+    return _backend._C.fusion_forward(_native(*given))
 
 
 def _backward(
     grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, decoupled, is_causal, scale, need
 ):
-    by_query, by_keys, by_values, of_rows = _backend._C.fusion_backward(
-        grad_out,
-        grad_lse,
-        query,
-        keys,
-        values,
-        *_spread(gates, extras, parts),
-        out,
-        lse,
-        decoupled,
-        is_causal,
-        scale,
-        need,
-    )
+    given = _native(query, keys, values, gates, extras, parts, decoupled, is_causal, scale)
+    by_query, by_keys, by_values, of_rows = _backend._C.fusion_backward(given, grad_out, grad_lse, out, lse, need)
     rest = iter(gates)
     by_gates = []
     for j, part in enumerate(parts):
@@ -168,8 +161,7 @@ def _backward(
 
 
 def _weights(query, keys, lse, extras, parts, mean, is_causal, scale):
-    masks, biases, lengths, _ = _spread((), extras, parts)
-    return _backend._C.fusion_weights(query, keys, lse, masks, biases, lengths, mean, is_causal, scale)
+    return _backend._C.fusion_weights(_native(query, keys, keys, (), extras, parts, False, is_causal, scale), lse, mean)
 
 
 torch.library.impl("mmfast::fusion_weights", "cpu", _weights)
@@ -212,8 +204,7 @@ def _(grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, d
 
 
 def _save_forward(ctx, inputs, output):
-    query, keys, values, gates, extras, *ctx.options = inputs
-    ctx.counts = len(keys), len(gates), len(extras)
+    query, keys, values, gates, extras, ctx.parts, *ctx.options = inputs
     ctx.need = [x.requires_grad for x in (query, *keys, *values)]
     ctx.save_for_backward(query, *keys, *values, *gates, *extras, *output)
     ctx.set_materialize_grads(False)
@@ -227,36 +218,49 @@ def _split(tensors: Sequence[Tensor], counts: tuple[int, int, int]) -> list:
     return [query, *(rest[a:b] for a, b in itertools.pairwise(ends))]
 
 
+def _counts(parts: Sequence[int]) -> tuple[int, int, int]:
+    """Of sources, gates and extras."""
+    return len(parts), sum(part >> 3 for part in parts), sum((part & 7).bit_count() for part in parts)
+
+
 def _differentiate(ctx, grad_out, grad_lse):
-    saved = ctx.saved_tensors
-    query, keys, values, gates, extras, (out, lse) = _split(saved, ctx.counts)
-    parts, *options = ctx.options
-    n, g, e = ctx.counts
-    if grad_out is None and grad_lse is None:
-        return None, [None] * n, [None] * n, [None] * g, [None] * e, *(None,) * 4
+    n, g, e = _counts(ctx.parts)
+    by = [None] * (1 + 2 * n + g)
+    if grad_out is not None or grad_lse is not None:
+        by = differentiate(grad_out, grad_lse, ctx.saved_tensors, ctx.parts, *ctx.options, ctx.need)
+    by_query, by_keys, by_values, by_gates, _, _ = _split(by, (n, g, 0))
+    return by_query, by_keys, by_values, by_gates, [None] * e, *(None,) * 4
+
+
+def differentiate(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    saved: Sequence[Tensor],
+    parts: Sequence[int],
+    decoupled: bool,
+    is_causal: bool,
+    scale: float,
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of query, keys, values and gates, from what ``mmfast::fusion_forward`` was given and gave."""
+    counts = n, g, _ = _counts(parts)
+    query, keys, values, gates, extras, (out, lse) = _split(saved, counts)
+    options = decoupled, is_causal, scale
     if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
-        return _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, gates, extras)
+        with torch.enable_grad():
+            inputs = [alias(x) for x in (query, *keys, *values, *gates)]
+            query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
+            outputs = _by_reference(query, keys, values, gates, extras, parts, *options)
+        return of_batch(outputs, (grad_out, grad_lse), inputs)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     eager = is_eager([*saved, grad_out] if grad_lse is None else [*saved, grad_out, grad_lse])
     backward = _backward if eager else torch.ops.mmfast.fusion_backward.default
     by_query, by_keys, by_values, by_gates = backward(
-        grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, *options, ctx.need
+        grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, *options, need
     )
-    kept = [x if w else None for x, w in zip((by_query, *by_keys, *by_values), ctx.need, strict=True)]
-    return kept[0], kept[1 : 1 + n], kept[1 + n :], by_gates, [None] * e, *(None,) * 4
-
-
-def _differentiate_batch(ctx, grad_out, grad_lse, query, keys, values, gates, extras):
-    parts, decoupled, is_causal, scale = ctx.options
-    n, g, e = ctx.counts
-    with torch.enable_grad():
-        inputs = [alias(x) for x in (query, *keys, *values, *gates)]
-        query, keys, values, gates, _, _ = _split(inputs, (n, g, 0))
-        outputs = _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale)
-    by = of_batch(outputs, (grad_out, grad_lse), inputs)
-    by_query, by_keys, by_values, by_gates, _, _ = _split(by, (n, g, 0))
-    return by_query, by_keys, by_values, by_gates, [None] * e, *(None,) * 4
+    by = zip((by_query, *by_keys, *by_values), need, strict=True)
+    return [*(x if wanted else None for x, wanted in by), *by_gates]
 
 
 def _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causal, scale) -> tuple[Tensor, Tensor]:
@@ -266,21 +270,6 @@ def _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causa
     fusion = "decoupled" if decoupled else "joint"
     result = reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
     return result.out, torch.stack(result.lses)
-
-
-class Direct(torch.autograd.Function):
-    """The operators' kernels and derivatives without the operators, which take longer than a small attention."""
-
-    @staticmethod
-    def forward(ctx, arguments, *_followed):
-        output = _forward(*arguments)
-        _save_forward(ctx, arguments, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        by_query, by_keys, by_values, by_gates, *_ = _differentiate(ctx, grad_out, grad_lse)
-        return None, by_query, *by_keys, *by_values, *by_gates
 
 
 def _save_backward(ctx, inputs, output):
@@ -337,34 +326,45 @@ torch.library.register_autograd("mmfast::fusion_backward", _differentiate_twice,
 
 
 def _save_weights(ctx, inputs, output):
-    query, keys, lse, extras, ctx.parts, ctx.mean, ctx.is_causal, ctx.scale = inputs
-    ctx.counts = len(keys), len(extras)
-    ctx.save_for_backward(query, lse, *keys, *extras)
+    query, keys, lse, extras, *ctx.options = inputs
+    ctx.save_for_backward(query, *keys, lse, *extras)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_weights(ctx, grads):
-    """Through scores that are written: exp(S - L), differentiable on."""
-    n, e = ctx.counts
-    wanted = [] if grads is None else [i for i, g in enumerate(grads) if g is not None]
+    parts, mean, *options = ctx.options
+    n, _, e = _counts(parts)
+    given = [None] * n if grads is None else grads
+    by_query, *by_keys, by_lse = differentiate_weights(given, ctx.saved_tensors, parts, mean, *options)
+    return by_query, by_keys, by_lse, [None] * e, *(None,) * 4
+
+
+def differentiate_weights(
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    parts: Sequence[int],
+    mean: bool,
+    is_causal: bool,
+    scale: float,
+) -> list[Tensor | None]:
+    """Gradients of query, keys and log-sum-exp, through scores that are written: exp(S - L), differentiable on."""
+    n = len(parts)
+    wanted = [i for i, g in enumerate(grads) if g is not None]
     if not wanted:
-        return None, [None] * n, None, [None] * e, *(None,) * 4
-    query, lse, *rest = ctx.saved_tensors
+        return [None] * (n + 2)
     onward = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [alias(x) for x in (query, lse, *rest[:n])]
-        query, lse, *keys = inputs
-        masks, biases, lengths, _ = _spread((), rest[n:], ctx.parts)
+        query, *keys, lse = inputs = [alias(x) for x in saved[: n + 2]]
+        masks, biases, lengths, _ = _spread((), saved[n + 2 :], parts)
         shift = torch.where(lse == -torch.inf, torch.inf, lse)[..., None]
         outputs = []
         for i in wanted:
             source = Source(keys[i], keys[i], masks[i], lengths[i], biases[i])
-            one = (reference.scores(query, source, ctx.scale, ctx.is_causal) - shift).exp()
-            outputs.append((one.mean(1) if ctx.mean else one).to(query.dtype))
-        by_query, by_lse, *by_keys = torch.autograd.grad(
-            outputs, inputs, [grads[i] for i in wanted], allow_unused=True, create_graph=onward
+            one = (reference.scores(query, source, scale, is_causal) - shift).exp()
+            outputs.append((one.mean(1) if mean else one).to(query.dtype))
+        return list(
+            torch.autograd.grad(outputs, inputs, [grads[i] for i in wanted], allow_unused=True, create_graph=onward)
         )
-    return by_query, by_keys, by_lse, [None] * e, *(None,) * 4
 
 
 torch.library.register_autograd("mmfast::fusion_weights", _differentiate_weights, setup_context=_save_weights)
