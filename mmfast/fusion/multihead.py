@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast import _backend
 from mmfast.fusion._inputs import Source, check_choice
 from mmfast.fusion.attention import cross_attention
 from mmfast.fusion.projection import linear
@@ -104,28 +105,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         alone = self.bias_k is None and not self.add_zero_attn
         as_nan = self.masked_rows == "torch" and NAN_ROWS[need_weights] and alone
         as_nan = as_nan and (k.shape[2] == 0 or any(m is not None for m in masks))
+        options = {
+            "is_causal": causal,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "return_lse": as_nan,
+            "return_weights": need_weights and ("mean" if average_attn_weights else True),
+            "backend": self.backend,
+        }
+        # Only where a query may attend to nothing does it matter what is NaN.
+        looks = as_nan and options["dropout_p"] == 0 and _backend.may_look(q)
+        if looks:
+            out, weights, lse = self._attend(q, k, v, masks, options)
+            as_nan = bool((lse == -torch.inf).any())
         if as_nan:  # as torch, so that NaN passes to the gradients
             masks = [_as_float(m, q.dtype) for m in masks]
-        sources = [Source(k, v, *self._masks(q, *masks))]
-        if self.bias_k is not None:
-            heads = (1, self.num_heads, 1, self.head_dim)
-            sources.append(Source(self.bias_k.view(heads).to(k.dtype), self.bias_v.view(heads).to(v.dtype)))
-        if self.add_zero_attn:
-            zeros = k.new_zeros(1, self.num_heads, 1, self.head_dim)
-            sources.append(Source(zeros, zeros))
-        result = cross_attention(
-            q,
-            sources,
-            is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_lse=as_nan,
-            return_weights=need_weights and ("mean" if average_attn_weights else True),
-            backend=self.backend,
-        )
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        weights = (rest[-1][0] if len(sources) == 1 else torch.cat(rest[-1], -1)) if need_weights else None
+        if as_nan or not looks:
+            out, weights, lse = self._attend(q, k, v, masks, options)
         if as_nan:
-            factor = torch.where(rest[0] == -torch.inf, torch.nan, 1.0).to(out.dtype)[..., None]
+            factor = torch.where(lse == -torch.inf, torch.nan, 1.0).to(out.dtype)[..., None]
             out = out * factor
             if need_weights:
                 weights = weights * (factor.mean(1) if average_attn_weights else factor)
@@ -134,6 +131,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         if batched:
             return out, weights
         return out.squeeze(1), weights.squeeze(0) if need_weights else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], options: dict) -> tuple:
+        """Output, weights and log-sum-exp; None for what is not asked for."""
+        sources = [Source(k, v, *self._masks(q, *masks))]
+        if self.bias_k is not None:
+            heads = (1, self.num_heads, 1, self.head_dim)
+            sources.append(Source(self.bias_k.view(heads).to(k.dtype), self.bias_v.view(heads).to(v.dtype)))
+        if self.add_zero_attn:
+            zeros = k.new_zeros(1, self.num_heads, 1, self.head_dim)
+            sources.append(Source(zeros, zeros))
+        result = cross_attention(q, sources, **options)
+        out, *rest = result if isinstance(result, tuple) else (result,)
+        weights = rest.pop() if options["return_weights"] else None
+        if weights is not None:
+            weights = weights[0] if len(sources) == 1 else torch.cat(weights, -1)
+        return out, weights, rest[0] if rest else None
 
     def _fits(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
         """Whether these are inputs that torch accepts, and not for its path for self-attention at inference."""
