@@ -62,6 +62,8 @@ def extract(
         features = direct.extract(waveform, config)
         if features is not None:
             return features
+    if not isinstance(config, MelConfig):
+        raise TypeError(f"config must be a MelConfig, got {type(config).__name__}")
     if not isinstance(waveform, torch.Tensor):
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
     if waveform.dtype not in _DTYPES:
@@ -86,7 +88,7 @@ def extract(
     group = (
         1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
     )
-    seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
+    seed = int(torch.randint(2**31 - 1, (), device="cpu")) if config.dither else 0
     if len(shape) == 2:
         rows = waveform
     else:
@@ -137,8 +139,9 @@ def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tenso
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
     lengths = lengths.reshape(-1).to(torch.int64).contiguous()
     # On an accelerator the values stay where they are (a check would wait for it); the kernels clamp them.
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
-        low, high = int(lengths.min()), int(lengths.max())
+    values = _backend.values_of(lengths)
+    if values is not None and values.device.type == "cpu" and values.numel():
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high > waveform.shape[-1]:
             raise ValueError(f"lengths must lie in [0, {waveform.shape[-1]}], got values from {low} to {high}")
     return lengths

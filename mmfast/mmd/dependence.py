@@ -174,7 +174,7 @@ def _linear_moments(x, y, kernel_x, kernel_y, unbiased, all_three, centred, chos
     if by_features > n * (dx + dy):
         return _streamed([x], [y], kernel_x, kernel_y, unbiased, centred, chosen, None)
     pairs = ((x, y), (x, x), (y, y)) if all_three else ((x, y),)
-    with torch.autocast(x.device.type, enabled=False):
+    with _backend.without_autocast(x.device.type):
         values = [(a.transpose(1, 2) @ b).square().sum((1, 2), dtype=torch.float64) for a, b in pairs]
     if unbiased:
         own = {id(t): t.double().square().sum(2) for t in (x, y)}

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.mmd.terms import (
     DOT,
     ENERGY,
@@ -50,9 +51,7 @@ def _in_full(function):
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
         device = (x if isinstance(x, Tensor) else x[0]).device.type
-        if not torch.is_autocast_enabled(device):
-            return function(x, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with _backend.without_autocast(device):
             return function(x, *args, **kwargs)
 
     return wrapped
