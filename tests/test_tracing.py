@@ -103,3 +103,18 @@ def test_compiled_dither_differs_from_call_to_call():
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     torch.testing.assert_close(first, extract(x, config))
+
+
+@pytest.mark.parametrize("shape", [(2, 400), (2, 1, 400), (2, 3, 400)])
+@pytest.mark.parametrize("scope", ["item", "channels", "batch"])
+def test_export_for_any_batch(shape, scope):
+    """The maximum of several rows ties no graph to the number of rows."""
+    config = MelConfig(n_fft=64, hop_length=16, n_mels=8, log="db", log_floor=1e-10, top_db=5.0, top_db_scope=scope)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return extract(x, config)
+
+    exported = torch.export.export(Model(), (torch.randn(shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    x = torch.randn(5, *shape[1:])
+    torch.testing.assert_close(exported.module()(x), extract(x, config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mmfast import _backend
@@ -85,14 +87,13 @@ def extract(
         filters = _given("filters", filters, waveform, (config.n_freqs, config.n_mels) if config.filters else None)
     if dct is not None:
         dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
-    group = (
-        1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
-    )
+    scope = config.top_db_scope
+    group = 1 if scope == "item" else shape[-2] if scope == "channels" and len(shape) > 2 else 0  # 0 is all rows
     seed = int(torch.randint(2**31 - 1, (), device="cpu")) if config.dither else 0
     if len(shape) == 2:
         rows = waveform
     else:
-        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(shape[:-1].numel(), shape[-1])
+        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(math.prod(shape[:-1]), shape[-1])
     chosen = _backend.choose("mel", waveform.device, backend)[0]
     if chosen != "reference" and torch.is_grad_enabled() and (_has_gradient(window) or _has_gradient(dct)):
         # The kernels have no gradient for these.
