@@ -48,13 +48,6 @@ def test_jit_trace_of_another_length():
     torch.testing.assert_close(actual, torch.autograd.grad(extract(x, CONFIG).sum(), x)[0])
 
 
-def test_jit_trace_of_mmd_is_no_garbage():
-    """torch.jit has no lists of booleans."""
-    x, y = torch.randn(2, 20, 4).unbind()
-    with pytest.raises(RuntimeError, match="Tracing a list of bool"):
-        torch.jit.trace(mmfast.mmd2, (x, y), check_trace=False)
-
-
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_make_fx_with_lengths(mode):
     def run(x, lengths):
