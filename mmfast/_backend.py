@@ -308,19 +308,38 @@ def is_batch_of_gradients(x: torch.Tensor | None) -> bool:
     return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
+def values_of(t: torch.Tensor) -> torch.Tensor | None:
+    """The tensor beneath function transforms, whose values may be asked for, or None while a graph is traced."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    traced = torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACERS))
+    return None if traced or type(t) not in (torch.Tensor, torch.nn.Parameter) else t
+
+
 def nobody_looks_on() -> bool:
-    """True outside every function transform, every mode of dispatch and `torch.jit.trace`: an operator's kernel may
-    then be called itself.
+    """True outside function transforms, modes of dispatch and `torch.jit.trace`: a kernel may then be called itself.
 
     The dispatcher has no say there, and takes as long as thirty frames or a small attention.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and not torch._C._is_tracing()  # it would write down that memory was asked for, and nothing of what is in it
     )
 
 
 def may_look(t: torch.Tensor) -> bool:
     """True where reading the values of ``t`` waits for no device, and nobody records or transforms what is done."""
     return t.is_cpu and not torch.compiler.is_compiling() and nobody_looks_on()
+
+
+def is_autocast(kind: str) -> bool:
+    """True where autocast is on for devices of this kind; not all of them have it (``"meta"``)."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """Matrix products in the dtype of their factors, on devices of this kind."""
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else contextlib.nullcontext()

@@ -575,3 +575,12 @@ def test_functional_spectrogram():
             agree(
                 lambda x, a=arguments: theirs_F.spectrogram(x, *a), lambda x, a=arguments: ours_F.spectrogram(x, *a), x
             )
+
+
+def test_made_on_meta():
+    with torch.device("meta"):
+        made = ours.MFCC()
+    loaded = made.to_empty(device="cpu")
+    loaded.load_state_dict(ours.MFCC().state_dict())
+    x = torch.randn(2, 4000)
+    torch.testing.assert_close(loaded(x), ours.MFCC()(x))

@@ -577,6 +577,7 @@ REJECTED = {
     "waveform must be a tensor": (TypeError, lambda x: extract([0.0] * 100, EDGES)),
     "waveform must be float32": (TypeError, lambda x: extract(x.to(torch.int32), EDGES)),
     "waveform must be float32, .* got torch.complex64": (TypeError, lambda x: extract(x.to(torch.complex64), EDGES)),
+    "config must be a MelConfig, got dict": (TypeError, lambda x: extract(x, {"n_mels": 80})),
     "waveform must have at least one dimension": (ValueError, lambda x: extract(torch.tensor(1.0), EDGES)),
     "waveform must have at least 9 samples": (ValueError, lambda x: extract(x[..., :8], EDGES)),
     "lengths must be an int64": (TypeError, lambda x: extract(x, EDGES, lengths=torch.ones(2))),
@@ -603,6 +604,8 @@ REJECTED = {
     "top_db needs a log scale": (ValueError, lambda x: MelConfig(top_db=80)),
     "n_mfcc must be at most n_mels": (ValueError, lambda x: MelConfig(n_mels=10, n_mfcc=11)),
     "window must have win_length": (ValueError, lambda x: MelConfig(n_fft=4, window=(1.0, 2.0))),
+    "window must be a name": (TypeError, lambda x: MelConfig(window=400)),
+    "mel_norm must be a number": (TypeError, lambda x: MelConfig(mel_norm=[2])),
     "log_floor must be finite": (ValueError, lambda x: MelConfig(log_floor=math.nan)),
     "vtln_low and vtln_high": (
         ValueError,

@@ -131,7 +131,9 @@ REJECTED = {
     "eps_on must be": (ValueError, lambda: normalize(torch.ones(3, 5), eps_on="mean")),
     "eps and ddof": (ValueError, lambda: normalize(torch.ones(3, 5), eps=-1.0)),
     "cmn_window must be": (ValueError, lambda: sliding_normalize(torch.ones(3, 5), 0)),
-    "min_cmn_window must not": (ValueError, lambda: sliding_normalize(torch.ones(3, 5), min_cmn_window=-1)),
+    "min_cmn_window must be at least 0": (ValueError, lambda: sliding_normalize(torch.ones(3, 5), min_cmn_window=-1)),
+    "cmn_window must be an integer": (TypeError, lambda: sliding_normalize(torch.ones(3, 5), 600.0)),
+    "win_length must be an integer": (TypeError, lambda: deltas(torch.ones(3, 5), 5.0)),
 }
 
 

@@ -456,3 +456,23 @@ def test_import_brings_no_library():
     script = "import sys, mmfast, torch; mmfast.swap(torch.nn.Linear(2, 2)); "
     script += f"print([m for m in {libraries} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_check_of_a_model_with_an_expanded_buffer():
+    """Nothing can be written to it, and nothing needs to be."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.register_buffer("scale", torch.ones(1, 8).expand(3, 8))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.attention(x, x[:2], x[:2])[0] * self.scale
+
+    model = Model()
+    report = mmfast.swap(model, check=torch.randn(3, 3, 8))
+    assert [row.path for row in report.swapped] == ["attention"]
+    assert model.calls == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import sys
 import types
@@ -171,6 +172,20 @@ def test_swapped(theirs, options):
     assert copied(*batch())[0].isfinite().all() and featurizer.fb.any()
     report.undo()
     assert type(featurizer) is theirs and vars(featurizer) == before
+
+
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_pickled(theirs, protocol):
+    """As torch.save and spawned processes do with a whole model. Without gradients NeMo's own cannot be pickled."""
+    featurizer = theirs(use_grads=True).eval()
+    pickle.dumps(featurizer, protocol)
+    mmfast.swap(featurizer)
+    loaded = pickle.loads(pickle.dumps(featurizer, protocol))
+    assert type(loaded) is type(featurizer) and isinstance(loaded, theirs)
+    for found, wanted in zip(loaded(*batch()), featurizer(*batch()), strict=True):
+        assert found.shape == wanted.shape
+    wave, length = batch()
+    torch.testing.assert_close(loaded(wave, length)[0], featurizer(wave, length)[0])
 
 
 def test_half(theirs):

@@ -38,6 +38,16 @@ def test_batched_gradients(config, backend):
     torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-3)
 
 
+def test_lengths_of_each_sample(backend):
+    config = CONFIGS["log_mel"]
+    x, lengths = torch.randn(3, 700), torch.tensor([700, 20, 400])
+    run = torch.func.vmap(lambda x, n: extract(x, config, lengths=n, backend=backend))
+    for actual, expected in zip(run(x, lengths), extract(x, config, lengths=lengths, backend=backend), strict=True):
+        torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, 700\], got values from 21 to 701"):
+        run(x, lengths + 1)
+
+
 def test_tables_of_each_sample_are_refused(native):
     config = CONFIGS["log_mel"]
     with pytest.raises(ValueError, match="filters"):

@@ -126,7 +126,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 def under_autocast(query: Tensor, sources: list[Source]) -> tuple[Tensor, list[Source]]:
     """As scaled_dot_product_attention: under autocast in its dtype, but for float64."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _backend.is_autocast(kind):
         return query, sources
     dtype = torch.get_autocast_dtype(kind)
 

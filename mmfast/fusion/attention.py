@@ -186,10 +186,7 @@ def attend(
             weights=weights,
         )
 
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
-        return compute()
-    with torch.autocast(kind, enabled=False):
+    with _backend.without_autocast(query.device.type):
         return compute()
 
 

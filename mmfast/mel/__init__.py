@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mmfast import _backend
@@ -62,6 +64,8 @@ def extract(
         features = direct.extract(waveform, config)
         if features is not None:
             return features
+    if not isinstance(config, MelConfig):
+        raise TypeError(f"config must be a MelConfig, got {type(config).__name__}")
     if not isinstance(waveform, torch.Tensor):
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
     if waveform.dtype not in _DTYPES:
@@ -83,14 +87,13 @@ def extract(
         filters = _given("filters", filters, waveform, (config.n_freqs, config.n_mels) if config.filters else None)
     if dct is not None:
         dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
-    group = (
-        1 if config.top_db_scope == "item" else shape[-2] if config.top_db_scope == "channels" and len(shape) > 1 else 0
-    )
-    seed = int(torch.randint(2**31 - 1, ())) if config.dither else 0
+    scope = config.top_db_scope
+    group = 1 if scope == "item" else shape[-2] if scope == "channels" and len(shape) > 2 else 0  # 0 is all rows
+    seed = int(torch.randint(2**31 - 1, (), device="cpu")) if config.dither else 0
     if len(shape) == 2:
         rows = waveform
     else:
-        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(shape[:-1].numel(), shape[-1])
+        rows = waveform.unsqueeze(0) if len(shape) == 1 else waveform.reshape(math.prod(shape[:-1]), shape[-1])
     chosen = _backend.choose("mel", waveform.device, backend)[0]
     if chosen != "reference" and torch.is_grad_enabled() and (_has_gradient(window) or _has_gradient(dct)):
         # The kernels have no gradient for these.
@@ -137,8 +140,9 @@ def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tenso
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
     lengths = lengths.reshape(-1).to(torch.int64).contiguous()
     # On an accelerator the values stay where they are (a check would wait for it); the kernels clamp them.
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
-        low, high = int(lengths.min()), int(lengths.max())
+    values = _backend.values_of(lengths)
+    if values is not None and values.device.type == "cpu" and values.numel():
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high > waveform.shape[-1]:
             raise ValueError(f"lengths must lie in [0, {waveform.shape[-1]}], got values from {low} to {high}")
     return lengths

@@ -207,18 +207,24 @@ class MelConfig:
                     f"window must be one of {', '.join(map(repr, _WINDOWS))} or a tuple, got {self.window!r}"
                 )
         else:
+            if not hasattr(self.window, "__iter__"):
+                raise TypeError(f"window must be a name or a tuple of values, got {self.window!r}")
             object.__setattr__(self, "window", tuple(_real("window", v) for v in self.window))
             if len(self.window) != self.win_length:
                 raise ValueError(f"window must have win_length = {self.win_length} values, got {len(self.window)}")
 
     def _check_features(self, put) -> None:
         nyquist = self.sample_rate / 2
+        put("n_mels", _integer("n_mels", self.n_mels, 1))
+        if self.f_max is not None:
+            put("f_max", _real("f_max", self.f_max))
+        if not (self.mel_norm is None or isinstance(self.mel_norm, str)):
+            put("mel_norm", _number("mel_norm", self.mel_norm))  # infinity is a norm
         if self.filters is None:
             if self.n_mfcc is not None:
                 raise ValueError("n_mfcc needs filters, got filters=None")
         else:
-            put("n_mels", _integer("n_mels", self.n_mels, 1))
-            put("f_max", nyquist if self.f_max is None else _real("f_max", self.f_max))
+            put("f_max", nyquist if self.f_max is None else self.f_max)
             # torchaudio's default of sample_rate // 2 lies below Nyquist for odd rates; a hair above is rounding.
             if not 0 <= self.f_min < self.f_max <= nyquist * (1 + 1e-6):
                 raise ValueError(
@@ -228,10 +234,8 @@ class MelConfig:
             if isinstance(self.mel_norm, str):
                 if self.mel_norm != "slaney":
                     raise ValueError(f"mel_norm must be None, 'slaney' or a number, got {self.mel_norm!r}")
-            elif self.mel_norm is not None:
-                put("mel_norm", float(self.mel_norm))  # infinity is a norm
-                if not self.mel_norm > 0:
-                    raise ValueError(f"mel_norm must be positive, got {self.mel_norm}")
+            elif self.mel_norm is not None and not self.mel_norm > 0:
+                raise ValueError(f"mel_norm must be positive, got {self.mel_norm}")
         if self.top_db is not None:
             put("top_db", _real("top_db", self.top_db))
             if self.log is None:
@@ -313,8 +317,14 @@ class MelConfig:
             fields["window"] = tuple(fields["window"])
         return MelConfig(**fields)
 
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if type(other) is type(self) else NotImplemented
+
     def __hash__(self) -> int:
         return self._hash
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hash=hash(state["_key"]))  # the hash of a text differs from process to process
 
     def replace(self, **changes: Any) -> MelConfig:
         """Copy with fields changed; sizes that followed from a changed field by default must be given anew."""
@@ -354,9 +364,13 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
+    value = _number(name, value)
     if not math.isfinite(value) and name != "fill":
         raise ValueError(f"{name} must be finite, got {value}")
     return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)

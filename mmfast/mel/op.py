@@ -18,13 +18,13 @@ from mmfast.mel.tables import resolve
 
 torch.library.define(
     "mmfast::mel_forward",
-    "(Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, int group, int seed, str config)"
-    " -> (Tensor features, Tensor frame_counts, Tensor maxima)",
+    "(Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, SymInt group, SymInt seed,"
+    " str config) -> (Tensor features, Tensor frame_counts, Tensor maxima)",
 )
 torch.library.define(
     "mmfast::mel_backward",
     "(Tensor grad, Tensor waveform, Tensor? window, Tensor? filters, Tensor? dct, Tensor? lengths, Tensor maxima,"
-    " int group, int seed, str config, bool need_waveform, bool need_filters)"
+    " SymInt group, SymInt seed, str config, bool need_waveform, bool need_filters)"
     " -> (Tensor grad_waveform, Tensor grad_filters)",
 )
 

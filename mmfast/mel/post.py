@@ -40,8 +40,7 @@ def deltas(
     """
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
-    if win_length < 3:
-        raise ValueError(f"win_length must be at least 3, got {win_length}")
+    win_length = _count("win_length", win_length, 3)
     x, ends, valid = _by_time(features, lengths, dim)
     n, time = (win_length - 1) // 2, x.shape[-1]
     if time == 0:
@@ -127,10 +126,8 @@ def sliding_normalize(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if cmn_window < 1:
-        raise ValueError(f"cmn_window must be at least 1, got {cmn_window}")
-    if min_cmn_window < 0:
-        raise ValueError(f"min_cmn_window must not be negative, got {min_cmn_window}")
+    cmn_window = _count("cmn_window", cmn_window, 1)
+    min_cmn_window = _count("min_cmn_window", min_cmn_window, 0)
     x, ends, valid = _by_time(features, lengths, dim)
     time = x.shape[-1]
     if time == 0:
@@ -151,6 +148,14 @@ def sliding_normalize(
     if valid is not None:
         out = out.masked_fill(~valid, 0)
     return out.to(features.dtype).movedim(-1, dim)
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def _by_time(

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from mmfast import _backend
 from mmfast.mel import tables
 from mmfast.mel.config import MelConfig
 
@@ -42,7 +43,7 @@ def mel_reference(
         ``rows`` (float32 for int16), and the ``(B,)`` int64 counts.
     """
     # Under autocast the matrix products would drop to half precision, which a logarithm does not forgive.
-    with torch.autocast(rows.device.type, enabled=False):
+    with _backend.without_autocast(rows.device.type):
         window, filters, dct = tables.resolve(config, compute_dtype(rows.dtype), rows.device, window, filters, dct)
         return _features(rows, window, filters, dct, lengths, group, seed, config)
 

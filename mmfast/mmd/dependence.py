@@ -12,7 +12,7 @@ from mmfast.mmd import reference
 from mmfast.mmd._inputs import as_layers, by_item, check_choice, check_kernel, need_rows, resolver
 from mmfast.mmd._primitives import primitives
 from mmfast.mmd.kernels import Gaussian, Kernel, Linear, apply
-from mmfast.mmd.reference import compute_dtype, diagonal, without_autocast
+from mmfast.mmd.reference import compute_dtype, diagonal
 
 _MEDIAN = Gaussian("median")
 _LINEAR = Linear()
@@ -185,7 +185,7 @@ def _linear_moments(x, y, kernel_x, kernel_y, unbiased, all_three, centred, chos
         a, b = a.flatten().double(), b.flatten().double()
         return values * torch.stack((a * b, a * a, b * b), dim=1).square()
     pairs = ((x, y), (x, x), (y, y)) if all_three else ((x, y),)
-    with without_autocast(x.device.type):
+    with _backend.without_autocast(x.device.type):
         values = [(a.transpose(1, 2) @ b).double().square().sum((1, 2)) for a, b in pairs]
     if unbiased:
         own = {id(t): t.double().square().sum(2) for t in (x, y)}

@@ -11,13 +11,13 @@ energy).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.mmd.terms import (
     DOT,
     ENERGY,
@@ -45,17 +45,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Where matrix products do not drop to half precision."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 def _in_full(function):
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        with without_autocast((x if isinstance(x, Tensor) else x[0]).device.type):
+        device = (x if isinstance(x, Tensor) else x[0]).device.type
+        with _backend.without_autocast(device):
             return function(x, *args, **kwargs)
 
     return wrapped

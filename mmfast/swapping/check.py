@@ -237,7 +237,13 @@ def _untouched(model: nn.Module):
             current.update(before)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not _same(buffer, value):  # an expanded one cannot be written to, and nobody did
+                    buffer.copy_(value)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Bit for bit, as far as that can be seen."""
+    return not (x.is_meta or y.is_meta) and x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def _plain(value: Any) -> bool:

@@ -68,7 +68,19 @@ class Rule:
 
 @lru_cache
 def _mixed(new: type, old: type) -> type:
-    return type(new.__name__, (new, old), {"__module__": new.__module__, "__doc__": new.__doc__})
+    def reduce(self, protocol):
+        _, _, *state = super(mixed, self).__reduce_ex__(max(protocol, 2))
+        return _instance, (new, old), *state
+
+    body = {"__module__": new.__module__, "__doc__": new.__doc__, "__reduce_ex__": reduce}
+    mixed = type(new.__name__, (new, old), body)
+    return mixed
+
+
+def _instance(new: type, old: type) -> Any:
+    """For pickle, which finds no class that was made here under its name."""
+    cls = _mixed(new, old)
+    return cls.__new__(cls)
 
 
 def _imported(home: str) -> Any:

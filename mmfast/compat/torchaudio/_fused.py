@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from mmfast import _backend
 from mmfast.mel import MelConfig, extract
 
 LOG_OFFSET = 1e-6  # torchaudio's, under log_mels and log_lf
@@ -113,7 +114,7 @@ def untouched(module: nn.Module, kind: type) -> bool:
 def project(x: Tensor, matrix: Tensor) -> Tensor:
     """``(..., n, time)`` → ``(..., m, time)`` by a matrix (n, m), in at least float32, in the dtype of ``x``."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, matrix.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with _backend.without_autocast(x.device.type):
         result = matrix.to(dtype).transpose(0, 1) @ x.to(dtype)
     return result.to(x.dtype)
 

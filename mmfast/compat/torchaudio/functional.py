@@ -98,7 +98,7 @@ def melscale_fbanks(
     if mel_scale not in ("htk", "slaney"):
         raise ValueError(f"mel_scale must be 'htk' or 'slaney', got {mel_scale!r}")
     bank = tables.mel_filters(n_freqs, f_min, f_max, n_mels, sample_rate, norm, mel_scale, dtype=torch.float32)
-    if (bank.max(dim=0).values == 0).any():
+    if not bank.is_meta and (bank.max(dim=0).values == 0).any():
         warnings.warn(
             f"At least one mel filterbank has all zero values: n_mels ({n_mels}) may be too high, "
             f"or n_freqs ({n_freqs}) too low.",
