@@ -519,6 +519,21 @@ def test_large_sums(mmd_backend):
         assert abs(value - exact) <= 1e-8 * matrices[0].max()
 
 
+@pytest.mark.parametrize("sizes", [(512, 600, 64), (1000, 300, 256), (64, 90, 700)])
+@pytest.mark.parametrize(
+    "kernel",
+    [k.Gaussian(1e4), k.Gaussian(100.0), k.Laplacian(1e5), k.Matern(3e3, 2.5)],
+    ids=repr,
+)
+def test_nearly_constant_kernels(kernel, sizes, mmd_backend):
+    """MMD² is the small difference of sums about 1: below what one value of float32 can say of it."""
+    n, m, d = sizes
+    x, y = torch.randn(n, d), 1.1 * torch.randn(m, d) + 0.1
+    expected = mmfast.mmd2(x.double(), y.double(), kernel=kernel, backend="reference")
+    error = float(mmfast.mmd2(x, y, kernel=kernel, backend=mmd_backend) - expected)
+    assert abs(error) < (6e-9 if n < 100 else 2e-9)  # float32 rounds each value by up to 3e-8
+
+
 def test_nan(mmd_backend):
     x, y = samples(dtype=torch.float32)
     x[2, 1] = math.nan

@@ -379,7 +379,8 @@ MMFAST_INLINE Simd<float>::V exp(Simd<float>::V x) {
     y = y * f + 4.1665795894e-2f;
     y = y * f + 1.6666665459e-1f;
     y = y * f + 5.0000001201e-1f;
-    y = y * (f * f) + (f + 1.0f);
+    y = y * f + 1.0f;
+    y = y * f + 1.0f;  // not y f^2 + (f + 1), whose last sum would be rounded twice: a bias where f is small
 #if defined(__AVX512F__)
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
     return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);

@@ -376,12 +376,12 @@ MMFAST_INLINE bool only_doubles(const Program<T>& p) {
 }
 
 template <class T, int U, bool kSlope>
-MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
+MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, T shift, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
     for (int u = 0; u < U; ++u) {
         t[u] = exp2(exponent * z[u]);
-        k[u] = c.weight[0] * t[u];
+        k[u] = c.weight[0] * t[u] - shift;
         if (kSlope) h[u] = c.slope[0] * t[u];
     }
     for (int i = 1; i < c.count; ++i)
@@ -392,10 +392,14 @@ MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, const Vec<T> (&z)[U], Ve
         }
 }
 
-// ks = the kernel at zs, hs = its derivative.
+// ks = the kernel at zs, less `shift`; hs = its derivative.
 template <class T, int U, bool kSlope>
-MMFAST_INLINE void evaluate_vectors(const Program<T>& p, const Vec<T> (&zs)[U], Vec<T> (&ks)[U], Vec<T> (&hs)[U]) {
-    for (int u = 0; u < U; ++u) ks[u] = hs[u] = Vec<T>{};
+MMFAST_INLINE void evaluate_vectors(const Program<T>& p, T shift, const Vec<T> (&zs)[U], Vec<T> (&ks)[U],
+                                    Vec<T> (&hs)[U]) {
+    for (int u = 0; u < U; ++u) {
+        ks[u] = Vec<T>{} - shift;
+        hs[u] = Vec<T>{};
+    }
     for (int c = 0; c < p.chains; ++c) evaluate_chain<T, U, kSlope>(p.chain[c], zs, ks, hs);
     for (int t = 0; t < p.others; ++t)
         for (int u = 0; u < U; ++u) {
@@ -411,7 +415,7 @@ MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, 
     for (int64_t at = 0; at < rows * kTile; at += U * N) {
         Vec<T> zs[U], ks[U], hs[U];
         for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(z + at + u * N);
-        evaluate_vectors<T, U, kSlope>(p, zs, ks, hs);
+        evaluate_vectors<T, U, kSlope>(p, T(0), zs, ks, hs);
         for (int u = 0; u < U; ++u) {
             Simd<T>::store(k + at + u * N, ks[u]);
             if (kSlope) Simd<T>::store(h + at + u * N, hs[u]);
@@ -428,10 +432,31 @@ void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
 // Rows whose values are added up before the sum goes on in double.
 constexpr int64_t kRowsInFloat = 4;
 
+// What the values of a tile have in common: the least of the first ones. Less it they are added up in T, which loses nothing of
+// what sets a kernel apart that is nearly constant: an MMD of it is the small difference of large sums. It is in one multiply-add
+// with the value, so it costs nothing.
+template <class T, bool kDoubling>
+MMFAST_INLINE T common_value(const Program<T>& p, const T* z) {
+    constexpr int U = kWide, N = Simd<T>::lanes;
+    Vec<T> zs[U], ks[U], hs[U];
+    for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(z + u * N);
+    if constexpr (kDoubling) evaluate_doubling<T, U, false>(p.chain[0], T(0), zs, ks, hs);
+    else evaluate_vectors<T, U, false>(p, T(0), zs, ks, hs);
+    Vec<T> least = ks[0], greatest = ks[0];
+    for (int u = 1; u < U; ++u) {
+        least = Simd<T>::min(least, ks[u]);
+        greatest = Simd<T>::max(greatest, ks[u]);
+    }
+    const T low = Simd<T>::lowest(least), high = Simd<T>::highest(greatest);
+    const T common = low > 0 ? low : high < 0 ? high : T(0);
+    return __builtin_isfinite(common) ? common : T(0);
+}
+
 template <class T, bool kSlope, bool kDoubling>
 MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor, T* z, double* row_sums,
                                      double* column_sums) {
     constexpr int64_t U = kWide, N = Simd<T>::lanes, C = kTile / N;
+    const T common = common_value<T, kDoubling>(p, z);
     Accumulator<T> all;
     Vec<T> columns[C] = {}, values{};
     for (int64_t i = 0; i < rows; ++i) {
@@ -441,8 +466,8 @@ MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor
         for (int64_t c = 0; c < C; c += U) {
             Vec<T> zs[U], ks[U], hs[U];
             for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(row + (c + u) * N);
-            if constexpr (kDoubling) evaluate_doubling<T, U, kSlope>(p.chain[0], zs, ks, hs);
-            else evaluate_vectors<T, U, kSlope>(p, zs, ks, hs);
+            if constexpr (kDoubling) evaluate_doubling<T, U, kSlope>(p.chain[0], common, zs, ks, hs);
+            else evaluate_vectors<T, U, kSlope>(p, common, zs, ks, hs);
             for (int u = 0; u < U; ++u) {
                 values += ks[u];
                 if (!kSlope) continue;
@@ -459,7 +484,7 @@ MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor
         if (kSlope && row_sums) row_sums[i] += Simd<T>::sum(slopes);
     }
     if (kSlope && column_sums) add_to<T>(columns, column_sums);
-    return all.total();
+    return all.total() + double(common) * double(rows * kTile);
 }
 
 template <class T>
@@ -503,6 +528,14 @@ double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N;
     Accumulator<T> all;
     Vec<T> columns[C] = {};
+    if (!row_sums && !column_sums) {  // every value in double: an MMD may be much smaller than its terms
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < C; ++c) {
+                const Vec<T> x = Simd<T>::load(k + i * kTile + c * N);
+                all.add(v ? x * Simd<T>::load(v + c * N) : x, u ? double(u[i]) : 1.0);
+            }
+        return all.total();
+    }
     for (int64_t i = 0; i < rows; ++i) {
         Vec<T> row{};
         for (int64_t c = 0; c < C; ++c) {
