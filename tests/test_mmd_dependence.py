@@ -119,3 +119,20 @@ def test_independence(mmd_backend):
 def test_rejects(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("n", [200, 700])
+@pytest.mark.parametrize("kernel", [k.Gaussian(100.0), k.Laplacian(1e3)], ids=repr)
+def test_wide_kernels(kernel, n, mmd_native):
+    """Small differences of large sums: rows, products and squares of values near 1 are added up in float64."""
+    x = torch.randn(n, 64)
+    y = 0.5 * x[:, :32] + torch.randn(n, 32)
+    calls = [
+        lambda x, y, by: mmfast.hsic(x, y, kernel, kernel, backend=by),
+        lambda x, y, by: mmfast.hsic(x, y, kernel, kernel, "unbiased", backend=by),
+        lambda x, y, by: mmfast.cka(x, y, kernel, kernel, backend=by),
+        lambda x, y, by: mmfast.mmd2_variance(x[:, :32], y, kernel, backend=by),
+    ]
+    for call, allowed in zip(calls, (3e-6, 3e-6, 1e-6, 3e-4), strict=True):
+        expected = call(x.double(), y.double(), "reference")
+        torch.testing.assert_close(call(x, y, mmd_native).double(), expected.double(), rtol=allowed, atol=0)

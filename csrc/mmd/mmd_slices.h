@@ -172,7 +172,7 @@ void Sweep<T>::sliced_task(int64_t batch, int64_t slot, const Block& a, const Bl
             mask(tile, tile.diagonal, z);
             reducer.take(tile);
             reducer.weigh(tile, 0, z);
-            if (sums) t.reduce(tile.rows, z, nullptr, nullptr, of_rows + i, of_columns + j);
+            if (sums) t.add_sums(tile.rows, z, of_rows + i, of_columns + j);
             if (tile.diagonal)
                 add_transposed(tile.rows, z);  // rows and columns are the same points: one product for both
         }

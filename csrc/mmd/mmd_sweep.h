@@ -454,7 +454,7 @@ private:
     // What derivatives w by the distances (or products) of a tile add to the gradients of its rows and columns.
     void add_gradient(size_t q, size_t l, const Part& p, const Tile<T>& tile, int64_t i, char* s, T* w,
                       double* column_sums) const {
-        if (needs_sums(q, l)) tiles<T>().reduce(tile.rows, w, nullptr, nullptr, row_sums(s, q, l) + i, column_sums);
+        if (needs_sums(q, l)) tiles<T>().add_sums(tile.rows, w, row_sums(s, q, l) + i, column_sums);
         multiply_gradient(q, l, p, tile, i, s, w);
     }
 

@@ -319,23 +319,37 @@ void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, i
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
+// What a vector holds, in double.
+template <class T>
+struct Wider {
+    using Wide = Simd<double>;
+    static constexpr int N = Simd<T>::lanes, kParts = int(sizeof(double) / sizeof(T));
+    Wide::V part[kParts];
+    explicit MMFAST_INLINE Wider(Vec<T> x) {
+#if defined(__AVX512F__)
+        if constexpr (kParts == 2) {  // GCC converts in quarters
+            part[0] = (Wide::V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+            part[1] = (Wide::V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+            return;
+        }
+#endif
+        typename VectorOf<T, N / kParts>::type of[kParts];
+        __builtin_memcpy(of, &x, sizeof x);
+        for (int i = 0; i < kParts; ++i) part[i] = __builtin_convertvector(of[i], Wide::V);
+    }
+};
+
 // Sums in double of what vectors hold.
 template <class T>
 struct Accumulator {
     using Wide = Simd<double>;
-    static constexpr int N = Simd<T>::lanes, kParts = int(sizeof(double) / sizeof(T));
+    static constexpr int kParts = Wider<T>::kParts;
     Wide::V sum[kParts] = {};
-    MMFAST_INLINE void add(Vec<T> x, double factor = 1) {
-#if defined(__AVX512F__)
-        if constexpr (kParts == 2) {  // GCC converts in quarters
-            sum[0] += (Wide::V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)) * factor;
-            sum[1] += (Wide::V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)) * factor;
-            return;
-        }
-#endif
-        typename VectorOf<T, N / kParts>::type part[kParts];
-        __builtin_memcpy(part, &x, sizeof x);
-        for (int i = 0; i < kParts; ++i) sum[i] += __builtin_convertvector(part[i], Wide::V) * factor;
+    MMFAST_INLINE void add(const Wider<T>& x, double factor = 1) {
+        for (int i = 0; i < kParts; ++i) sum[i] += x.part[i] * factor;
+    }
+    MMFAST_INLINE void add_product(const Wider<T>& x, const Wider<T>& y) {
+        for (int i = 0; i < kParts; ++i) sum[i] += x.part[i] * y.part[i];
     }
     MMFAST_INLINE double total() const {
         double s = 0;
@@ -478,7 +492,7 @@ MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor
             }
         }
         if (i % kRowsInFloat == kRowsInFloat - 1 || i == rows - 1) {
-            all.add(values);
+            all.add(Wider<T>(values));
             values = Vec<T>{};
         }
         if (kSlope && row_sums) row_sums[i] += Simd<T>::sum(slopes);
@@ -523,42 +537,55 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
 
 // ---- Reductions ----------------------------------------------------------------------------------------------------
 
+// Every value in double: what is made of these sums may be much smaller than they are.
 template <class T>
 double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums) {
-    constexpr int64_t N = Simd<T>::lanes, C = kTile / N;
-    Accumulator<T> all;
-    Vec<T> columns[C] = {};
-    if (!row_sums && !column_sums) {  // every value in double: an MMD may be much smaller than its terms
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t c = 0; c < C; ++c) {
-                const Vec<T> x = Simd<T>::load(k + i * kTile + c * N);
-                all.add(v ? x * Simd<T>::load(v + c * N) : x, u ? double(u[i]) : 1.0);
-            }
-        return all.total();
+    constexpr int64_t N = Simd<T>::lanes, C = kTile / N, kParts = Wider<T>::kParts;
+    Accumulator<T> all, columns[C];
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+        Accumulator<T> row;
+        for (int64_t c = 0; c < C; ++c) {
+            const Wider<T> x(Simd<T>::load(k + i * kTile + c * N));
+            if (v) row.add_product(x, Wider<T>(Simd<T>::load(v + c * N)));
+            else row.add(x);
+            if (column_sums) columns[c].add(x, u ? double(u[i]) : 1.0);
+        }
+        const double weight = u ? double(u[i]) : 1.0;
+        if (row_sums) {
+            const double sum = row.total();
+            row_sums[i] += sum;
+            total += weight * sum;
+        } else {
+            for (int q = 0; q < kParts; ++q) all.sum[q] += row.sum[q] * weight;
+        }
     }
+    for (int64_t c = 0; column_sums && c < C; ++c)
+        for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += columns[c].sum[l / (N / kParts)][l % (N / kParts)];
+    return total + all.total();
+}
+
+template <class T>
+void add_sums(int64_t rows, const T* w, double* row_sums, double* column_sums) {
+    constexpr int64_t N = Simd<T>::lanes, C = kTile / N;
+    Vec<T> columns[C] = {};
     for (int64_t i = 0; i < rows; ++i) {
         Vec<T> row{};
         for (int64_t c = 0; c < C; ++c) {
-            const Vec<T> x = Simd<T>::load(k + i * kTile + c * N);
-            row += v ? x * Simd<T>::load(v + c * N) : x;
-            if (column_sums) columns[c] += u ? u[i] * x : x;
+            const Vec<T> x = Simd<T>::load(w + i * kTile + c * N);
+            row += x;
+            columns[c] += x;
         }
-        if (row_sums) row_sums[i] += Simd<T>::sum(row);
-        all.add(row, u ? double(u[i]) : 1.0);
+        row_sums[i] += Simd<T>::sum(row);
     }
-    if (column_sums) add_to<T>(columns, column_sums);
-    return all.total();
+    add_to<T>(columns, column_sums);
 }
 
 template <class T>
 double inner(int64_t rows, const T* a, const T* b) {
-    constexpr int64_t N = Simd<T>::lanes;
     Accumulator<T> all;
-    for (int64_t i = 0; i < rows; ++i) {
-        Vec<T> row{};
-        for (int64_t j = i * kTile; j < (i + 1) * kTile; j += N) row += Simd<T>::load(a + j) * Simd<T>::load(b + j);
-        all.add(row);
-    }
+    for (int64_t at = 0; at < rows * kTile; at += Simd<T>::lanes)
+        all.add_product(Wider<T>(Simd<T>::load(a + at)), Wider<T>(Simd<T>::load(b + at)));
     return all.total();
 }
 
@@ -652,9 +679,10 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #else
     constexpr bool splits = false;
 #endif
-    return {Simd<T>::lanes,   splits,      pack<T>,         compare<T>,     add_rows<T>, squares_about<T>,
-            compare_slice<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,  reduce<T>,   inner<T>,
-            multiply<T>,      scale<T>,    product<T>,      differences<T>, put<T>,      signs<T>};
+    return {Simd<T>::lanes,   splits,           pack<T>,     compare<T>,      add_rows<T>,
+            squares_about<T>, compare_slice<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,
+            reduce<T>,        add_sums<T>,      inner<T>,    multiply<T>,     scale<T>,
+            product<T>,       differences<T>,   put<T>,      signs<T>};
 }
 
 }  // namespace
