@@ -131,7 +131,7 @@ public:
         double *const to_a = gradient(t.batch, t.a, t.i0), *const to_b = gradient(t.batch, t.b, t.j0);
         double rows[kTile] = {}, columns[kTile] = {};
         sums_[t.slot * 3 + kind] +=
-            times * tiles<T>().reduce(t.rows, t.k[0], u, v, to_a ? rows : nullptr, to_b ? columns : nullptr);
+            times * tiles<T>().reduce(t.rows, t.k[0], u, v, to_a ? rows : nullptr, to_b ? columns : nullptr, nullptr);
         for (int64_t i = 0; to_a && i < t.rows; ++i) to_a[i] += times * coefs_[kind] * rows[i];
         for (int64_t j = 0; to_b && j < t.columns; ++j) to_b[j] += times * coefs_[kind] * columns[j];
     }
@@ -170,11 +170,11 @@ struct Sums : Reducer<T> {
     double *rows, *columns;
     std::vector<double> squares;
     void take(const Tile<T>& t) {
-        double column[kTile] = {};
-        tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.batch * n + t.i0, column);
+        double column[kTile] = {}, square;
+        tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.batch * n + t.i0, column, &square);
         double* const to = t.within() ? rows + t.batch * n : columns + t.batch * m;
         for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
-        squares[t.slot] += (t.within() ? 2 : 1) * tiles<T>().inner(t.rows, t.k[0], t.k[0]);
+        squares[t.slot] += (t.within() ? 2 : 1) * square;
     }
 };
 
@@ -248,11 +248,11 @@ struct Pair : Reducer<T> {
     std::vector<double> products;
     void take(const Tile<T>& t) {
         for (int q = 0; q < 2; ++q) {
-            double column[kTile] = {};
+            double column[kTile] = {}, square;
             double* const to = rows[q] + t.batch * n;
-            tiles<T>().reduce(t.rows, t.k[q], nullptr, nullptr, to + t.i0, column);
+            tiles<T>().reduce(t.rows, t.k[q], nullptr, nullptr, to + t.i0, column, &square);
             for (int64_t j = 0; j < t.columns; ++j) to[t.j0 + j] += column[j];
-            products[t.slot * 3 + 1 + q] += 2 * tiles<T>().inner(t.rows, t.k[q], t.k[q]);
+            products[t.slot * 3 + 1 + q] += 2 * square;
         }
         products[t.slot * 3] += 2 * tiles<T>().inner(t.rows, t.k[0], t.k[1]);
     }
@@ -293,7 +293,7 @@ struct Permutations : Reducer<T> {
     void take(const Tile<T>& t) {
         if (rows) {
             double column[kTile] = {};
-            tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.i0, column);
+            tiles<T>().reduce(t.rows, t.k[0], nullptr, nullptr, rows + t.i0, column, nullptr);
             for (int64_t j = 0; j < t.columns; ++j) rows[t.j0 + j] += column[j];
         }
         T* const r = reinterpret_cast<T*>(t.scratch) + (t.i0 - t.first) * members.stride();

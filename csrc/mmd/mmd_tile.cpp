@@ -539,9 +539,10 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
 
 // Every value in double: what is made of these sums may be much smaller than they are.
 template <class T>
-double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums) {
+double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+              double* squares) {
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N, kParts = Wider<T>::kParts;
-    Accumulator<T> all, columns[C];
+    Accumulator<T> all, square, columns[C];
     double total = 0;
     for (int64_t i = 0; i < rows; ++i) {
         Accumulator<T> row;
@@ -550,6 +551,7 @@ double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums
             if (v) row.add_product(x, Wider<T>(Simd<T>::load(v + c * N)));
             else row.add(x);
             if (column_sums) columns[c].add(x, u ? double(u[i]) : 1.0);
+            if (squares) square.add_product(x, x);
         }
         const double weight = u ? double(u[i]) : 1.0;
         if (row_sums) {
@@ -562,6 +564,7 @@ double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums
     }
     for (int64_t c = 0; column_sums && c < C; ++c)
         for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += columns[c].sum[l / (N / kParts)][l % (N / kParts)];
+    if (squares) *squares = square.total();
     return total + all.total();
 }
 

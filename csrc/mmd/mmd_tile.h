@@ -95,8 +95,10 @@ struct TileKernels {
                            double* column_sums);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
-    // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij unless null.
-    double (*reduce)(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums);
+    // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij and
+    // *squares = sum of k_ij^2 unless null.
+    double (*reduce)(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+                     double* squares);
     // row_sums[i] += sum_j w_ij, column_sums[j] += sum_i w_ij, of derivatives: summed up in T within the tile.
     void (*add_sums)(int64_t rows, const T* w, double* row_sums, double* column_sums);
     double (*inner)(int64_t rows, const T* a, const T* b);           // sum of a_ij b_ij
