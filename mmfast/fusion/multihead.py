@@ -142,11 +142,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             zeros = k.new_zeros(1, self.num_heads, 1, self.head_dim)
             sources.append(Source(zeros, zeros))
         result = cross_attention(q, sources, **options)
-        out, *rest = result if isinstance(result, tuple) else (result,)
-        weights = rest.pop() if options["return_weights"] else None
-        if weights is not None:
-            weights = weights[0] if len(sources) == 1 else torch.cat(weights, -1)
-        return out, weights, rest[0] if rest else None
+        if not isinstance(result, tuple):
+            return result, None, None
+        weights = None
+        if options["return_weights"]:
+            weights = result[-1][0] if len(sources) == 1 else torch.cat(result[-1], -1)
+        return result[0], weights, result[1] if options["return_lse"] else None
 
     def _fits(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:
         """Whether these are inputs that torch accepts, and not for its path for self-attention at inference."""
