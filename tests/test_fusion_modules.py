@@ -460,7 +460,7 @@ def test_fusion_rejects():
         ("embed_dim must be divisible by num_heads=5", (E, 5, [3]), {}),
         ("num_kv_heads must divide num_heads=4", (E, 4, [3]), {"num_kv_heads": 3}),
         ("source_dims must be a list", (E, 4, []), {}),
-        ("source_dims must be positive", (E, 4, [0]), {}),
+        (r"source_dims\[0\] must be a positive", (E, 4, [0]), {}),
         ("num_heads must be a positive integer, got 0", (E, 0, [3]), {}),
         ("gate must be one of None, 'tanh', 'sigmoid', 'per_head', got 'relu'", (E, 4, [3]), {"gate": "relu"}),
         ("pool must be one of", (E, 4, [3]), {"pool": "max"}),

@@ -9,6 +9,9 @@ namespace fusion {
 // Decoupled sources together have at most so many keys: their probabilities stay in the second cache.
 constexpr int64_t kResidentKeys = 512;
 
+// A log-sum-exp beyond it has lost what probabilities of less than a part in 10 000 off need.
+constexpr double kFar = 1024;
+
 // out: (batch, heads, rows, value_dim); lse[softmaxes][batch][heads][rows], natural, -inf for a query without keys.
 template <class T>
 void forward_cpu(const Problem& problem, const Target& out, T* lse);

@@ -225,8 +225,7 @@ void set_lanes(const BackwardJob<T>& job, int64_t batch, const Rows& rows, int s
     gather(p, job.lse + offset, batch, rows, -infinity<T>(), lanes.lse);
     if (job.grad_lse) gather(p, job.grad_lse + offset, batch, rows, T(0), lanes.grad_lse);
     for (int64_t i = 0; i < kPanel<T>; ++i) {
-        // Without keys every probability is 0: exp(-inf - inf).
-        lanes.lse[i] = lanes.lse[i] == -infinity<T>() ? infinity<T>() : lanes.lse[i] * T(kLog2e);
+        lanes.lse[i] = shift_of(lanes.lse[i]);
         if (!job.grad_lse) lanes.grad_lse[i] = 0;
         lanes.delta[i] = 0;
         lanes.gate[i] = 1;

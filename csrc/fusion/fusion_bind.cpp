@@ -140,7 +140,8 @@ struct Attend : torch::autograd::Function<Attend> {
         gate = 1 + 2 * n;
         for (size_t j = 0; j < n; ++j) {
             if (!a.gates[j]) continue;
-            result[gate++] = by.gates[j].unsqueeze(3).sum_to_size(a.gates[j]->sizes()).to(a.gates[j]->scalar_type());
+            const Tensor its = by.gates[j].unsqueeze(3).sum_to_size(a.gates[j]->sizes()).to(a.gates[j]->scalar_type());
+            result[gate++] = its.is_alias_of(by.gates) ? its.clone() : its;  // kept, it is to have memory of its own
         }
         return result;
     }
@@ -349,6 +350,22 @@ bool is_for_kernels(const Arguments& a) {
     return !a.decoupled || total < fusion::kResidentKeys;
 }
 
+bool is_added(const optional<Tensor>& t) {
+    return t && t->scalar_type() != at::kBool;
+}
+
+// As `attention._is_far`: whether what masks add to all keys of a row leaves too little of the log-sum-exp to take
+// probabilities from it again.
+bool is_far(const Arguments& a, const Tensor& lse) {
+    if (std::none_of(a.masks.begin(), a.masks.end(), is_added) &&
+        std::none_of(a.biases.begin(), a.biases.end(), is_added))
+        return false;
+    const auto any = [n = lse.numel()](const auto* each) {
+        return std::any_of(each, each + n, [](auto x) { return std::isfinite(x) && std::abs(x) > fusion::kFar; });
+    };
+    return lse.scalar_type() == at::kDouble ? any(lse.const_data_ptr<double>()) : any(lse.const_data_ptr<float>());
+}
+
 // `mmfast.cross_attention` of a query and sources as it has them: the output, the log-sum-exp of each softmax and, where
 // asked for, the weights. None for what `is_for_kernels` does not take, or where somebody has to see what is done.
 py::object direct(py::handle source_class, py::handle query, py::handle sources, bool decoupled, py::handle is_causal,
@@ -377,8 +394,10 @@ py::object direct(py::handle source_class, py::handle query, py::handle sources,
     {
         const py::gil_scoped_release release;
         results = attend_followed(a);
-        if (weights) each = weigh_followed(a, results[1], mean);
+        if ((weights || results[0].requires_grad()) && is_far(a, results[1])) results.clear();
+        else if (weights) each = weigh_followed(a, results[1], mean);
     }
+    if (results.empty()) return py::none();
     if (weights) return py::make_tuple(results[0], results[1], each);
     return py::make_tuple(results[0], results[1]);
 }
@@ -413,6 +432,7 @@ void bind_fusion(py::module_& m) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.attr("fusion_resident_keys") = fusion::kResidentKeys;
     m.attr("fusion_most_sources") = fusion::kMostSources;
+    m.attr("fusion_far") = fusion::kFar;
     py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
     m.def("fusion_direct", &direct);
     m.def("fusion_attend", &attend_followed, Release());

@@ -203,9 +203,11 @@ vector<Tensor> weigh(const Arguments& a, const Tensor& lse, bool mean) {
     vector<Tensor> result;
     std::array<Target, kMostSources> targets;
     for (int j = 0; j < p.count; ++j) {
-        result.push_back(at::zeros({p.batch, mean ? 1 : p.heads, p.rows, p.sources[j].keys}, a.query.options()));
-        targets[j] = target_of(result.back());
-        if (mean) result.back() = result.back().squeeze(1);
+        // Not a view, as `heads_inside`.
+        const int64_t keys = p.sources[j].keys;
+        result.push_back(mean ? at::zeros({p.batch, p.rows, keys}, a.query.options())
+                              : at::zeros({p.batch, p.heads, p.rows, keys}, a.query.options()));
+        targets[j] = target_of(mean ? result.back().unsqueeze(1) : result.back());
     }
     for_type(compute_type(a.query), [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;

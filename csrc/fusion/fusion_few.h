@@ -131,8 +131,7 @@ void few_masks(const Problem& p, int64_t batch, const Rows& rows, const Segment&
             if (mask.data)
                 for (int64_t k = 0; k < s.count; ++k) {
                     const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + (s.first + k) * mask.column;
-                    const T added = value_at<T>(mask, at) * T(kLog2e);
-                    row[k] = masked<T>(row[k], added);
+                    row[k] = masked<T>(row[k], value_at<T>(mask, at));
                 }
         if (p.causal)
             for (int64_t k = larger(0, rows.row[r] + 1 - s.first); k < s.count; ++k) row[k] = -infinity<T>();

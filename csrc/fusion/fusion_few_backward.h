@@ -59,8 +59,7 @@ void begin_few_gradients(const BackwardJob<T>& job, int64_t batch, const Rows& r
             for (int64_t d = 0; d < p.value_dim; d += N)
                 sum += Simd<T>::load(s.grad_rows + r * value_width + d) *
                        load_step<T>(out + d * job.out.column, job.out.column, p.value_dim - d);
-            // Without keys every probability is 0: exp(-inf - inf).
-            s.lse[r] = job.lse[at] == -infinity<T>() ? infinity<T>() : job.lse[at] * T(kLog2e);
+            s.lse[r] = shift_of(job.lse[at]);
             s.offset[r] = Simd<T>::sum(sum) - (job.grad_lse ? job.grad_lse[at] : T(0));
         }
     });

@@ -7,6 +7,8 @@
 //   Rows of a tile are as wide as the vectors that the queries fill, or a narrow panel would use a part of the cache.
 #pragma once
 
+#include <limits>
+
 #include "common/convert.h"
 #include "common/product.h"
 #include "fusion/fusion_tile.h"
@@ -27,6 +29,14 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 template <class T>
 MMFAST_INLINE T infinity() {
     return T(__builtin_inff());
+}
+
+// What backward passes subtract from scores, which have the factor log2 e too. Without keys every probability is 0:
+// exp(-inf - inf).
+template <class T>
+MMFAST_INLINE T shift_of(T lse) {
+    const T shift = lse * T(kLog2e), lowest = std::numeric_limits<T>::lowest();
+    return lse == -infinity<T>() ? infinity<T>() : shift < lowest ? lowest : shift;
 }
 
 // Calls f<S>() for the number of vectors that n lanes fill.
@@ -385,9 +395,12 @@ T value_at(const View& x, int64_t at) {
     return result;
 }
 
+// A score, times log2 e, and what a mask adds to it. The lowest number, which many masks hold, stays one.
 template <class T, class X>
-MMFAST_INLINE X masked(X score, X added) {
-    return added == -infinity<T>() ? added : score + added;  // what is excluded may be infinite
+MMFAST_INLINE X masked(X score, X mask) {
+    const X added = mask * T(kLog2e), lowest = X{} + std::numeric_limits<T>::lowest();
+    // What is excluded may be infinite.
+    return mask == -infinity<T>() ? mask : score + (added < lowest ? lowest : added);
 }
 
 template <class T, int S>
@@ -395,7 +408,7 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
     constexpr int N = Simd<T>::lanes, W = S * N;
     if (mask.row == 0 && (mask.head == 0 || rows.one_head)) {  // the same for all lanes
         for (int64_t k = 0; k < count; ++k) {
-            const T added = value_at<T>(mask, mask.at(batch, rows.head[0], 0) + (first + k) * mask.column) * T(kLog2e);
+            const T added = value_at<T>(mask, mask.at(batch, rows.head[0], 0) + (first + k) * mask.column);
             if (added == 0) continue;
             for (int v = 0; v < S; ++v)
                 Simd<T>::store(tile + k * W + v * N,
@@ -404,7 +417,7 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         return;
     }
     const int64_t columns = mask.column ? count : 1;
-    pack_columns<T, true>(mask, batch, rows, mask.column ? first : 0, columns, T(kLog2e), buffer);
+    pack_columns<T, true>(mask, batch, rows, mask.column ? first : 0, columns, T(1), buffer);
     for (int64_t k = 0; k < count; ++k)
         for (int v = 0; v < S; ++v) {
             const Vec<T> added = Simd<T>::load(buffer + (mask.column ? k : 0) * W + v * N);

@@ -50,8 +50,7 @@ void weights_panel(const WeightsJob<T>& job, const WeightsItem& item, const Keys
                     set_rows<T>(p, 1, head, item.panel, rows);
                     alignas(64) T lse[kPanel<T>];
                     gather(p, job.lse, item.batch, rows, T(0), lse);
-                    for (int64_t i = 0; i < W; ++i)
-                        lse[i] = lse[i] == -infinity<T>() ? infinity<T>() : lse[i] * T(kLog2e);
+                    for (int64_t i = 0; i < W; ++i) lse[i] = shift_of(lse[i]);
                     const Block<T> key =
                         block_of<T>(p.sources[s.source].key, false, item.batch, key_head(p, s.source, head), s.first,
                                     s.count, p.dim, false, copies);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,23 +100,30 @@ def check_options(
 ) -> tuple[float, float, float | None]:
     """The options, with the scale that ``None`` stands for."""
     check_choice("fusion", fusion, FUSIONS)
-    scale = head_dim**-0.5 if scale is None else _number("scale", scale)
-    dropout_p = _number("dropout_p", dropout_p)
+    scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
+    dropout_p = check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     if softcap is not None:
-        softcap = _number("softcap", softcap)
+        softcap = check_number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, or None, got {softcap}")
     return scale, dropout_p, softcap
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not abs(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def check_positive(name: str, value: object, otherwise: str = "") -> int:
+    """``value``, of numpy's integers too, as Python's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive integer{otherwise}, got {value!r}")
+    return int(value)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -209,7 +217,7 @@ def _prepare(name: str, query: Tensor, source: Source, batch: int, fusion: str) 
                 )
             gate = _broadcasts(f"gate of {name}", gate, query, (batch, heads, rows, value.shape[3]), boolean=False)
         else:
-            gate = _number(f"gate of {name}", gate)
+            gate = check_number(f"gate of {name}", gate)
     return Source(key, value, mask, lengths, bias, gate)
 
 
@@ -240,10 +248,10 @@ def check_lengths(name: str, lengths: object, device: torch.device, batch: int, 
         raise ValueError(f"{name} must be ({batch},), one for each item, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{name} must be on the query's device {device}, got {lengths.device}")
-    # On an accelerator the values stay where they are: a check would wait for them. Of a vmap the kernels look at them.
-    known = lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling()
-    if known and not torch._C._functorch.is_batchedtensor(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
+    # On an accelerator the values stay where they are: a check would wait for them.
+    values = _backend.values_of(lengths)
+    if values is not None and values.is_cpu and values.numel():
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high > longest:
             raise ValueError(f"{name} must lie in [0, {longest}], got values from {low} to {high}")
     return lengths.to(torch.int64)

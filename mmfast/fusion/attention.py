@@ -74,7 +74,9 @@ def cross_attention(
         ``(B, H, L, D_v)`` in the dtype of the query, or a tuple of it, L and the weights, as asked for.
 
     Differentiable, twice, with respect to query, keys, values, gates, floating point masks and biases. What a mask
-    excludes must be finite all the same (0 · NaN is NaN); what lies beyond ``lengths`` need not be.
+    excludes must be finite all the same (0 · NaN is NaN); what lies beyond ``lengths`` need not be. A floating point
+    mask that leaves a query only keys at −1e9 or the like is no exclusion: gradients and weights of such a call are the
+    reference's on the CPU, except in a compiled graph, where they may be wrong for these queries. −inf is safe.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -187,7 +189,25 @@ def attend(
         )
 
     with _backend.without_autocast(query.device.type):
-        return compute()
+        result = compute()
+        if engine in ("cpu", "torch") and (weights or result.out.requires_grad) and _is_far(sources, result.lses):
+            engine = "reference"
+            result = compute()
+    return result
+
+
+# A log-sum-exp beyond it has lost what probabilities of less than a part in 10 000 off need.
+_FAR = 1024.0
+
+
+def _is_far(sources: Sequence[Source], lses: Sequence[Tensor]) -> bool:
+    """Whether masks add so much to all keys of a row (−1e9 where none may be seen) that the log-sum-exp, from which
+    the kernels take probabilities again for weights and gradients, does not hold them. Not known of a traced one."""
+    if all(x is None or x.dtype == torch.bool for s in sources for x in (s.mask, s.bias)):
+        return False
+    if not all(map(_backend.may_look, lses)):
+        return False
+    return any(bool((lse.isfinite() & (lse.abs() > _FAR)).any()) for lse in lses)
 
 
 def choose_engine(device: torch.device, backend: str | None) -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.fusion._inputs import DTYPES, check_choice, compute_dtype
+from mmfast.fusion._inputs import DTYPES, check_choice, check_number, compute_dtype
 from mmfast.fusion.merged import on_device_of
 
 _INPUTS = "Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? bias, float eps, str norm, str activation"
@@ -53,6 +53,14 @@ def gated_residual(
     """
     check_choice("activation", activation, (None, "tanh", "sigmoid"))
     check_choice("norm", norm, (None, "layer", "rms"))
+    for name, tensor in (("x", x), ("y", y), ("gate", gate), ("weight", weight), ("bias", bias)):
+        needed = name in ("x", "y")
+        if not isinstance(tensor, Tensor) and (needed or tensor is not None):
+            kind = type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor{'' if needed else ', or None'}, got {kind}")
+    eps = check_number("eps", eps)
+    if x.dim() == 0:
+        raise ValueError("x must have features, (..., E), got ()")
     for name, tensor, shape in (("y", y, x.shape), ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:])):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")

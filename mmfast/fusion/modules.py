@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.fusion._inputs import FUSIONS, Source, check_choice, check_lengths, compute_dtype
+from mmfast.fusion._inputs import (
+    FUSIONS,
+    Source,
+    check_choice,
+    check_lengths,
+    check_number,
+    check_positive,
+    compute_dtype,
+)
 from mmfast.fusion.attention import attention_pool, cross_attention
 from mmfast.fusion.multihead import MultiheadAttention
 from mmfast.fusion.projection import project
@@ -80,17 +88,20 @@ class CrossAttentionFusion(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, source_dims, pool)
+        embed_dim, num_heads, num_kv_heads, head_dim, source_dims = _check_sizes(
+            embed_dim, num_heads, num_kv_heads, head_dim, source_dims, pool
+        )
         check_choice("fusion", fusion, FUSIONS)
         check_choice("gate", gate, GATES)
         check_choice("qk_norm", qk_norm, (None, *NORMS))
         check_choice("norm", norm, (None, "pre", "post"))
         check_choice("pool", pool, (None, "mean", "attention"))
+        dropout = check_number("dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.source_dims, self.fusion, self.gate_kind = tuple(source_dims), fusion, gate
+        self.source_dims, self.fusion, self.gate_kind = source_dims, fusion, gate
         self.residual, self.pool, self.dropout, self.backend = residual, pool, dropout, backend
         kw = {"device": device, "dtype": dtype}
         inner, count = num_heads * self.head_dim, len(self.source_dims)
@@ -231,20 +242,26 @@ class CrossAttentionFusion(nn.Module):
         )
 
 
-def _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, source_dims, pool) -> None:
-    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+def _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, source_dims, pool) -> tuple:
+    """All but the last, as Python's integers."""
+    embed_dim = check_positive("embed_dim", embed_dim)
+    num_heads = check_positive("num_heads", num_heads)
+    num_kv_heads = check_positive("num_kv_heads", num_kv_heads)
     if (head_dim is None or pool == "attention") and embed_dim % num_heads:
         raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
-    if head_dim is not None and (not isinstance(head_dim, int) or head_dim < 1):
-        raise ValueError(f"head_dim must be a positive integer, or None, got {head_dim!r}")
+    if head_dim is not None:
+        head_dim = check_positive("head_dim", head_dim, ", or None")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
     if not isinstance(source_dims, (list, tuple)) or not source_dims:
         raise ValueError(f"source_dims must be a list with the features of each source, got {source_dims!r}")
-    if not all(isinstance(dim, int) and dim > 0 for dim in source_dims):
-        raise ValueError(f"source_dims must be positive integers, got {source_dims!r}")
+    source_dims = tuple(check_positive(f"source_dims[{j}]", dim) for j, dim in enumerate(source_dims))
+    return embed_dim, num_heads, num_kv_heads, head_dim, source_dims
+
+
+def _check_floating(name: str, x: object, or_complex: bool = False) -> None:
+    if not isinstance(x, Tensor) or not (x.dtype.is_floating_point or (or_complex and x.dtype.is_complex)):
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 def _exists(lengths: Tensor, x: Tensor) -> Tensor:
@@ -289,9 +306,8 @@ class WeightedFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("num_inputs", num_inputs), ("embed_dim", 1 if embed_dim is None else embed_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        num_inputs = check_positive("num_inputs", num_inputs)
+        embed_dim = None if embed_dim is None else check_positive("embed_dim", embed_dim, ", or None")
         check_choice("normalize", normalize, ("softmax", "relu"))
         self.num_inputs, self.embed_dim, self.normalize = num_inputs, embed_dim, normalize
         shape = (num_inputs,) if embed_dim is None else (num_inputs, embed_dim)
@@ -313,15 +329,21 @@ class WeightedFusion(nn.Module):
         if not isinstance(inputs, (list, tuple)) or len(inputs) != self.num_inputs:
             got = len(inputs) if isinstance(inputs, (list, tuple)) else type(inputs).__name__
             raise ValueError(f"inputs must be a list of {self.num_inputs} tensors, got {got}")
-        inputs = torch.broadcast_tensors(*inputs)
-        if self.embed_dim is not None and inputs[0].shape[-1] != self.embed_dim:
+        for i, x in enumerate(inputs):
+            _check_floating(f"inputs[{i}]", x, or_complex=True)
+        try:
+            inputs = torch.broadcast_tensors(*inputs)
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise ValueError(f"inputs must broadcast to one shape, got {shapes}") from error
+        if self.embed_dim is not None and inputs[0].shape[-1:] != (self.embed_dim,):
             raise ValueError(f"inputs must have {self.embed_dim} features, got {tuple(inputs[0].shape)}")
         weight = self.weight
         if present is not None:
             if not isinstance(present, Tensor) or present.dtype != torch.bool:
                 raise TypeError(f"present must be a boolean tensor, got {getattr(present, 'dtype', type(present))}")
-            if present.shape != (inputs[0].shape[0], self.num_inputs):
-                expected = (inputs[0].shape[0], self.num_inputs)
+            expected = (*inputs[0].shape[:1], self.num_inputs)
+            if inputs[0].dim() == 0 or present.shape != expected:
                 raise ValueError(f"present must be {expected}, got {tuple(present.shape)}")
             present = present if self.embed_dim is None else present[..., None]
         axis = 0 if present is None else 1
@@ -382,7 +404,10 @@ class TemporalPooling(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        statistics = (statistics,) if isinstance(statistics, str) else statistics
+        if not isinstance(statistics, (list, tuple)):
+            raise TypeError(f"statistics must be a name or a list of them, got {type(statistics).__name__}")
+        statistics, eps = tuple(statistics), check_number("eps", eps)
         if not statistics:
             raise ValueError(f"statistics must name at least one of {', '.join(map(repr, POOLS))}, got none")
         for name in statistics:
@@ -390,9 +415,9 @@ class TemporalPooling(nn.Module):
         self.statistics, self.eps = statistics, eps
         self.score = None
         if "attentive" in statistics:
-            if not isinstance(embed_dim, int) or embed_dim < 1:
-                raise ValueError(f"embed_dim must be a positive integer for 'attentive', got {embed_dim!r}")
-            hidden, kw = hidden_dim or embed_dim, {"device": device, "dtype": dtype}
+            embed_dim = check_positive("embed_dim", embed_dim, " for 'attentive'")
+            hidden = embed_dim if hidden_dim is None else check_positive("hidden_dim", hidden_dim, ", or None")
+            kw = {"device": device, "dtype": dtype}
             # Without a bias: the softmax does not see it.
             self.score = nn.Sequential(
                 nn.Linear(embed_dim, hidden, **kw), nn.Tanh(), nn.Linear(hidden, 1, bias=False, **kw)
@@ -402,6 +427,7 @@ class TemporalPooling(nn.Module):
         """``(B, T, C)`` and ``(B,)`` → ``(B, len(statistics) · C)``."""
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(f"x must be (B, T, C), got {tuple(getattr(x, 'shape', ()))}")
+        _check_floating("x", x)
         count, exists, dtype = max(x.shape[1], 1), None, compute_dtype(x.dtype)
         if lengths is not None:
             lengths = check_lengths("lengths", lengths, x.device, x.shape[0], x.shape[1])

@@ -28,6 +28,14 @@ with torch.no_grad():
     NAN_ROWS = {need_weights: _nan_rows(need_weights) for need_weights in (False, True)}
 
 
+def _overrides(x: object) -> bool:
+    """Whether ``x`` has torch functions of its own. A mode that watches them, as of a default device, is none."""
+    return torch.overrides.has_torch_function((x,)) and (
+        type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+        and type(x) not in (Tensor, nn.Parameter)
+    )
+
+
 def _as_float(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -42,7 +50,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     in H heads, and the output projection. Boolean masks say True where a key is *not* to be seen. The learned key and
     value of ``add_bias_kv`` and the zeros of ``add_zero_attn`` are sources of their own, read beside the others instead
     of appended to a copy. Inputs that do not fit are handed to torch, whose errors they raise, and so are nested
-    tensors and self-attention at inference, for which torch has a path of its own.
+    tensors and self-attention at inference, for which torch has a path of its own (not with masks and
+    ``masked_rows="zero"``, which it does not know).
 
     Args:
         embed_dim … dtype: as torch's.
@@ -153,9 +162,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Whether these are inputs that torch accepts, and not for its path for self-attention at inference."""
         tensors = (query, key, value)
         masks = [m for m in (key_padding_mask, attn_mask) if m is not None]
-        if torch.overrides.has_torch_function((*tensors, *masks)) or any(x.is_nested for x in tensors):
+        if any(map(_overrides, (*tensors, *masks))) or any(x.is_nested for x in tensors):
             return False
-        if query is key and key is value and not self.training:
+        if query is key and key is value and not self.training and (self.masked_rows == "torch" or not masks):
             return False
         dims = query.dim()
         if dims not in (2, 3) or key.dim() != dims or value.dim() != dims or len({x.dtype for x in tensors}) > 1:

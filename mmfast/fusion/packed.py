@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.fusion._inputs import Source, as_sources, check_options, check_tensor, prepare
 from mmfast.fusion.attention import attend, choose_engine
 
@@ -67,7 +68,9 @@ def packed_attention(
     if query.shape[2] == 0:
         raise ValueError(f"query must have at least one feature, got {tuple(query.shape)}")
     scale, dropout_p, softcap = check_options(fusion, scale, dropout_p, softcap, query.shape[2])
-    sources = [sources] if isinstance(sources, PackedSource) else list(sources)
+    sources = [sources] if isinstance(sources, PackedSource) else sources
+    if not isinstance(sources, (list, tuple)):
+        raise TypeError(f"sources must be a PackedSource or a list of them, got {type(sources).__name__}")
     for i, source in enumerate(sources):
         if not isinstance(source, PackedSource):
             raise TypeError(f"sources[{i}] must be a PackedSource, got {type(source).__name__}")
@@ -82,7 +85,7 @@ def packed_attention(
     query4, sources4 = prepare(_heads_first(query), [_whole(s) for s in sources], fusion)
     options = (fusion, scale, bool(is_causal), dropout_p, softcap, backend)
     offsets = [s.cu_seqlens for s in sources]
-    looped = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    looped = all(_known(o) is not None for o in (cu_seqlens, *offsets))
     if looped and choose_engine(query.device, backend) != "reference":
         out, lses = _by_groups(query4, cu_seqlens, sources4, offsets, *options)
     else:
@@ -111,10 +114,17 @@ def _check_offsets(name: str, offsets: object, rows: Tensor, other: Tensor | Non
         raise ValueError(f"{name} must be {expected}, got {tuple(offsets.shape)}")
     if offsets.device != rows.device:
         raise ValueError(f"{name} must be on the device of its rows {rows.device}, got {offsets.device}")
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = offsets.tolist()
+    values = _known(offsets)
+    if values is not None:
+        values = values.tolist()
         if values[0] != 0 or values[-1] != rows.shape[0] or any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError(f"{name} must ascend from 0 to {rows.shape[0]}, got {values}")
+
+
+def _known(offsets: Tensor) -> Tensor | None:
+    """The offsets, if there is no device to wait for and nothing is traced; not those of a vmap, which differ."""
+    values = _backend.values_of(offsets)
+    return values if values is not None and values.is_cpu and values.dim() == 1 else None
 
 
 # What a call costs beside its work, and a number that is copied, in multiplications and additions of the kernels: about
@@ -125,7 +135,7 @@ _CALL, _COPY = 1_000_000, 20
 def _by_groups(query, cu_seqlens, sources, offsets, fusion, scale, is_causal, dropout_p, softcap, backend):
     """Items of similar lengths as one batch of the longest; long ones, and those that have no like, alone in place."""
     # Split, not sliced: the gradient of a slice is as large as the whole, once for each item.
-    sizes = [o.diff().tolist() for o in (cu_seqlens, *offsets)]
+    sizes = [_known(o).diff().tolist() for o in (cu_seqlens, *offsets)]
     counts = list(zip(*sizes, strict=True))
     rows = _split(query, sizes[0])
     pairs = [(_split(s.key, n), _split(s.value, n)) for s, n in zip(sources, sizes[1:], strict=True)]
@@ -141,7 +151,7 @@ def _by_groups(query, cu_seqlens, sources, offsets, fusion, scale, is_causal, dr
         for i, (source, both) in enumerate(zip(sources, pairs, strict=True), 1):
             key, value = (_stack([parts[b] for b in group], longest[i]) for parts in both)
             given = [counts[b][i] for b in group]
-            lengths = None if min(given) == longest[i] else torch.tensor(given, dtype=torch.int64)
+            lengths = None if min(given) == longest[i] else torch.tensor(given, dtype=torch.int64, device=query.device)
             some.append(source._replace(key=key, value=value, lengths=lengths))
         stacked = _stack([rows[b] for b in group], longest[0])
         result = attend(stacked, some, fusion, scale, is_causal, dropout_p, softcap, False, backend)
@@ -235,7 +245,7 @@ def nested_attention(query, sources, *, return_lse, **options):
                 raise ValueError(f"{name} of sources[{i}] must be None with nested tensors, whose lengths they have")
         key, key_offsets = _unnested(f"key of sources[{i}]", source.key)
         value, value_offsets = _unnested(f"value of sources[{i}]", source.value)
-        if key_offsets.shape != value_offsets.shape or not torch.equal(key_offsets, value_offsets):
+        if not _are_equal(key_offsets, value_offsets):
             raise ValueError(f"value of sources[{i}] must have the lengths of its key, and has others")
         flat.append(PackedSource(key, value, key_offsets, source.gate))
     result = packed_attention(rows, offsets, flat, return_lse=return_lse, **options)
@@ -249,6 +259,15 @@ def nested_attention(query, sources, *, return_lse, **options):
         return shaped(result)
     out, lse = result
     return shaped(out), tuple(map(shaped, lse)) if isinstance(lse, tuple) else shaped(lse)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    known = _known(one), _known(other)
+    return any(x is None for x in known) or torch.equal(*known)
 
 
 def _unnested(name: str, x: Tensor) -> tuple[Tensor, Tensor]:

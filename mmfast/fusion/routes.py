@@ -25,7 +25,7 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, weights: bool 
     """``"cpu"`` (our kernels) or ``"torch"`` (torch's flash attention, source by source)."""
     if weights:
         return "cpu"  # torch's has none
-    if fusion == "joint" and len({s.key.shape[1] for s in sources}) == 1:
+    if fusion == "joint" and all(s.key.shape[1] == sources[0].key.shape[1] for s in sources):
         return "cpu"
     together = query.shape[2] * min(query.shape[1] // s.key.shape[1] for s in sources)
     keys = max(s.key.shape[2] for s in sources)
