@@ -309,13 +309,23 @@ def is_batch_of_gradients(x: torch.Tensor | None) -> bool:
 
 
 def values_of(t: torch.Tensor) -> torch.Tensor | None:
-    """The tensor beneath function transforms, whose values may be asked for, or None while a graph is traced."""
+    """The tensor beneath function transforms, whose values may be asked for; None while a graph is traced, and on an
+    accelerator, for which that would wait."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     traced = torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACERS))
-    return None if traced or type(t) not in (torch.Tensor, torch.nn.Parameter) else t
+    return t if not traced and type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu else None
+
+
+def check_within(name: str, lengths: torch.Tensor, longest: int) -> None:
+    """That lengths lie in [0, longest], where their values may be asked for (`values_of`)."""
+    values = values_of(lengths)
+    if values is not None and values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > longest:
+            raise ValueError(f"{name} must lie in [0, {longest}], got values from {low} to {high}")
 
 
 def nobody_looks_on() -> bool:

@@ -248,10 +248,5 @@ def check_lengths(name: str, lengths: object, device: torch.device, batch: int, 
         raise ValueError(f"{name} must be ({batch},), one for each item, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{name} must be on the query's device {device}, got {lengths.device}")
-    # On an accelerator the values stay where they are: a check would wait for them.
-    values = _backend.values_of(lengths)
-    if values is not None and values.is_cpu and values.numel():
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > longest:
-            raise ValueError(f"{name} must lie in [0, {longest}], got values from {low} to {high}")
+    _backend.check_within(name, lengths, longest)
     return lengths.to(torch.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast.fusion import reference
 from mmfast.fusion._derivatives import alias, of_batch
-from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, is_plain
+from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_plain
 from mmfast.fusion._vmap import one_by_one
 from mmfast.fusion.reference import Attention
 
@@ -73,8 +73,7 @@ def attention(
     for group, lse in zip(groups, result.lses, strict=True):
         group = [s._replace(value=s.key, gate=None) for s in group]
         query_, keys, _, _, extras, flags, _, *options = _arguments(query, group, False, is_causal, scale)
-        weigh = _weights if is_eager((query_, *keys, lse, *extras)) else torch.ops.mmfast.fusion_weights.default
-        parts += weigh(query_, keys, lse, extras, flags, weights == "mean", *options)
+        parts += torch.ops.mmfast.fusion_weights.default(query_, keys, lse, extras, flags, weights == "mean", *options)
     return result._replace(weights=tuple(parts))
 
 
@@ -254,9 +253,7 @@ def differentiate(
         return of_batch(outputs, (grad_out, grad_lse), inputs)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    eager = is_eager([*saved, grad_out] if grad_lse is None else [*saved, grad_out, grad_lse])
-    backward = _backward if eager else torch.ops.mmfast.fusion_backward.default
-    by_query, by_keys, by_values, by_gates = backward(
+    by_query, by_keys, by_values, by_gates = torch.ops.mmfast.fusion_backward.default(
         grad_out, grad_lse, query, keys, values, gates, extras, parts, out, lse, *options, need
     )
     by = zip((by_query, *by_keys, *by_values), need, strict=True)
@@ -274,7 +271,6 @@ def _by_reference(query, keys, values, gates, extras, parts, decoupled, is_causa
 
 def _save_backward(ctx, inputs, output):
     grad_out, grad_lse, query, keys, values, gates, extras, ctx.parts, _, _, *ctx.options = inputs
-    ctx.counts = len(keys), len(gates), len(extras)
     ctx.save_for_backward(query, *keys, *values, *gates, *extras, grad_out, grad_lse)
     ctx.set_materialize_grads(False)
 
@@ -284,7 +280,7 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
 
     Output and log-sum-exp are functions of the others: what flows through them is in the others' derivatives.
     """
-    n, g, e = ctx.counts
+    n, g, e = counts = _counts(ctx.parts)
     decoupled, is_causal, scale, need = ctx.options
     incoming = [grad_query, *(grad_keys or [None] * n), *(grad_values or [None] * n)]
     incoming = [x if w else None for x, w in zip(incoming, need, strict=True)] + list(grad_gates or [None] * g)
@@ -292,7 +288,7 @@ def _differentiate_twice(ctx, grad_query, grad_keys, grad_values, grad_gates):
     if all(x is None for x in incoming):
         return None, None, *nothing
     onward = torch.is_grad_enabled()
-    query, keys, values, gates, extras, (grad_out, grad_lse) = _split(ctx.saved_tensors, ctx.counts)
+    query, keys, values, gates, extras, (grad_out, grad_lse) = _split(ctx.saved_tensors, counts)
 
     with torch.enable_grad():
         grad_out, grad_lse, *inputs = [alias(x) for x in (grad_out, grad_lse, query, *keys, *values, *gates)]

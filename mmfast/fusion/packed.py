@@ -124,7 +124,7 @@ def _check_offsets(name: str, offsets: object, rows: Tensor, other: Tensor | Non
 def _known(offsets: Tensor) -> Tensor | None:
     """The offsets, if there is no device to wait for and nothing is traced; not those of a vmap, which differ."""
     values = _backend.values_of(offsets)
-    return values if values is not None and values.is_cpu and values.dim() == 1 else None
+    return values if values is not None and values.dim() == 1 else None
 
 
 # What a call costs beside its work, and a number that is copied, in multiplications and additions of the kernels: about

@@ -139,10 +139,5 @@ def _check_lengths(lengths: torch.Tensor, waveform: torch.Tensor) -> torch.Tenso
     if lengths.device != waveform.device:
         raise ValueError(f"lengths must be on the waveform's device {waveform.device}, got {lengths.device}")
     lengths = lengths.reshape(-1).to(torch.int64).contiguous()
-    # On an accelerator the values stay where they are (a check would wait for it); the kernels clamp them.
-    values = _backend.values_of(lengths)
-    if values is not None and values.device.type == "cpu" and values.numel():
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > waveform.shape[-1]:
-            raise ValueError(f"lengths must lie in [0, {waveform.shape[-1]}], got values from {low} to {high}")
+    _backend.check_within("lengths", lengths, waveform.shape[-1])  # the kernels clamp what cannot be seen here
     return lengths
