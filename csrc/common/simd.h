@@ -66,6 +66,11 @@ struct Simd {
         if (n >= lanes) return load(p);
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            const I place = {0, 1, 2, 3, 4, 5, 6, 7};
+            return (V)_mm256_maskload_ps(p, (__m256i)(place < n));
+        }
 #endif
         alignas(64) T part[lanes] = {};
         for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -75,6 +80,22 @@ struct Simd {
         if (n >= lanes) return store(p, v);
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {  // in pieces: some processors take twenty operations for a masked store
+            __m128 part = _mm256_castps256_ps128((__m256)v);
+            if (n & 4) {
+                _mm_storeu_ps(p, part);
+                part = _mm256_extractf128_ps((__m256)v, 1);
+                p += 4;
+            }
+            if (n & 2) {
+                _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+                part = _mm_movehl_ps(part, part);
+                p += 2;
+            }
+            if (n & 1) _mm_store_ss(p, part);
+            return;
+        }
 #endif
         alignas(64) T part[lanes];
         store(part, v);
@@ -109,6 +130,9 @@ struct Simd {
     static MMFAST_INLINE bool all_zero(V x) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4)
+            return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
 #endif
         bool zero = true;
         for (int i = 0; i < lanes; ++i) zero &= x[i] == 0;
@@ -194,15 +218,53 @@ struct Simd {
             for (int i = 0; 4 * q + i < count; ++i) columns[4 * q + i] = rest[i];
             return;
         }
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            if (count == lanes) {  // halves of two rows are put together as they are loaded: a third of the shuffles
+                for (int half = 0; half < 2; ++half) {
+                    __m256 z[4];
+                    for (int i = 0; i < 4; ++i)
+                        z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + at + 4 * half)),
+                                                    _mm_loadu_ps(rows[4 + i] + at + 4 * half), 1);
+                    transpose_quarters(z, columns + 4 * half);
+                }
+                return;
+            }
+        }
 #endif
         for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at, int(count));
         transpose(columns);
     }
 
     // rows[i] becomes lane i of what the rows held: log2(lanes) rounds of interleaving.
-    static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
+    static MMFAST_INLINE void transpose(V* rows) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {  // the halves first: 24 shuffles, not the 48 of rounds that cross halves
+            __m256 low[4], high[4];
+            for (int i = 0; i < 4; ++i) {
+                low[i] = _mm256_permute2f128_ps((__m256)rows[i], (__m256)rows[4 + i], 0x20);
+                high[i] = _mm256_permute2f128_ps((__m256)rows[i], (__m256)rows[4 + i], 0x31);
+            }
+            transpose_quarters(low, rows);
+            transpose_quarters(high, rows + 4);
+            return;
+        }
+#endif
+        transpose(rows, std::make_index_sequence<lanes>());
+    }
 
 private:
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // to[c] = element c of the four rows in the low halves of z, then of those in the high halves.
+    static MMFAST_INLINE void transpose_quarters(const __m256* z, V* to) {
+        const __m256d a = (__m256d)_mm256_unpacklo_ps(z[0], z[1]), b = (__m256d)_mm256_unpacklo_ps(z[2], z[3]);
+        const __m256d c = (__m256d)_mm256_unpackhi_ps(z[0], z[1]), d = (__m256d)_mm256_unpackhi_ps(z[2], z[3]);
+        to[0] = (V)_mm256_unpacklo_pd(a, b);
+        to[1] = (V)_mm256_unpackhi_pd(a, b);
+        to[2] = (V)_mm256_unpacklo_pd(c, d);
+        to[3] = (V)_mm256_unpackhi_pd(c, d);
+    }
+#endif
     template <size_t n, size_t... K>
     static MMFAST_INLINE V rotate(V x, std::index_sequence<K...>) {
         return __builtin_shufflevector(x, x, ((K + n) % lanes)...);
@@ -338,7 +400,17 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
     return x;
 }
 
-// 2^x, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f (the coefficients of Cephes' exp2f) times 2^n.
+// 2^f for |f| <= 1/2, the coefficients of Cephes' exp2f.
+MMFAST_INLINE Simd<float>::V exp2_fraction(Simd<float>::V f) {
+    Simd<float>::V y = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    y = y * f + 9.618437357674640e-3f;
+    y = y * f + 5.550332471162809e-2f;
+    y = y * f + 2.402264791363012e-1f;
+    y = y * f + 6.931472028550421e-1f;
+    return y * f + 1.0f;
+}
+
+// 2^x, within 2 ulp for float: x = n + f with |f| <= 1/2, 2^f times 2^n.
 // Meant for x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a hundred times as long), and
 // no care is taken of overflow. NaN stays.
 MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
@@ -346,24 +418,31 @@ MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     using V = S::V;
 #if defined(__AVX512F__)
     const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-    const V shifted = x + 12582912.0f;  // 1.5 * 2^23: the last bit of the sum is worth 1
-    const V n = shifted - 12582912.0f;
-#endif
-    const V f = x - n;
-    V y = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    y = y * f + 9.618437357674640e-3f;
-    y = y * f + 5.550332471162809e-2f;
-    y = y * f + 2.402264791363012e-1f;
-    y = y * f + 6.931472028550421e-1f;
-    y = y * f + 1.0f;
-#if defined(__AVX512F__)
+    const V y = exp2_fraction(x - n);
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     return (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
 #else
+    const V shifted = x + 12582912.0f;  // 1.5 * 2^23: the last bit of the sum is worth 1
+    const V y = exp2_fraction(x - (shifted - 12582912.0f));
     const V scale = S::bits<S::U, V>((S::bits<V, S::U>(shifted) - (0x4b400000u - 127)) << 23);  // unsigned: it may wrap
     const V result = y * scale;
     return x < -126.0f ? V{} : result;
+#endif
+}
+
+// The same for any x, of which more than 120 counts as 120; what is below 2^-125 may be 0 or 2^-125. NaN counts as 120.
+MMFAST_INLINE Simd<float>::V exp2_limited(Simd<float>::V x) {
+    using S = Simd<float>;
+    x = S::min(x, S::splat(120.0f));
+#if defined(__AVX512F__)
+    return exp2(x);
+#else
+    using V = S::V;
+    x = S::max(x, S::splat(-125.0f));
+    const V shifted = x + 12582912.0f;
+    const V y = exp2_fraction(x - (shifted - 12582912.0f));
+    // n to the exponent of y; the shift leaves nothing of 1.5 * 2^23.
+    return S::bits<S::U, V>(S::bits<V, S::U>(y) + (S::bits<V, S::U>(shifted) << 23));
 #endif
 }
 
