@@ -507,16 +507,8 @@ void backward(const MelParams<T>& p, GradientTile<T>& t, void* scratch) {
     }
     if (t.share_only) energy_grad = V{};
     const V* const from = gradient + (p.energy == Energy::prepend);
-    for (int64_t i = 0; i < bands; ++i) {
-        V sum{};
-        if (p.cepstra) {
-            const T* const dct = p.dct + i * p.cepstra;
-            for (int64_t j = 0; j < p.cepstra; ++j) sum += from[j] * dct[j];
-        } else {
-            sum = from[i];
-        }
-        s.g[i] = sum * p.output_scale;
-    }
+    if (p.cepstra) cepstra_adjoint(p, from, s.g);
+    for (int64_t i = 0; i < bands && !p.cepstra; ++i) s.g[i] = from[i] * p.output_scale;
     compress_adjoint(p, t, s.v, m, s.g);
     if (t.filters) filter_gradient(p, t, raised, s.g, s.rows);
     if (!t.samples) return;

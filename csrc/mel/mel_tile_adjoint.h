@@ -27,6 +27,33 @@ void load_gradient(const GradientTile<T>& t, int64_t count, Vec<T>* g) {
     }
 }
 
+// g[i] = output_scale times the sum over j of c[j] dct[i][j], of kBlock bands from the first on, whose sums do not wait for each
+// other; of a mirrored DCT also those of the bands as far from the other end.
+template <class T, int kBlock>
+MMFAST_INLINE void cepstra_adjoint_block(const MelParams<T>& p, const Vec<T>* c, int64_t first, Vec<T>* g) {
+    const T* const dct = p.dct + first * p.cepstra;
+    Vec<T> even[kBlock] = {}, odd[kBlock] = {};
+    int64_t j = 0;
+    for (; j + 1 < p.cepstra; j += 2)
+        for (int b = 0; b < kBlock; ++b) {
+            even[b] += c[j] * dct[b * p.cepstra + j];
+            odd[b] += c[j + 1] * dct[b * p.cepstra + j + 1];
+        }
+    for (int b = 0; b < kBlock && j < p.cepstra; ++b) even[b] += c[j] * dct[b * p.cepstra + j];
+    for (int b = 0; b < kBlock; ++b) {
+        if (p.dct_mirrored) g[p.bands() - 1 - first - b] = (even[b] - odd[b]) * p.output_scale;
+        g[first + b] = (even[b] + odd[b]) * p.output_scale;
+    }
+}
+
+template <class T>
+void cepstra_adjoint(const MelParams<T>& p, const Vec<T>* c, Vec<T>* g) {
+    const int64_t rows = p.dct_mirrored ? (p.bands() + 1) / 2 : p.bands();
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) cepstra_adjoint_block<T, 4>(p, c, i, g);
+    for (; i < rows; ++i) cepstra_adjoint_block<T, 1>(p, c, i, g);
+}
+
 // Gradient of v to gradient of m, in place: range, then logarithm.
 template <class T>
 void compress_adjoint(const MelParams<T>& p, GradientTile<T>& t, const Vec<T>* v, const Vec<T>* m, Vec<T>* g) {
