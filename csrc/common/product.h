@@ -23,9 +23,17 @@ constexpr int kProductRows = 6;
 // c starts from 0, from what is there, or from that times factor[:]; or from 0 and is streamed, see Simd::stream.
 enum class Start { zero, add, scale, stream };
 
-template <class T, int R, int S, bool kTransposed>
+// What is done to a vector of the product before it is stored: f(vector, its number in the row, where it goes).
+struct Unchanged {
+    template <class V, class T>
+    MMFAST_INLINE V operator()(V x, int, const T*) const {
+        return x;
+    }
+};
+
+template <class T, int R, int S, bool kTransposed, class E = Unchanged>
 MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                                 int64_t c_stride, Start start, const T* factor) {
+                                 int64_t c_stride, Start start, const T* factor, E&& finish = {}) {
     using V = typename Simd<T>::V;
     constexpr int N = Simd<T>::lanes;
     V sum[R][S];
@@ -52,8 +60,9 @@ MMFAST_INLINE void product_block(int64_t depth, const T* a, int64_t a_stride, co
             T* const to = c + r * c_stride + v * N;
             if (start == Start::add) sum[r][v] += Simd<T>::load(to);
             if (start == Start::scale && factor) sum[r][v] += Simd<T>::load(to) * Simd<T>::load(factor + v * N);
-            if (start == Start::stream) Simd<T>::stream(to, sum[r][v]);
-            else Simd<T>::store(to, sum[r][v]);
+            const V x = finish(sum[r][v], v, to);
+            if (start == Start::stream) Simd<T>::stream(to, x);
+            else Simd<T>::store(to, x);
         }
 }
 
@@ -68,15 +77,15 @@ constexpr int64_t product_steps(int64_t rows) {
 
 // S vectors a row, any number of rows. a(r, k) is a[r * a_stride + k], or if transposed a[k * a_stride + r]. `between` is called
 // before each block of rows.
-template <class T, int S, bool kTransposed, class F = Nothing>
+template <class T, int S, bool kTransposed, class F = Nothing, class E = Unchanged>
 MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
                                  int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr,
-                                 F&& between = {}) {
+                                 F&& between = {}, E&& finish = {}) {
     int64_t i = 0;
     const auto block = [&]<int R>() __attribute__((always_inline)) {
         between();
         product_block<T, R, S, kTransposed>(depth, a + i * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
-                                            c + i * c_stride, c_stride, start, factor);
+                                            c + i * c_stride, c_stride, start, factor, finish);
         i += R;
     };
     // A single row would wait for its own sums: rather two smaller blocks at the end.

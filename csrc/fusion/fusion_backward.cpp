@@ -4,7 +4,7 @@
 //   P = exp(S - L),  dP = V dO,  dS = P (g (dP - delta) + dL),  delta = sum over k of P dP
 //   dQ = scale K dS,  dK = scale dS Q,  dV = g P dO,  dg = delta
 //   with the gate g of a source, or 1. Five products of the size of the scores. A piece is at most kResidentKeys keys;
-//   where that is all of them, delta is a sum over what is in the cache; else it is taken from the output, delta = dO O.
+//   where that is all of them, delta is a mean over what is in the cache; else it is taken from the output, delta = dO O.
 #include "fusion/fusion_few_backward.h"
 #include "fusion/fusion_panel.h"
 
@@ -215,6 +215,7 @@ struct Lanes {
     alignas(64) T lse[kPanel<T>];  // in units of ln 2
     alignas(64) T grad_lse[kPanel<T>];
     alignas(64) T delta[kPanel<T>];
+    alignas(64) T total[kPanel<T>];  // of P
     alignas(64) T gate[kPanel<T>];
 };
 
@@ -227,30 +228,76 @@ void set_lanes(const BackwardJob<T>& job, int64_t batch, const Rows& rows, int s
     for (int64_t i = 0; i < kPanel<T>; ++i) {
         lanes.lse[i] = shift_of(lanes.lse[i]);
         if (!job.grad_lse) lanes.grad_lse[i] = 0;
-        lanes.delta[i] = 0;
+        lanes.delta[i] = lanes.total[i] = 0;
         lanes.gate[i] = 1;
     }
     if (p.decoupled) gates_of(p.sources[softmax], batch, rows, lanes.gate);
 }
 
-// P in place of the scores, and delta += P dP.
+// Sums over keys, of P dP and P.
+template <class T, int S>
+struct Totals {
+    Vec<T> delta[S], total[S];
+    MMFAST_INLINE explicit Totals(const Lanes<T>& lanes) {
+        for (int v = 0; v < S; ++v) {
+            delta[v] = Simd<T>::load(lanes.delta + v * Simd<T>::lanes);
+            total[v] = Simd<T>::load(lanes.total + v * Simd<T>::lanes);
+        }
+    }
+    MMFAST_INLINE void add(int v, Vec<T> p, const T* dp) {
+        delta[v] += p * Simd<T>::load(dp);
+        total[v] += p;
+    }
+    MMFAST_INLINE void store(Lanes<T>& lanes) const {
+        for (int v = 0; v < S; ++v) {
+            Simd<T>::store(lanes.delta + v * Simd<T>::lanes, delta[v]);
+            Simd<T>::store(lanes.total + v * Simd<T>::lanes, total[v]);
+        }
+    }
+};
+
+// P in place of the scores, and sums of it.
 template <class T, int S>
 void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
     constexpr int N = Simd<T>::lanes, W = S * N;
-    Vec<T> lse[S], delta[S];
-    for (int v = 0; v < S; ++v) {
-        lse[v] = Simd<T>::load(lanes.lse + v * N);
-        delta[v] = Simd<T>::load(lanes.delta + v * N);
-    }
+    Vec<T> lse[S];
+    for (int v = 0; v < S; ++v) lse[v] = Simd<T>::load(lanes.lse + v * N);
+    Totals<T, S> totals(lanes);
     for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 4
         for (int v = 0; v < S; ++v) {
             T* const at = p + k * W + v * N;
             const Vec<T> e = mmfast::exp2(Simd<T>::load(at) - lse[v]);
-            delta[v] += e * Simd<T>::load(dp + k * W + v * N);
+            totals.add(v, e, dp + k * W + v * N);
             Simd<T>::store(at, e);
         }
-    for (int v = 0; v < S; ++v) Simd<T>::store(lanes.delta + v * N, delta[v]);
+    totals.store(lanes);
+}
+
+// The same of plain scores, which never reach memory.
+template <class T, int S>
+void probabilities_of(const Problem& p, int64_t count, const Block<T>& key, const T* queries, T* tile, const T* dp,
+                      Lanes<T>& lanes, Ahead& ahead) {
+    constexpr int N = Simd<T>::lanes, W = S * N;
+    Totals<T, S> totals(lanes);
+    product_panel<T, S, false>(count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead,
+                               [&](Vec<T> x, int v, T* to) __attribute__((always_inline)) {
+                                   const Vec<T> e = mmfast::exp2(x - Simd<T>::load(lanes.lse + v * N));
+                                   totals.add(v, e, dp + (to - tile));
+                                   return e;
+                               });
+    totals.store(lanes);
+}
+
+// delta of a softmax whose keys have all been met. P adds up to 1 as exactly only as the log-sum-exp was rounded, which is as
+// large as the scores; without the division gradients of queries would get that error times the mean of the keys.
+template <class T, int S>
+MMFAST_INLINE void set_delta(Lanes<T>& lanes) {
+    constexpr int N = Simd<T>::lanes;
+    for (int i = 0; i < S * N; i += N) {
+        const Vec<T> total = Simd<T>::load(lanes.total + i);
+        Simd<T>::store(lanes.delta + i, total == 0 ? Vec<T>{} : Simd<T>::load(lanes.delta + i) / total);
+    }
 }
 
 // scale dS in place of dP, and g P in place of P.
@@ -291,7 +338,7 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
                     const Buffers<T>& b, Ahead& ahead) {
     constexpr int64_t N = Simd<T>::lanes, W = S * N;
     const Problem& p = *job.problem;
-    const bool whole = item.first == 0 && item.last == keys.start[p.count];
+    const bool whole = item.first == 0 && item.last == keys.start[p.count], plain = plain_scores<T>(p);
     pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
     const PanelRows<T> queries = panel_rows<T>(p.query, item.batch, rows, p.dim, b.query_rows);
     pack_columns<T>(job.grad_out, item.batch, rows, 0, p.value_dim, T(1), b.grad_out);
@@ -314,12 +361,17 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
                                              b.keys + at * copy_stride<T>(p.dim));
             const Block<T> value = block_of<T>(from.value, false, item.batch, head, s.first, s.count, p.value_dim, true,
                                                b.values + at * copy_stride<T>(p.value_dim));
-            scores<T, S>(p, item.batch, rows, s, key, b.queries, b.p + at * W, b.mask, ahead);
-            product_strip<T, S, false>(s.count, p.value_dim, value.data, value.stride, b.grad_out, W, b.dp + at * W, W,
+            T *const tile = b.p + at * W, *const dp = b.dp + at * W;
+            product_panel<T, S, false>(s.count, p.value_dim, value.data, value.stride, b.grad_out, W, dp, W,
                                        Start::zero, nullptr, ahead);
-            probabilities<T, S>(s.count, b.p + at * W, b.dp + at * W, lanes);
+            if constexpr (kAtOnce<T>) {
+                if (plain) return probabilities_of<T, S>(p, s.count, key, b.queries, tile, dp, lanes, ahead);
+            }
+            scores<T, S>(p, item.batch, rows, s, key, b.queries, tile, b.mask, ahead);
+            probabilities<T, S>(s.count, tile, dp, lanes);
         });
-        if (!whole) delta_of_output<T, S>(p, job.out, item.batch, rows, b.grad_out, b.out_or_dq, lanes.delta);
+        if (whole) set_delta<T, S>(lanes);
+        else delta_of_output<T, S>(p, job.out, item.batch, rows, b.grad_out, b.out_or_dq, lanes.delta);
         if (job.grad_gates)
             scatter(p, lanes.delta, item.batch, rows, job.grad_gates + softmax * p.batch * p.heads * p.rows);
         for_each(lo, hi, [&](const Segment& s, int64_t, int64_t at) __attribute__((always_inline)) {
@@ -333,7 +385,7 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
         if (job.query.target.data) {
             const Block<T> key = block_of<T>(p.sources[s.source].key, true, item.batch, head, s.first, s.count, p.dim,
                                              true, b.keys + at * copy_stride<T>(p.dim));
-            product_strip<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
+            product_panel<T, S, true>(p.dim, s.count, key.data, key.stride, b.dp + at * W, W, b.out_or_dq, W, start);
             start = Start::add;
         }
         add_keys<T, W>(item, job.key[s.source], item.key_run[s.source], head, s, rows.n, p.dim, b.dp + at * W, queries,

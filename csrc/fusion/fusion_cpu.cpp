@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/cache.h"
 #include "common/isa.h"
 #include "common/work.h"
 #include "fusion/fusion_tile.h"
@@ -66,9 +67,16 @@ double cost_of(int64_t panel, int64_t keys, int64_t features) {
     return multiply_adds / (sizeof(T) == 4 ? 20 : 8);
 }
 
-// From so many keys on a single panel goes through them with all its heads, which together have at most so many bytes in the
-// second cache: see the note [Wide].
-constexpr int64_t kWideFrom = 96, kWideBytes = 640 << 10;
+// From so many keys on a few queries go through them with all their heads: see the note [Wide].
+constexpr int64_t kWideFrom = 96;
+
+// What items may keep in the second cache: of Order::wide, and of copies that all panels use.
+int64_t wide_bytes() {
+    return second_cache() / 8 * 5;
+}
+int64_t kept_bytes() {
+    return second_cache() / 8 * 3;
+}
 
 // Items enough to keep the threads busy to the end.
 int64_t wanted_items() {
@@ -79,10 +87,9 @@ int64_t wanted_items() {
 // how many times their size has to stay in the second cache until the last panel.
 template <class T>
 int64_t heads_together(const Problem& p, int64_t folds, int64_t panels, int64_t items, int64_t kept) {
-    constexpr int64_t kBytes = 384 << 10;
     if (panels > 1 && p.query.row <= p.query.head) return 1;
     const int64_t bytes = all_keys(p) * (p.dim + p.value_dim) * int64_t(sizeof(T)) * kept;
-    int64_t most = kept ? kBytes / std::max<int64_t>(1, bytes) : folds;
+    int64_t most = kept ? kept_bytes() / std::max<int64_t>(1, bytes) : folds;
     most = std::min(most, folds * p.batch * items / wanted_items());  // items enough for the threads
     const int64_t parts = divide_up(folds, std::clamp<int64_t>(most, 1, folds));
     return divide_up(folds, parts);
@@ -102,22 +109,25 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t panel_rows = std::min(k.panel, fold * p.rows);
     const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
     const int64_t threads = max_threads();
-    const bool single = panels == 1 && !p.decoupled && keys > kWideFrom;
+    const bool single = fold * p.rows <= kSingleRows && !p.decoupled && keys > kWideFrom;
     int64_t splits = 1;
     const int64_t units = single ? p.batch : groups * panels;
     if (!p.decoupled && threads > 1 && units < wanted_items())
         splits = std::clamp<int64_t>(std::min(divide_up(wanted_items(), units), keys / 512), 1,
-                                     std::max<int64_t>(1, int64_t(cost * double(single ? folds : 1) / 50e3)));
+                                     std::max<int64_t>(1, int64_t(cost * double(single ? folds * panels : 1) / 50e3)));
     // Sums of very many keys keep their digits in parts.
     if (single) splits = std::max(splits, keys / 16384);
     ForwardJob<T> job{&p, fold, panels, out, lse, nullptr};
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
-    const bool shared = panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1;
-    const Order order = single && panel_rows <= kFewRows ? Order::few : single || shared ? Order::wide : Order::panels;
-    int64_t heads = heads_together<T>(p, folds, panels, panels * splits, panels > 1);
-    if (shared) heads = folds;
+    const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1;
+    const Order order = single && fold * p.rows <= kFewRows ? Order::few
+                        : single || shared                  ? Order::wide
+                                                            : Order::panels;
+    int64_t heads = single   ? heads_together<T>(p, folds, 1, splits, 0)
+                    : shared ? folds
+                             : heads_together<T>(p, folds, panels, panels * splits, panels > 1);
     // Neighbouring panels are one item: what is converted for the first serves the others.
     int64_t run =
         splits > 1 ? 1 : std::clamp<int64_t>(p.batch * divide_up(folds, heads) * panels / (8 * threads), 1, 8);
@@ -125,9 +135,9 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
         const int64_t row = std::max<int64_t>(1, (p.dim + p.value_dim) * int64_t(sizeof(T)));
         const int64_t lanes = up_to_multiple(panel_rows, 16);
         const int64_t most =
-            std::clamp<int64_t>((kWideBytes / row - kWideKeys) / lanes, 1, std::min(panels, kWidePanels));
-        if (shared) run = divide_up(panels, divide_up(panels, most));
-        heads = std::clamp<int64_t>(kWideBytes / ((run * lanes + kWideKeys) * row), 1, heads);
+            std::clamp<int64_t>((wide_bytes() / row - kWideKeys) / lanes, 1, std::min(panels, kWideRows / k.panel));
+        run = single ? panels : divide_up(panels, divide_up(panels, most));
+        heads = std::clamp<int64_t>(wide_bytes() / ((run * lanes + kWideKeys) * row), 1, heads);
         if (shared) {  // items enough for the threads
             heads = std::clamp<int64_t>(groups * divide_up(panels, run) / wanted_items(), 1, heads);
             run = std::clamp<int64_t>(groups * panels / wanted_items(), 1, run);

@@ -19,6 +19,8 @@ enum class Copies { now, resident, block };
 template <class T>
 struct Buffers {
     T *queries, *tile, *mask, *out, *sum_out, *keys, *values;
+    bool at_once;  // see the note [Exponentials at once]
+    int failures = 0;
     Copies copies = Copies::now;
     int64_t base = 0;
     Ahead ahead;
@@ -60,6 +62,7 @@ int64_t scratch_size(const Problem& p, int64_t heads, int64_t panels, Order orde
 template <class T>
 MMFAST_INLINE void set_buffers(const Problem& p, int64_t heads, T* scratch, Buffers<T>& b) {
     constexpr int64_t W = kPanel<T>;
+    b.at_once = plain_scores<T>(p);
     b.queries = scratch;
     b.tile = b.queries + W * p.dim;
     b.mask = b.tile + W * kBlockKeys;
@@ -104,35 +107,121 @@ MMFAST_INLINE Share share_of(const Problem& p, const Item& item, const Keys& key
     return {total * item.split / item.splits, total * (item.split + 1) / item.splits};
 }
 
-// Exponentials in place of the scores; factor[lane] = what outputs so far are to be scaled by.
-template <class T, int S>
+// Exponentials in place of the scores, of all vectors from the kFirst-th on; factor[lane] = what outputs so far are to be scaled by.
+template <class T, int S, int kFirst = 0>
 void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {
-    constexpr int N = Simd<T>::lanes, W = S * N;
-    Vec<T> maximum[S], shift[S], sum[S];
-    for (int v = 0; v < S; ++v) maximum[v] = running.maximum[v];
+    constexpr int N = Simd<T>::lanes, W = S * N, kCount = smaller(S - kFirst, kProductWidth);
+    Vec<T> maximum[kCount], shift[kCount], sum[kCount];
+    T* const first = tile + kFirst * N;
+    for (int v = 0; v < kCount; ++v) maximum[v] = running.maximum[kFirst + v];
     for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 4
-        for (int v = 0; v < S; ++v) {
-            const Vec<T> x = Simd<T>::load(tile + k * W + v * N);
+        for (int v = 0; v < kCount; ++v) {
+            const Vec<T> x = Simd<T>::load(first + k * W + v * N);
             maximum[v] = Simd<T>::max(x, maximum[v]);
         }
-    for (int v = 0; v < S; ++v) {
+    for (int v = 0; v < kCount; ++v) {
         shift[v] = maximum[v] == -infinity<T>() ? Vec<T>{} : maximum[v];
-        const Vec<T> f = mmfast::exp2(running.maximum[v] - shift[v]);
-        Simd<T>::store(factor + v * N, f);
-        running.sum[v] *= f;
+        const Vec<T> f = mmfast::exp2(running.maximum[kFirst + v] - shift[v]);
+        Simd<T>::store(factor + (kFirst + v) * N, f);
+        running.sum[kFirst + v] *= f;
         sum[v] = Vec<T>{};  // of the block alone: one long chain of additions would lose digits
-        running.maximum[v] = maximum[v];
+        running.maximum[kFirst + v] = maximum[v];
     }
     for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 4
-        for (int v = 0; v < S; ++v) {
-            T* const at = tile + k * W + v * N;
+        for (int v = 0; v < kCount; ++v) {
+            T* const at = first + k * W + v * N;
             const Vec<T> e = mmfast::exp2(Simd<T>::load(at) - shift[v]);
             sum[v] += e;
             Simd<T>::store(at, e);
         }
-    for (int v = 0; v < S; ++v) running.sum[v] += sum[v];
+    for (int v = 0; v < kCount; ++v) running.sum[kFirst + v] += sum[v];
+    if constexpr (kFirst + kCount < S) exponentials<T, S, kFirst + kCount>(count, tile, running, factor);
+}
+
+// Note: [Exponentials at once]
+//   The scores of a few keys tell roughly where the maximum of a softmax lies; exponentials less that, though some exceed 1, are
+//   as exact as less the maximum itself. So those of all other keys are taken of the product's vectors before they are
+//   stored, and neither a look for the maximum nor outputs to be scaled come between the two products. Where a score turns
+//   out to be much larger the block is computed again, with its maximum looked for, or large values could overflow; and where
+//   that happens again and again nothing is tried any more.
+constexpr float kMostSum = 0x1p12f;  // of a block
+constexpr int kMostFailures = 3;     // of an item
+
+template <class T, int S>
+MMFAST_INLINE bool all_finite(const Vec<T>* x) {
+    Vec<T> zero{};
+    for (int v = 0; v < S; ++v) zero += x[v] - x[v];
+    return Simd<T>::all_zero(zero);
+}
+
+// Exponentials of a block of plain scores in the tile; false if they are to be computed again, running is untouched then.
+// key_of(segment, keys before it in the block) is a Block.
+template <class T, int S, class F>
+bool exponentials_at_once(const Problem& p, const Keys& keys, int64_t last, int64_t from, int64_t to, Buffers<T>& b,
+                          Running<T, S>& running, bool started, const F& key_of) {
+    constexpr int N = Simd<T>::lanes, W = S * N;
+    Running<T, S> now = running;
+    Vec<T> sum[S] = {};
+    int64_t count = 0;
+    bool fits = !started || all_finite<T, S>(now.maximum);
+    for_segments(p, keys, last, from, to, [&](Segment s) __attribute__((always_inline)) {
+        if (!fits) return;
+        Block<T> key = key_of(s, count);
+        T* tile = b.tile + count * W;
+        count += s.count;
+        if (!started) {
+            alignas(64) T factor[W];
+            const int64_t some = smaller(s.count, kProductRows);
+            product_panel<T, S, false>(some, p.dim, key.data, key.stride, b.queries, W, tile, W, Start::zero);
+            exponentials<T, S>(some, tile, now, factor);
+            if (!(fits = all_finite<T, S>(now.maximum))) return;
+            started = true;
+            key.data += some * key.stride;
+            tile += some * W;
+            s.count -= some;
+        }
+        product_panel<T, S, false>(s.count, p.dim, key.data, key.stride, b.queries, W, tile, W, Start::zero, nullptr,
+                                   b.ahead, [&](Vec<T> x, int v, T*) __attribute__((always_inline)) {
+                                       const Vec<T> e = mmfast::exp2_limited(x - now.maximum[v]);
+                                       sum[v] += e;
+                                       return e;
+                                   });
+    });
+    if (!fits) return false;
+    Vec<T> over{};  // of NaN, too
+    for (int v = 0; v < S; ++v) over += sum[v] < T(kMostSum) ? Vec<T>{} : Simd<T>::splat(1);
+    if (!Simd<T>::all_zero(over)) return false;
+    for (int v = 0; v < S; ++v) {
+        running.maximum[v] = now.maximum[v];
+        running.sum[v] = now.sum[v] + sum[v];
+    }
+    return true;
+}
+
+// How the output of a block starts, its exponentials being in the tile, of `count` keys; factor as exponentials() leaves it.
+template <class T, int S, class F>
+MMFAST_INLINE Start block_exponentials(const Problem& p, const Item& item, const Rows& rows, const Keys& keys,
+                                       int64_t from, int64_t to, Buffers<T>& b, Running<T, S>& running, bool started,
+                                       int64_t& count, T* factor, const F& key_of) {
+    constexpr int64_t W = S * Simd<T>::lanes;
+    count = 0;
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) { count += s.count; });
+    if constexpr (kAtOnce<T>) {
+        if (b.at_once && count) {
+            if (exponentials_at_once(p, keys, rows.last, from, to, b, running, started, key_of))
+                return started ? Start::add : Start::zero;
+            b.at_once = ++b.failures < kMostFailures;
+        }
+    }
+    int64_t at = 0;
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        scores<T, S>(p, item.batch, rows, s, key_of(s, at), b.queries, b.tile + at * W, b.mask, b.ahead);
+        at += s.count;
+    });
+    if (count) exponentials<T, S>(count, b.tile, running, factor);
+    return started ? Start::scale : Start::zero;
 }
 
 int64_t blocks_of(int64_t keys, int64_t most) {
@@ -167,21 +256,18 @@ bool attend_block(const Problem& p, const Item& item, const Rows& rows, const Ke
                   Buffers<T>& b, Running<T, S>& running, bool started) {
     constexpr int64_t W = S * Simd<T>::lanes;
     alignas(64) T factor[W];
-    int64_t count = 0;
-    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
-        const Block<T> key =
-            find(p.sources[s.source].key, false, p.dim, item, key_head(p, s.source, item.head), s, count, b);
-        scores<T, S>(p, item.batch, rows, s, key, b.queries, b.tile + count * W, b.mask, b.ahead);
-        count += s.count;
-    });
+    int64_t count;
+    Start start = block_exponentials<T, S>(p, item, rows, keys, from, to, b, running, started, count, factor,
+                                           [&](const Segment& s, int64_t before) __attribute__((always_inline)) {
+                                               return find(p.sources[s.source].key, false, p.dim, item,
+                                                           key_head(p, s.source, item.head), s, before, b);
+                                           });
     if (!count) return started;
-    exponentials<T, S>(count, b.tile, running, factor);
-    Start start = started ? Start::scale : Start::zero;
     count = 0;
     for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
         const Block<T> value =
             find(p.sources[s.source].value, true, p.value_dim, item, key_head(p, s.source, item.head), s, count, b);
-        product_strip<T, S, true>(p.value_dim, s.count, value.data, value.stride, b.tile + count * W, W, b.out, W,
+        product_panel<T, S, true>(p.value_dim, s.count, value.data, value.stride, b.tile + count * W, W, b.out, W,
                                   start, factor, b.ahead);
         start = Start::add;
         count += s.count;
@@ -337,6 +423,43 @@ void heads_ahead(const Problem& p, const Item& item, int64_t fold, const Keys& k
     });
 }
 
+// f<S>(head, panel, softmax so far) for every head of every panel of an item of Order::wide, whose state is one of `states`.
+template <class T, class F>
+MMFAST_INLINE void for_states(const ForwardJob<T>& job, const Item& item, T* states, Rows& rows, Item& now,
+                              Buffers<T>& b, const F& f) {
+    const Problem& p = *job.problem;
+    const int64_t state = state_size<T>(p, kPanel<T>);
+    for (int64_t h = 0; h < item.heads; ++h)
+        for (int64_t i = 0; i < item.panels; ++i) {
+            now.head = item.head + h * job.fold;
+            now.slot = item.slot + (h * job.panels + i) * item.splits;
+            set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
+            b.queries = states + (h * item.panels + i) * state;
+            for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+                constexpr int64_t W = S * Simd<T>::lanes;
+                b.out = b.queries + W * p.dim;
+                f.template operator()<S>(h, i, b.out + W * p.value_dim);
+            });
+        }
+}
+
+// The same states before the first key: queries packed, no softmax yet. The largest row.
+template <class T>
+int64_t begin_states(const ForwardJob<T>& job, const Item& item, T* states, Buffers<T>& b) {
+    const Problem& p = *job.problem;
+    Rows rows;
+    Item now = item;
+    int64_t last = 0;
+    for_states(job, item, states, rows, now, b, [&]<int S>(int64_t, int64_t, T* so_far) {
+        Running<T, S> running;
+        pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
+        reset(running);
+        store_running<T, S>(running, so_far);
+        last = larger(last, rows.last);
+    });
+    return last;
+}
+
 // Note: [Wide]
 //   More keys than stay in a cache, which every panel of an item needs once. To read and copy them would take most of the time
 //   of a single panel and a quarter of that of several, one after the other. So they are read as they lie, whole rows with all
@@ -345,37 +468,13 @@ void heads_ahead(const Problem& p, const Item& item, int64_t fold, const Keys& k
 template <class T>
 void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
     const Problem& p = *job.problem;
-    const int64_t state = state_size<T>(p, kPanel<T>), count = item.heads * item.panels;
-    T *const states = scratch, *const all_keys = states + count * state,
+    const int64_t count = item.heads * item.panels;
+    T *const states = scratch, *const all_keys = states + count * state_size<T>(p, kPanel<T>),
              *const all_values = all_keys + item.heads * kWideKeys * copy_stride<T>(p.dim);
     Rows rows;
     Item now = item;
-    int64_t last = 0;  // the largest row
-    // f<S>(softmax so far, panel) for every head of every panel.
-    const auto for_each = [&](const auto& f) {
-        for (int64_t h = 0; h < item.heads; ++h)
-            for (int64_t i = 0; i < item.panels; ++i) {
-                now.head = item.head + h * job.fold;
-                now.slot = item.slot + (h * job.panels + i) * item.splits;
-                set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
-                b.keys = all_keys + h * kWideKeys * copy_stride<T>(p.dim);
-                b.values = all_values + h * kWideKeys * copy_stride<T>(p.value_dim);
-                b.queries = states + (h * item.panels + i) * state;
-                for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
-                    constexpr int64_t W = S * Simd<T>::lanes;
-                    b.out = b.queries + W * p.dim;
-                    f.template operator()<S>(b.out + W * p.value_dim, i);
-                });
-            }
-    };
-    bool started[kWidePanels] = {};
-    for_each([&]<int S>(T* so_far, int64_t) {
-        Running<T, S> running;
-        pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
-        reset(running);
-        store_running<T, S>(running, so_far);
-        last = larger(last, rows.last);
-    });
+    const int64_t last = begin_states(job, item, states, b);
+    bool started[kWideRows / kPanel<T>] = {};
     const auto [lo, hi] = share_of(p, item, keys);
     const int64_t blocks = blocks_of(hi - lo, kWideKeys);
     b.copies = Copies::block;
@@ -391,8 +490,10 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
                            b.ahead);
             b.ahead.spread(count * (product_steps(to - from) + product_steps(p.value_dim)));
         }
-        bool any[kWidePanels];
-        for_each([&]<int S>(T* so_far, int64_t panel) {
+        bool any[kWideRows / kPanel<T>];
+        for_states(job, item, states, rows, now, b, [&]<int S>(int64_t head, int64_t panel, T* so_far) {
+            b.keys = all_keys + head * kWideKeys * copy_stride<T>(p.dim);
+            b.values = all_values + head * kWideKeys * copy_stride<T>(p.value_dim);
             Running<T, S> running;
             load_running<T, S>(so_far, running);
             any[panel] = attend_block<T, S>(p, now, rows, keys, from, to, b, running, started[panel]);
@@ -400,7 +501,7 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
         });
         for (int64_t panel = 0; panel < item.panels; ++panel) started[panel] = any[panel];
     }
-    for_each([&]<int S>(T* so_far, int64_t panel) {
+    for_states(job, item, states, rows, now, b, [&]<int S>(int64_t, int64_t panel, T* so_far) {
         Running<T, S> running;
         load_running<T, S>(so_far, running);
         if (!started[panel]) clear_out<T, S>(p, b.out);
@@ -416,8 +517,8 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
 constexpr int64_t kInPlaceKeys = 32;
 
 template <class T>
-bool wide_in_place(const Problem& p) {
-    bool result = p.value_dim % Simd<T>::lanes == 0;
+bool wide_in_place(const Problem& p, const ForwardJob<T>& job) {
+    bool result = job.fold * p.rows <= kSingleRows && p.value_dim % Simd<T>::lanes == 0;
     for (int j = 0; j < p.count; ++j)
         result = result && in_place<T>(p.sources[j].key) && in_place<T>(p.sources[j].value);
     return result;
@@ -429,24 +530,24 @@ bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const
                      Buffers<T>& b, Running<T, S>& running, bool started) {
     constexpr int64_t N = Simd<T>::lanes, W = S * N;
     alignas(64) T factor[W];
-    int64_t count = 0;
+    int64_t count;
     const auto at = [&](const View& x, const Segment& s) {
         return static_cast<const T*>(x.data) + x.at(item.batch, key_head(p, s.source, item.head), s.first);
     };
-    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
-        const View& key = p.sources[s.source].key;
-        scores<T, S>(p, item.batch, rows, s, Block<T>{at(key, s), key.row}, b.queries, b.tile + count * W, b.mask,
-                     b.ahead);
-        count += s.count;
-    });
+    Start start = block_exponentials<T, S>(p, item, rows, keys, from, to, b, running, started, count, factor,
+                                           [&](const Segment& s, int64_t) __attribute__((always_inline)) {
+                                               const View& key = p.sources[s.source].key;
+                                               return Block<T>{at(key, s), key.row};
+                                           });
     if (!count) return started;
-    exponentials<T, S>(count, b.tile, running, factor);
-    for (int64_t r = 0; started && r < rows.n; ++r)
-        for (int64_t d = 0; factor[r] != 1 && d < p.value_dim; d += N) {
-            T* const out = b.out + r * p.value_dim + d;
-            Simd<T>::store(out, factor[r] * Simd<T>::load(out));
-        }
-    Start start = started ? Start::add : Start::zero;
+    if (start == Start::scale) {
+        for (int64_t r = 0; r < rows.n; ++r)
+            for (int64_t d = 0; factor[r] != 1 && d < p.value_dim; d += N) {
+                T* const out = b.out + r * p.value_dim + d;
+                Simd<T>::store(out, factor[r] * Simd<T>::load(out));
+            }
+        start = Start::add;
+    }
     count = 0;
     for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
         const View& value = p.sources[s.source].value;
@@ -458,55 +559,41 @@ bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const
     return true;
 }
 
-template <class T, int S>
-void forward_in_place(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* scratch) {
-    constexpr int64_t W = S * Simd<T>::lanes;
+template <class T>
+void forward_in_place(const ForwardJob<T>& job, const Item& item, const Keys& keys, Buffers<T>& b, T* states) {
     const Problem& p = *job.problem;
     Rows rows;
     Item now = item;
-    const auto set_head = [&](int64_t h) {
-        now.head = item.head + h * job.fold;
-        now.slot = item.slot + h * job.panels * item.splits;
-        set_rows<T>(p, job.fold, now.head, item.panel, rows);
-        b.queries = scratch + h * state_size<T>(p, W);
-        b.out = b.queries + W * p.dim;
-        return b.out + W * p.value_dim;
-    };
-    Running<T, S> running;
-    for (int64_t h = 0; h < item.heads; ++h) {
-        T* const so_far = set_head(h);
-        pack_columns<T>(p.query, item.batch, rows, 0, p.dim, T(p.scale * kLog2e), b.queries);
-        reset(running);
-        store_running<T, S>(running, so_far);
-    }
+    const int64_t last = begin_states(job, item, states, b);
     const auto [lo, hi] = share_of(p, item, keys);
     const int64_t blocks = blocks_of(hi - lo, kInPlaceKeys);
     const int64_t size = blocks ? up_to_multiple((hi - lo + blocks - 1) / blocks, 4) : 0;
     // A few keys that are left are no block of their own, which would read and write all outputs once more.
     const auto end_of = [&](int64_t from) { return hi - from < size + size / 4 ? hi : from + size; };
-    bool started = false;
+    bool started[kSingleRows / kPanel<T>] = {};
     for (int64_t from = lo, to; from < hi; from = to) {
         to = end_of(from);
-        heads_ahead<T>(p, item, job.fold, keys, rows.last, to, end_of(to), b.ahead);
-        b.ahead.spread(item.heads * (product_steps(to - from) / 2 + product_steps(rows.n)));
-        bool any = started;
-        for (int64_t h = 0; h < item.heads; ++h) {
-            T* const so_far = set_head(h);
+        heads_ahead<T>(p, item, job.fold, keys, last, to, end_of(to), b.ahead);
+        b.ahead.spread(item.heads * item.panels *
+                       (product_steps(to - from) / 2 + product_steps(smaller(kPanel<T>, job.fold * p.rows))));
+        bool any[kSingleRows / kPanel<T>];
+        for_states(job, item, states, rows, now, b, [&]<int S>(int64_t, int64_t panel, T* so_far) {
+            Running<T, S> running;
             load_running<T, S>(so_far, running);
-            any = attend_in_place<T, S>(p, now, rows, keys, from, to, b, running, started);
+            any[panel] = attend_in_place<T, S>(p, now, rows, keys, from, to, b, running, started[panel]);
             store_running<T, S>(running, so_far);
-        }
-        started = any;
+        });
+        for (int64_t panel = 0; panel < item.panels; ++panel) started[panel] = any[panel];
     }
-    for (int64_t h = 0; h < item.heads; ++h) {
-        const T* const so_far = set_head(h);
+    for_states(job, item, states, rows, now, b, [&]<int S>(int64_t, int64_t panel, T* so_far) {
+        Running<T, S> running;
         load_running<T, S>(so_far, running);
-        if (!started) clear_out<T, S>(p, b.out);
+        if (!started[panel]) clear_out<T, S>(p, b.out);
         int64_t offsets[kPanel<T>];
         for (int64_t r = 0; r < rows.n; ++r) offsets[r] = r * p.value_dim;
         pack_columns_of<T>(b.out, offsets, rows.n, 1, p.value_dim, T(1), b.sum_out);
         conclude<T, S>(job, now, rows, running, b.sum_out);
-    }
+    });
 }
 
 template <class T>
@@ -547,12 +634,9 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     T *const all_keys = b.keys, *const all_values = b.values;
     Keys keys;
     set_keys(p, item.batch, true, keys);
-    if (item.order == Order::wide && (job.panels > 1 || !wide_in_place<T>(p)))
-        return forward_wide(job, item, keys, b, b.keys);
     if (item.order == Order::wide)
-        return for_width<T>(smaller(kPanel<T>, job.fold * p.rows), [&]<int S>() __attribute__((always_inline)) {
-            forward_in_place<T, S>(job, item, keys, b, b.keys);
-        });
+        return wide_in_place<T>(p, job) ? forward_in_place(job, item, keys, b, b.keys)
+                                        : forward_wide(job, item, keys, b, b.keys);
     const bool resident = keys.start[p.count] <= buffered_keys(p);
     b.copies = resident ? Copies::resident : Copies::now;
     if (resident && together) make_resident(p, item, job.fold, keys, b);

@@ -21,8 +21,11 @@ namespace {
 template <class T>
 using Vec = typename Simd<T>::V;
 
+// Vectors of a panel: more than a product keeps in registers where those are few, as the gradients of keys are sums over the
+// queries of a panel, which are read and written once for each.
+constexpr int kPanelWidth = 4;
 template <class T>
-constexpr int64_t kPanel = kProductWidth * Simd<T>::lanes;
+constexpr int64_t kPanel = kPanelWidth * Simd<T>::lanes;
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -39,16 +42,32 @@ MMFAST_INLINE T shift_of(T lse) {
     return lse == -infinity<T>() ? infinity<T>() : shift < lowest ? lowest : shift;
 }
 
-// Calls f<S>() for the number of vectors that n lanes fill.
-template <class T, class F>
+// Calls f<S>() for the number of vectors that n lanes fill, kMost at most.
+template <class T, int kMost = kPanelWidth, class F>
 MMFAST_INLINE void for_width(int64_t n, const F& f) {
     const int64_t vectors = (n + Simd<T>::lanes - 1) / Simd<T>::lanes;
-    if constexpr (kProductWidth >= 4) {
+    if constexpr (kMost >= 4) {
         if (vectors == 4) return f.template operator()<4>();
         if (vectors == 3) return f.template operator()<3>();
     }
     if (vectors == 2) return f.template operator()<2>();
     f.template operator()<1>();
+}
+
+// As product_strip, of any number of vectors a row; `between` is called as often as by one strip.
+template <class T, int S, bool kTransposed, class F = Nothing, class E = Unchanged>
+MMFAST_INLINE void product_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b,
+                                 int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr,
+                                 F&& between = {}, E&& finish = {}) {
+    constexpr int kFirst = smaller(S, kProductWidth), kAt = kFirst * Simd<T>::lanes;
+    product_strip<T, kFirst, kTransposed>(rows, depth, a, a_stride, b, b_stride, c, c_stride, start, factor, between,
+                                          finish);
+    if constexpr (S > kFirst) {
+        const auto of_rest = [&](Vec<T> x, int v, T* to)
+                                 __attribute__((always_inline)) { return finish(x, kFirst + v, to); };
+        product_panel<T, S - kFirst, kTransposed>(rows, depth, a, a_stride, b + kAt, b_stride, c + kAt, c_stride, start,
+                                                  factor ? factor + kAt : nullptr, Nothing(), of_rest);
+    }
 }
 
 // c[rows][width] = or += a[rows][depth] b[depth][width] with features in the lanes; `width` in whole vectors.
@@ -58,7 +77,7 @@ void product_rows(int64_t rows, int64_t depth, int64_t width, const T* a, int64_
     constexpr int64_t N = Simd<T>::lanes;
     for (int64_t at = 0; at < width;) {
         const int64_t vectors = smaller(kProductWidth, (width - at) / N);
-        for_width<T>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
+        for_width<T, kProductWidth>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
             product_strip<T, S, kTransposed>(rows, depth, a, a_stride, b + at, b_stride, c + at, c_stride, start,
                                              nullptr, between);
         });
@@ -425,12 +444,31 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         }
 }
 
+// Whether exponentials are taken of a product's vectors before they are stored. With AVX-512, where a product leaves 8 of 32
+// registers and an exponential takes a third fewer instructions, nobody has measured that yet.
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kAtOnce = false;
+#else
+template <class T>
+constexpr bool kAtOnce = sizeof(T) == 4;
+#endif
+
+// Whether it can be done: scores() is the product and no more.
+template <class T>
+MMFAST_INLINE bool plain_scores(const Problem& p) {
+    bool result = kAtOnce<T> && !p.causal;
+    for (int j = 0; j < p.count; ++j)
+        for (const View& mask : p.sources[j].added) result = result && !mask.data;
+    return result;
+}
+
 // tile[key][lane]: what the softmax is taken of, times log2 e. `queries` are packed with that factor and the scale.
 template <class T, int S>
 void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, const Block<T>& key, const T* queries,
             T* tile, T* buffer, Ahead& ahead) {
     constexpr int N = Simd<T>::lanes, W = S * N;
-    product_strip<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead);
+    product_panel<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead);
     for (const View& mask : p.sources[s.source].added)
         if (mask.data) add_mask<T, S>(mask, batch, rows, s.first, s.count, tile, buffer);
     if (!p.causal) return;

@@ -22,11 +22,13 @@ struct ForwardJob {
     T* partial;
 };
 
-// Panel by panel; or several heads and panels block by block of the keys, with queries or (a single panel) features in the lanes.
+// Panel by panel; or several heads and panels block by block of the keys, with queries in the lanes, or with features where so
+// few queries read the keys that copies do not pay.
 enum class Order { panels, wide, few };
-constexpr int64_t kFewRows = 8;     // at most, for Order::few
-constexpr int64_t kWideKeys = 64;   // of a block, for Order::wide
-constexpr int64_t kWidePanels = 8;  // of an item at most, for Order::wide
+constexpr int64_t kFewRows = 8;      // at most, for Order::few
+constexpr int64_t kSingleRows = 64;  // at most, for keys read once and where they lie
+constexpr int64_t kWideKeys = 64;    // of a block, for Order::wide
+constexpr int64_t kWideRows = 512;   // of an item at most, for Order::wide
 
 struct Item {
     int64_t batch, head;    // the first head of the first fold
