@@ -66,6 +66,11 @@ struct Simd {
         if (n >= lanes) return load(p);
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            const I place = {0, 1, 2, 3, 4, 5, 6, 7};
+            return (V)_mm256_maskload_ps(p, (__m256i)(place < n));
+        }
 #endif
         alignas(64) T part[lanes] = {};
         for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -75,6 +80,22 @@ struct Simd {
         if (n >= lanes) return store(p, v);
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {  // in pieces: some processors take twenty operations for a masked store
+            __m128 part = _mm256_castps256_ps128((__m256)v);
+            if (n & 4) {
+                _mm_storeu_ps(p, part);
+                part = _mm256_extractf128_ps((__m256)v, 1);
+                p += 4;
+            }
+            if (n & 2) {
+                _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+                part = _mm_movehl_ps(part, part);
+                p += 2;
+            }
+            if (n & 1) _mm_store_ss(p, part);
+            return;
+        }
 #endif
         alignas(64) T part[lanes];
         store(part, v);
@@ -109,6 +130,9 @@ struct Simd {
     static MMFAST_INLINE bool all_zero(V x) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0;
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4)
+            return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
 #endif
         bool zero = true;
         for (int i = 0; i < lanes; ++i) zero &= x[i] == 0;
@@ -194,15 +218,53 @@ struct Simd {
             for (int i = 0; 4 * q + i < count; ++i) columns[4 * q + i] = rest[i];
             return;
         }
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) {
+            if (count == lanes) {  // halves of two rows are put together as they are loaded: a third of the shuffles
+                for (int half = 0; half < 2; ++half) {
+                    __m256 z[4];
+                    for (int i = 0; i < 4; ++i)
+                        z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + at + 4 * half)),
+                                                    _mm_loadu_ps(rows[4 + i] + at + 4 * half), 1);
+                    transpose_quarters(z, columns + 4 * half);
+                }
+                return;
+            }
+        }
 #endif
         for (int i = 0; i < lanes; ++i) columns[i] = load(rows[i] + at, int(count));
         transpose(columns);
     }
 
     // rows[i] becomes lane i of what the rows held: log2(lanes) rounds of interleaving.
-    static MMFAST_INLINE void transpose(V* rows) { transpose(rows, std::make_index_sequence<lanes>()); }
+    static MMFAST_INLINE void transpose(V* rows) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {  // the halves first: 24 shuffles, not the 48 of rounds that cross halves
+            __m256 low[4], high[4];
+            for (int i = 0; i < 4; ++i) {
+                low[i] = _mm256_permute2f128_ps((__m256)rows[i], (__m256)rows[4 + i], 0x20);
+                high[i] = _mm256_permute2f128_ps((__m256)rows[i], (__m256)rows[4 + i], 0x31);
+            }
+            transpose_quarters(low, rows);
+            transpose_quarters(high, rows + 4);
+            return;
+        }
+#endif
+        transpose(rows, std::make_index_sequence<lanes>());
+    }
 
 private:
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // to[c] = element c of the four rows in the low halves of z, then of those in the high halves.
+    static MMFAST_INLINE void transpose_quarters(const __m256* z, V* to) {
+        const __m256d a = (__m256d)_mm256_unpacklo_ps(z[0], z[1]), b = (__m256d)_mm256_unpacklo_ps(z[2], z[3]);
+        const __m256d c = (__m256d)_mm256_unpackhi_ps(z[0], z[1]), d = (__m256d)_mm256_unpackhi_ps(z[2], z[3]);
+        to[0] = (V)_mm256_unpacklo_pd(a, b);
+        to[1] = (V)_mm256_unpackhi_pd(a, b);
+        to[2] = (V)_mm256_unpacklo_pd(c, d);
+        to[3] = (V)_mm256_unpackhi_pd(c, d);
+    }
+#endif
     template <size_t n, size_t... K>
     static MMFAST_INLINE V rotate(V x, std::index_sequence<K...>) {
         return __builtin_shufflevector(x, x, ((K + n) % lanes)...);
