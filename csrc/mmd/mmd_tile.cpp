@@ -22,13 +22,14 @@ template <class T>
 using Vec = typename Simd<T>::V;
 
 // Rows and vectors of a product that stay in registers: half of AVX-512's 32, which hides the latency of its two units,
-// and three quarters of 16.
+// and three quarters of 16. Steps of a product between two jumps: a step of 256-bit vectors is short, and a thread that shares
+// its core waits for the next instructions after each jump.
 #if defined(__AVX512F__)
-constexpr int kGroup = 8, kWide = 4;
+constexpr int kGroup = 8, kSteps = 1;
 #else
-constexpr int kGroup = 6, kWide = 2;
+constexpr int kGroup = 6, kSteps = 4;
 #endif
-constexpr int kStrip = 2;
+constexpr int kStrip = 2, kWide = 4;
 // Dimensions whose panels fit into the first cache.
 constexpr int64_t kDepth = 128;
 // Rows fetched ahead of the one that is packed: a row waits for the third cache, and a page ends any prefetcher's guess.
@@ -147,6 +148,7 @@ template <class T, int R, int S, bool kTransposed>
 MMFAST_INLINE void multiply_add(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                                 Vec<T> (&sum)[R][S]) {
     constexpr int N = Simd<T>::lanes;
+#pragma GCC unroll kSteps
     for (int64_t k = 0; k < depth; ++k) {
         Vec<T> column[S];
 #pragma GCC unroll 8
@@ -211,23 +213,27 @@ template <class T>
 MMFAST_INLINE void add_products(bool starts, bool ends_distance, int64_t at, int64_t depth, const Points<T>& a,
                                 int64_t first, int64_t rows, const Points<T>& b, int64_t columns, T* z) {
     constexpr int N = Simd<T>::lanes, W = N * kStrip;
+    const T* const a_norms = a.norms + first;  // for all that the compiler knows, storing z changes what Points point to
+    const T* const a_rows = a.rows + first * a.stride + at;
+    const int64_t a_stride = a.stride;
     for (int64_t j = 0; j < columns; j += W) {
         const T* const panel = b.panels + j * b.stride + at * W;
+        const T* const b_norms = b.norms + j;
         for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
             Vec<T> sum[R][kStrip];
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < kStrip; ++v)
                     sum[r][v] = starts ? Vec<T>{} : Simd<T>::load(z + (i + r) * kTile + j + v * N);
-            multiply_add<T, R, kStrip, false>(depth, a.rows + (first + i) * a.stride + at, a.stride, panel, W, sum);
+            multiply_add<T, R, kStrip, false>(depth, a_rows + i * a_stride, a_stride, panel, W, sum);
+            if (ends_distance) {
+                Vec<T> norms[kStrip];
+                for (int v = 0; v < kStrip; ++v) norms[v] = Simd<T>::load(b_norms + v * N);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < kStrip; ++v)  // a NaN stays
+                        sum[r][v] = Simd<T>::max(Vec<T>{}, (a_norms[i + r] + norms[v]) - T(2) * sum[r][v]);
+            }
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < kStrip; ++v) {
-                    Vec<T> s = sum[r][v];
-                    if (ends_distance) {
-                        s = (a.norms[first + i + r] + Simd<T>::load(b.norms + j + v * N)) - T(2) * s;
-                        s = s < 0 ? s * 0 : s;  // a NaN stays
-                    }
-                    Simd<T>::store(z + (i + r) * kTile + j + v * N, s);
-                }
+                for (int v = 0; v < kStrip; ++v) Simd<T>::store(z + (i + r) * kTile + j + v * N, sum[r][v]);
         });
     }
 }
@@ -282,9 +288,7 @@ MMFAST_INLINE void compare_again(T share, const Points<T>& a, int64_t first, int
         for (int64_t j = 0; j < columns; j += N) {
             T* const at = z + i * kTile + j;
             const auto small = Simd<T>::load(at) < (Simd<T>::load(b.norms + j) + norm) * share;
-            typename Simd<T>::Int any = 0;
-            for (int64_t v = 0; v < N; ++v) any |= small[v];
-            if (!any) continue;
+            if (Simd<T>::all_zero((Vec<T>)small)) continue;  // true is a NaN
             for (int64_t v = 0; v < N && j + v < columns; ++v) {
                 if (!small[v]) continue;
                 const T* const y = b.rows + (j + v) * b.stride;
@@ -370,7 +374,8 @@ template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
-    for (int u = 0; u < U; ++u) t[u] = exp2(exponent * z[u]);
+    for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
+    exp2_each<U>(t);
     for (int i = 0; i < c.count; ++i) {
         for (int q = c.squarings[i]; q > 0; --q)
             for (int u = 0; u < U; ++u) t[u] *= t[u];
@@ -393,8 +398,9 @@ template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, T shift, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
+    for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
+    exp2_each<U>(t);
     for (int u = 0; u < U; ++u) {
-        t[u] = exp2(exponent * z[u]);
         k[u] = c.weight[0] * t[u] - shift;
         if (kSlope) h[u] = c.slope[0] * t[u];
     }
@@ -423,13 +429,14 @@ MMFAST_INLINE void evaluate_vectors(const Program<T>& p, T shift, const Vec<T> (
         }
 }
 
-template <class T, bool kSlope>
+template <class T, bool kSlope, bool kDoubling>
 MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
     constexpr int U = kWide, N = Simd<T>::lanes;
     for (int64_t at = 0; at < rows * kTile; at += U * N) {
         Vec<T> zs[U], ks[U], hs[U];
         for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(z + at + u * N);
-        evaluate_vectors<T, U, kSlope>(p, T(0), zs, ks, hs);
+        if constexpr (kDoubling) evaluate_doubling<T, U, kSlope>(p.chain[0], T(0), zs, ks, hs);
+        else evaluate_vectors<T, U, kSlope>(p, T(0), zs, ks, hs);
         for (int u = 0; u < U; ++u) {
             Simd<T>::store(k + at + u * N, ks[u]);
             if (kSlope) Simd<T>::store(h + at + u * N, hs[u]);
@@ -439,8 +446,13 @@ MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, 
 
 template <class T>
 void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
-    if (h) evaluate_tile<T, true>(p, rows, z, k, h);
-    else evaluate_tile<T, false>(p, rows, z, k, h);
+    if (only_doubles(p)) {
+        if (h) evaluate_tile<T, true, true>(p, rows, z, k, h);
+        else evaluate_tile<T, false, true>(p, rows, z, k, h);
+    } else {
+        if (h) evaluate_tile<T, true, false>(p, rows, z, k, h);
+        else evaluate_tile<T, false, false>(p, rows, z, k, h);
+    }
 }
 
 // Rows whose values are added up before the sum goes on in double.
