@@ -25,9 +25,9 @@ using Vec = typename Simd<T>::V;
 // and three quarters of 16. Steps of a product between two jumps: a step of 256-bit vectors is short, and a thread that shares
 // its core waits for the next instructions after each jump.
 #if defined(__AVX512F__)
-constexpr int kGroup = 8, kSteps = 1;
+constexpr int kGroup = 8, kSteps = 1, kRowsAtOnce = 1;
 #else
-constexpr int kGroup = 6, kSteps = 4;
+constexpr int kGroup = 6, kSteps = 4, kRowsAtOnce = 4;
 #endif
 constexpr int kStrip = 2, kWide = 4;
 // Dimensions whose panels fit into the first cache.
@@ -108,6 +108,13 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
 // A vector of doubles.
 template <class T>
 MMFAST_INLINE Vec<double> load_wide(const T* from) {
+    if constexpr (sizeof(T) == 4) {  // GCC converts in halves or quarters
+#if defined(__AVX512F__)
+        return (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+        return (Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#endif
+    }
     typename VectorOf<T, Simd<double>::lanes>::type part;
     __builtin_memcpy(&part, from, sizeof part);
     return __builtin_convertvector(part, Vec<double>);
@@ -329,14 +336,21 @@ struct Wider {
     using Wide = Simd<double>;
     static constexpr int N = Simd<T>::lanes, kParts = int(sizeof(double) / sizeof(T));
     Wide::V part[kParts];
+    explicit MMFAST_INLINE Wider(const T* from) {
+        for (int i = 0; i < kParts; ++i) part[i] = load_wide(from + i * Wide::lanes);
+    }
     explicit MMFAST_INLINE Wider(Vec<T> x) {
+        if constexpr (kParts == 2) {  // as in load_wide
 #if defined(__AVX512F__)
-        if constexpr (kParts == 2) {  // GCC converts in quarters
             part[0] = (Wide::V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
             part[1] = (Wide::V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
             return;
-        }
+#elif defined(__AVX2__)
+            part[0] = (Wide::V)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+            part[1] = (Wide::V)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+            return;
 #endif
+        }
         typename VectorOf<T, N / kParts>::type of[kParts];
         __builtin_memcpy(of, &x, sizeof x);
         for (int i = 0; i < kParts; ++i) part[i] = __builtin_convertvector(of[i], Wide::V);
@@ -549,35 +563,54 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
 
 // ---- Reductions ----------------------------------------------------------------------------------------------------
 
-// Every value in double: what is made of these sums may be much smaller than they are.
-template <class T>
-double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
-              double* squares) {
+// Every value in double: what is made of these sums may be much smaller than they are. R rows together, since without AVX-512
+// the sums of the columns do not stay in registers.
+template <class T, bool kWeighted, bool kColumns, bool kSquares>
+double reduce_tile(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+                   double* squares) {
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N, kParts = Wider<T>::kParts;
     Accumulator<T> all, square, columns[C];
     double total = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-        Accumulator<T> row;
-        for (int64_t c = 0; c < C; ++c) {
-            const Wider<T> x(Simd<T>::load(k + i * kTile + c * N));
-            if (v) row.add_product(x, Wider<T>(Simd<T>::load(v + c * N)));
-            else row.add(x);
-            if (column_sums) columns[c].add(x, u ? double(u[i]) : 1.0);
-            if (squares) square.add_product(x, x);
+    const auto some = [&]<int R>(int64_t i) __attribute__((always_inline)) {
+        Accumulator<T> row[R];
+        for (int64_t c = 0; c < C; ++c)
+            for (int r = 0; r < R; ++r) {
+                const Wider<T> x(k + (i + r) * kTile + c * N);
+                if (kWeighted && v) row[r].add_product(x, Wider<T>(v + c * N));
+                else row[r].add(x);
+                if (kColumns) columns[c].add(x, kWeighted && u ? double(u[i + r]) : 1.0);
+                if (kSquares) square.add_product(x, x);
+            }
+        for (int r = 0; r < R; ++r) {
+            const double weight = kWeighted && u ? double(u[i + r]) : 1.0;
+            if (row_sums) {
+                const double sum = row[r].total();
+                row_sums[i + r] += sum;
+                total += weight * sum;
+            } else {
+                for (int q = 0; q < kParts; ++q) all.sum[q] += row[r].sum[q] * weight;
+            }
         }
-        const double weight = u ? double(u[i]) : 1.0;
-        if (row_sums) {
-            const double sum = row.total();
-            row_sums[i] += sum;
-            total += weight * sum;
-        } else {
-            for (int q = 0; q < kParts; ++q) all.sum[q] += row.sum[q] * weight;
-        }
-    }
-    for (int64_t c = 0; column_sums && c < C; ++c)
+    };
+    int64_t i = 0;
+    for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) some.template operator()<kRowsAtOnce>(i);
+    for (; i < rows; ++i) some.template operator()<1>(i);
+    for (int64_t c = 0; kColumns && column_sums && c < C; ++c)
         for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += columns[c].sum[l / (N / kParts)][l % (N / kParts)];
-    if (squares) *squares = square.total();
+    if (kSquares) *squares = square.total();
     return total + all.total();
+}
+
+template <class T>
+double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+              double* squares) {
+    const auto with = [&](auto weighted) {
+        constexpr bool w = decltype(weighted)::value;
+        if (squares) return reduce_tile<T, w, true, true>(rows, k, u, v, row_sums, column_sums, squares);
+        if (column_sums) return reduce_tile<T, w, true, false>(rows, k, u, v, row_sums, column_sums, squares);
+        return reduce_tile<T, w, false, false>(rows, k, u, v, row_sums, column_sums, squares);
+    };
+    return u || v ? with(std::true_type()) : with(std::false_type());
 }
 
 template <class T>
@@ -598,10 +631,12 @@ void add_sums(int64_t rows, const T* w, double* row_sums, double* column_sums) {
 
 template <class T>
 double inner(int64_t rows, const T* a, const T* b) {
-    Accumulator<T> all;
-    for (int64_t at = 0; at < rows * kTile; at += Simd<T>::lanes)
-        all.add_product(Wider<T>(Simd<T>::load(a + at)), Wider<T>(Simd<T>::load(b + at)));
-    return all.total();
+    constexpr int64_t N = Simd<T>::lanes;
+    Accumulator<T> all[2];
+    for (int64_t at = 0; at < rows * kTile; at += 2 * N)
+        for (int64_t v = 0; v < 2; ++v)
+            all[v].add_product(Wider<T>(a + at + v * N), Wider<T>(b + at + v * N));
+    return all[0].total() + all[1].total();
 }
 
 template <class T>
