@@ -29,7 +29,7 @@ constexpr int kGroup = 8, kSteps = 1, kRowsAtOnce = 1;
 #else
 constexpr int kGroup = 6, kSteps = 4, kRowsAtOnce = 4;
 #endif
-constexpr int kStrip = 2, kWide = 4;
+constexpr int kWide = 4;
 // Dimensions whose panels fit into the first cache.
 constexpr int64_t kDepth = 128;
 // Rows fetched ahead of the one that is packed: a row waits for the third cache, and a page ends any prefetcher's guess.
@@ -639,6 +639,41 @@ double inner(int64_t rows, const T* a, const T* b) {
     return all[0].total() + all[1].total();
 }
 
+// Vectors of doubles, rounded.
+template <class T>
+MMFAST_INLINE Vec<T> narrow(const Vec<double>* from) {
+    constexpr int P = Wider<T>::kParts;
+    if constexpr (P == 2) {  // as in load_wide
+#if defined(__AVX512F__)
+        return (Vec<T>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)from[0])),
+                                          _mm512_cvtpd_ps((__m512d)from[1]), 1);
+#elif defined(__AVX2__)
+        return (Vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)from[0])),
+                                            _mm256_cvtpd_ps((__m256d)from[1]), 1);
+#endif
+    }
+    using Part = typename VectorOf<T, Simd<T>::lanes / P>::type;
+    Part part[P];
+    for (int i = 0; i < P; ++i) part[i] = __builtin_convertvector(from[i], Part);
+    Vec<T> to;
+    __builtin_memcpy(&to, part, sizeof to);
+    return to;
+}
+
+template <class T>
+void combine(int64_t rows, const double* row, const double* column, T own, const T* k, T cross, const T* l, T* g) {
+    constexpr int64_t N = Simd<T>::lanes, P = Wider<T>::kParts, M = Simd<double>::lanes;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < kTile; j += N) {
+            const int64_t at = i * kTile + j;
+            Vec<double> sum[P];
+            for (int64_t q = 0; q < P; ++q) sum[q] = row[i] + Simd<double>::load(column + j + q * M);
+            Vec<T> x = narrow<T>(sum) + own * Simd<T>::load(k + at);
+            if (l) x += cross * Simd<T>::load(l + at);
+            Simd<T>::store(g + at, x);
+        }
+}
+
 template <class T>
 void multiply(int64_t rows, const T* a, T* b) {
     for (int64_t at = 0; at < rows * kTile; at += Simd<T>::lanes)
@@ -731,8 +766,8 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #endif
     return {Simd<T>::lanes,   splits,           pack<T>,     compare<T>,      add_rows<T>,
             squares_about<T>, compare_slice<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,
-            reduce<T>,        add_sums<T>,      inner<T>,    multiply<T>,     scale<T>,
-            product<T>,       differences<T>,   put<T>,      signs<T>};
+            reduce<T>,        add_sums<T>,      inner<T>,    combine<T>,      multiply<T>,
+            scale<T>,         product<T>,       differences<T>, put<T>,      signs<T>};
 }
 
 }  // namespace
