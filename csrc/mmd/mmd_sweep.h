@@ -170,8 +170,10 @@ private:
                       : count >= 4096 ? gradients_ ? 256 : 512
                       : count >= 1024 ? gradients_ ? 128 : 256
                                       : 64;
-        // A block and its gradient stay in the second cache.
-        const int64_t most = sliced_ ? most_in_slices() : (int64_t(5) << 17) / (widest_ * int64_t(sizeof(T)));
+        // A block and its gradient stay in the second cache. Without a gradient a tile's rows are read once for many multiply-adds
+        // with each of them, so that they may come from the third.
+        const int64_t most =
+            sliced_ ? most_in_slices() : (int64_t(5) << (gradients_ ? 17 : 18)) / (widest_ * int64_t(sizeof(T)));
         while (block_size_ > kTile && block_size_ > most) block_size_ /= 2;
         const auto cut = [&](int side, int64_t n) {
             for (int64_t i = 0; i < n; i += block_size_)
