@@ -183,12 +183,11 @@ struct SumsBackward : Reducer<T> {
     int64_t n, m;
     const double *rows, *columns, *squares;
     void take(const Tile<T>& t) {
-        const double* const column = t.within() ? rows + t.batch * n : columns + t.batch * m;
+        const double* const of = t.within() ? rows + t.batch * n : columns + t.batch * m;
+        double column[kTile] = {};
+        std::copy_n(of + t.j0, t.columns, column);
         const T twice = T((t.within() ? 4 : 2) * squares[t.batch]);
-        for (int64_t i = 0; i < t.rows; ++i)
-            for (int64_t j = 0; j < t.columns; ++j)
-                t.g[0][i * kTile + j] =
-                    T(rows[t.batch * n + t.i0 + i] + column[t.j0 + j]) + twice * t.k[0][i * kTile + j];
+        tiles<T>().combine(t.rows, rows + t.batch * n + t.i0, column, twice, t.k[0], T(0), nullptr, t.g[0]);
         clear(t, t.g[0]);
     }
     static void clear(const Tile<T>& t, T* g) {
@@ -267,12 +266,9 @@ struct PairBackward : Reducer<T> {
         const double* const p = products + t.batch * 3;
         for (int q = 0; q < 2; ++q) {
             const double* const row = rows[q] + t.batch * n;
-            const T own = T(4 * p[1 + q]), cross = T(2 * p[0]);
-            for (int64_t i = 0; i < t.rows; ++i)
-                for (int64_t j = 0; j < t.columns; ++j) {
-                    const int64_t at = i * kTile + j;
-                    t.g[q][at] = T(row[t.i0 + i] + row[t.j0 + j]) + own * t.k[q][at] + cross * t.k[1 - q][at];
-                }
+            double column[kTile] = {};
+            std::copy_n(row + t.j0, t.columns, column);
+            tiles<T>().combine(t.rows, row + t.i0, column, T(4 * p[1 + q]), t.k[q], T(2 * p[0]), t.k[1 - q], t.g[q]);
             SumsBackward<T>::clear(t, t.g[q]);
         }
     }

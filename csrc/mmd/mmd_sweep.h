@@ -170,8 +170,10 @@ private:
                       : count >= 4096 ? gradients_ ? 256 : 512
                       : count >= 1024 ? gradients_ ? 128 : 256
                                       : 64;
-        // A block and its gradient stay in the second cache.
-        const int64_t most = sliced_ ? most_in_slices() : (int64_t(5) << 17) / (widest_ * int64_t(sizeof(T)));
+        // A block and its gradient stay in the second cache. Without a gradient a tile's rows are read once for many multiply-adds
+        // with each of them, so that they may come from the third.
+        const int64_t most =
+            sliced_ ? most_in_slices() : (int64_t(5) << (gradients_ ? 17 : 18)) / (widest_ * int64_t(sizeof(T)));
         while (block_size_ > kTile && block_size_ > most) block_size_ /= 2;
         const auto cut = [&](int side, int64_t n) {
             for (int64_t i = 0; i < n; i += block_size_)
@@ -303,6 +305,14 @@ private:
         if (p.passes) b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
         return b;
     }
+    // A tile's points from a panel on; not for split columns.
+    static Points<T> columns_from(Points<T> b, int64_t j) {
+        if (j == 0) return b;
+        b.rows += j * b.stride;
+        b.panels += j * b.stride;
+        b.norms += j;
+        return b;
+    }
     static T* at(char* scratch, size_t offset) { return reinterpret_cast<T*>(scratch + offset); }
 
     T* gradient(size_t q, int side) const { return side ? groups_[q].gradients.y : groups_[q].gradients.x; }
@@ -395,8 +405,13 @@ private:
     void compute(const Tile<T>& tile, int64_t i, char* s) {
         for_layers([&](size_t q, size_t l, const Part& p) {
             const Program<T>& program = programs_[q][l];
-            tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s), i,
-                               tile.rows, b_points(p, s), tile.columns, at(s, p.z));
+            // What a diagonal tile holds below its diagonal is masked: of each panel only the rows above its end count.
+            const Points<T> b = b_points(p, s);
+            const int64_t width = tile.diagonal && !p.passes ? kStrip * tiles<T>().lanes : kTile;
+            for (int64_t j = 0; j < tile.columns; j += width)
+                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s), i,
+                                   width < kTile ? std::min(tile.rows, j + width) : tile.rows, columns_from(b, j),
+                                   std::min(tile.columns - j, width), at(s, p.z) + j);
             mask(tile, tile.diagonal, at(s, p.z));
             tiles<T>().evaluate(program, tile.rows, at(s, p.z), at(s, p.k), differentiates() ? at(s, p.h) : nullptr);
             mask(tile, tile.diagonal, at(s, p.k));

@@ -22,13 +22,14 @@ template <class T>
 using Vec = typename Simd<T>::V;
 
 // Rows and vectors of a product that stay in registers: half of AVX-512's 32, which hides the latency of its two units,
-// and three quarters of 16.
+// and three quarters of 16. Steps of a product between two jumps: a step of 256-bit vectors is short, and a thread that shares
+// its core waits for the next instructions after each jump.
 #if defined(__AVX512F__)
-constexpr int kGroup = 8, kWide = 4;
+constexpr int kGroup = 8, kSteps = 1, kRowsAtOnce = 1;
 #else
-constexpr int kGroup = 6, kWide = 2;
+constexpr int kGroup = 6, kSteps = 4, kRowsAtOnce = 4;
 #endif
-constexpr int kStrip = 2;
+constexpr int kWide = 4;
 // Dimensions whose panels fit into the first cache.
 constexpr int64_t kDepth = 128;
 // Rows fetched ahead of the one that is packed: a row waits for the third cache, and a page ends any prefetcher's guess.
@@ -107,6 +108,13 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
 // A vector of doubles.
 template <class T>
 MMFAST_INLINE Vec<double> load_wide(const T* from) {
+    if constexpr (sizeof(T) == 4) {  // GCC converts in halves or quarters
+#if defined(__AVX512F__)
+        return (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+        return (Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#endif
+    }
     typename VectorOf<T, Simd<double>::lanes>::type part;
     __builtin_memcpy(&part, from, sizeof part);
     return __builtin_convertvector(part, Vec<double>);
@@ -147,6 +155,7 @@ template <class T, int R, int S, bool kTransposed>
 MMFAST_INLINE void multiply_add(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
                                 Vec<T> (&sum)[R][S]) {
     constexpr int N = Simd<T>::lanes;
+#pragma GCC unroll kSteps
     for (int64_t k = 0; k < depth; ++k) {
         Vec<T> column[S];
 #pragma GCC unroll 8
@@ -211,23 +220,27 @@ template <class T>
 MMFAST_INLINE void add_products(bool starts, bool ends_distance, int64_t at, int64_t depth, const Points<T>& a,
                                 int64_t first, int64_t rows, const Points<T>& b, int64_t columns, T* z) {
     constexpr int N = Simd<T>::lanes, W = N * kStrip;
+    const T* const a_norms = a.norms + first;  // for all that the compiler knows, storing z changes what Points point to
+    const T* const a_rows = a.rows + first * a.stride + at;
+    const int64_t a_stride = a.stride;
     for (int64_t j = 0; j < columns; j += W) {
         const T* const panel = b.panels + j * b.stride + at * W;
+        const T* const b_norms = b.norms + j;
         for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
             Vec<T> sum[R][kStrip];
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < kStrip; ++v)
                     sum[r][v] = starts ? Vec<T>{} : Simd<T>::load(z + (i + r) * kTile + j + v * N);
-            multiply_add<T, R, kStrip, false>(depth, a.rows + (first + i) * a.stride + at, a.stride, panel, W, sum);
+            multiply_add<T, R, kStrip, false>(depth, a_rows + i * a_stride, a_stride, panel, W, sum);
+            if (ends_distance) {
+                Vec<T> norms[kStrip];
+                for (int v = 0; v < kStrip; ++v) norms[v] = Simd<T>::load(b_norms + v * N);
+                for (int r = 0; r < R; ++r)
+                    for (int v = 0; v < kStrip; ++v)  // a NaN stays
+                        sum[r][v] = Simd<T>::max(Vec<T>{}, (a_norms[i + r] + norms[v]) - T(2) * sum[r][v]);
+            }
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < kStrip; ++v) {
-                    Vec<T> s = sum[r][v];
-                    if (ends_distance) {
-                        s = (a.norms[first + i + r] + Simd<T>::load(b.norms + j + v * N)) - T(2) * s;
-                        s = s < 0 ? s * 0 : s;  // a NaN stays
-                    }
-                    Simd<T>::store(z + (i + r) * kTile + j + v * N, s);
-                }
+                for (int v = 0; v < kStrip; ++v) Simd<T>::store(z + (i + r) * kTile + j + v * N, sum[r][v]);
         });
     }
 }
@@ -282,9 +295,7 @@ MMFAST_INLINE void compare_again(T share, const Points<T>& a, int64_t first, int
         for (int64_t j = 0; j < columns; j += N) {
             T* const at = z + i * kTile + j;
             const auto small = Simd<T>::load(at) < (Simd<T>::load(b.norms + j) + norm) * share;
-            typename Simd<T>::Int any = 0;
-            for (int64_t v = 0; v < N; ++v) any |= small[v];
-            if (!any) continue;
+            if (Simd<T>::all_zero((Vec<T>)small)) continue;  // true is a NaN
             for (int64_t v = 0; v < N && j + v < columns; ++v) {
                 if (!small[v]) continue;
                 const T* const y = b.rows + (j + v) * b.stride;
@@ -325,14 +336,21 @@ struct Wider {
     using Wide = Simd<double>;
     static constexpr int N = Simd<T>::lanes, kParts = int(sizeof(double) / sizeof(T));
     Wide::V part[kParts];
+    explicit MMFAST_INLINE Wider(const T* from) {
+        for (int i = 0; i < kParts; ++i) part[i] = load_wide(from + i * Wide::lanes);
+    }
     explicit MMFAST_INLINE Wider(Vec<T> x) {
+        if constexpr (kParts == 2) {  // as in load_wide
 #if defined(__AVX512F__)
-        if constexpr (kParts == 2) {  // GCC converts in quarters
             part[0] = (Wide::V)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
             part[1] = (Wide::V)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
             return;
-        }
+#elif defined(__AVX2__)
+            part[0] = (Wide::V)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+            part[1] = (Wide::V)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+            return;
 #endif
+        }
         typename VectorOf<T, N / kParts>::type of[kParts];
         __builtin_memcpy(of, &x, sizeof x);
         for (int i = 0; i < kParts; ++i) part[i] = __builtin_convertvector(of[i], Wide::V);
@@ -370,7 +388,8 @@ template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
-    for (int u = 0; u < U; ++u) t[u] = exp2(exponent * z[u]);
+    for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
+    exp2_each<U>(t);
     for (int i = 0; i < c.count; ++i) {
         for (int q = c.squarings[i]; q > 0; --q)
             for (int u = 0; u < U; ++u) t[u] *= t[u];
@@ -393,8 +412,9 @@ template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, T shift, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
+    for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
+    exp2_each<U>(t);
     for (int u = 0; u < U; ++u) {
-        t[u] = exp2(exponent * z[u]);
         k[u] = c.weight[0] * t[u] - shift;
         if (kSlope) h[u] = c.slope[0] * t[u];
     }
@@ -423,13 +443,14 @@ MMFAST_INLINE void evaluate_vectors(const Program<T>& p, T shift, const Vec<T> (
         }
 }
 
-template <class T, bool kSlope>
+template <class T, bool kSlope, bool kDoubling>
 MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
     constexpr int U = kWide, N = Simd<T>::lanes;
     for (int64_t at = 0; at < rows * kTile; at += U * N) {
         Vec<T> zs[U], ks[U], hs[U];
         for (int u = 0; u < U; ++u) zs[u] = Simd<T>::load(z + at + u * N);
-        evaluate_vectors<T, U, kSlope>(p, T(0), zs, ks, hs);
+        if constexpr (kDoubling) evaluate_doubling<T, U, kSlope>(p.chain[0], T(0), zs, ks, hs);
+        else evaluate_vectors<T, U, kSlope>(p, T(0), zs, ks, hs);
         for (int u = 0; u < U; ++u) {
             Simd<T>::store(k + at + u * N, ks[u]);
             if (kSlope) Simd<T>::store(h + at + u * N, hs[u]);
@@ -439,8 +460,13 @@ MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, 
 
 template <class T>
 void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
-    if (h) evaluate_tile<T, true>(p, rows, z, k, h);
-    else evaluate_tile<T, false>(p, rows, z, k, h);
+    if (only_doubles(p)) {
+        if (h) evaluate_tile<T, true, true>(p, rows, z, k, h);
+        else evaluate_tile<T, false, true>(p, rows, z, k, h);
+    } else {
+        if (h) evaluate_tile<T, true, false>(p, rows, z, k, h);
+        else evaluate_tile<T, false, false>(p, rows, z, k, h);
+    }
 }
 
 // Rows whose values are added up before the sum goes on in double.
@@ -537,35 +563,54 @@ void parameters(const Program<T>& p, int64_t rows, const T* z, const T* g, doubl
 
 // ---- Reductions ----------------------------------------------------------------------------------------------------
 
-// Every value in double: what is made of these sums may be much smaller than they are.
-template <class T>
-double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
-              double* squares) {
+// Every value in double: what is made of these sums may be much smaller than they are. R rows together, since without AVX-512
+// the sums of the columns do not stay in registers.
+template <class T, bool kWeighted, bool kColumns, bool kSquares>
+double reduce_tile(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+                   double* squares) {
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N, kParts = Wider<T>::kParts;
     Accumulator<T> all, square, columns[C];
     double total = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-        Accumulator<T> row;
-        for (int64_t c = 0; c < C; ++c) {
-            const Wider<T> x(Simd<T>::load(k + i * kTile + c * N));
-            if (v) row.add_product(x, Wider<T>(Simd<T>::load(v + c * N)));
-            else row.add(x);
-            if (column_sums) columns[c].add(x, u ? double(u[i]) : 1.0);
-            if (squares) square.add_product(x, x);
+    const auto some = [&]<int R>(int64_t i) __attribute__((always_inline)) {
+        Accumulator<T> row[R];
+        for (int64_t c = 0; c < C; ++c)
+            for (int r = 0; r < R; ++r) {
+                const Wider<T> x(k + (i + r) * kTile + c * N);
+                if (kWeighted && v) row[r].add_product(x, Wider<T>(v + c * N));
+                else row[r].add(x);
+                if (kColumns) columns[c].add(x, kWeighted && u ? double(u[i + r]) : 1.0);
+                if (kSquares) square.add_product(x, x);
+            }
+        for (int r = 0; r < R; ++r) {
+            const double weight = kWeighted && u ? double(u[i + r]) : 1.0;
+            if (row_sums) {
+                const double sum = row[r].total();
+                row_sums[i + r] += sum;
+                total += weight * sum;
+            } else {
+                for (int q = 0; q < kParts; ++q) all.sum[q] += row[r].sum[q] * weight;
+            }
         }
-        const double weight = u ? double(u[i]) : 1.0;
-        if (row_sums) {
-            const double sum = row.total();
-            row_sums[i] += sum;
-            total += weight * sum;
-        } else {
-            for (int q = 0; q < kParts; ++q) all.sum[q] += row.sum[q] * weight;
-        }
-    }
-    for (int64_t c = 0; column_sums && c < C; ++c)
+    };
+    int64_t i = 0;
+    for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) some.template operator()<kRowsAtOnce>(i);
+    for (; i < rows; ++i) some.template operator()<1>(i);
+    for (int64_t c = 0; kColumns && column_sums && c < C; ++c)
         for (int64_t l = 0; l < N; ++l) column_sums[c * N + l] += columns[c].sum[l / (N / kParts)][l % (N / kParts)];
-    if (squares) *squares = square.total();
+    if (kSquares) *squares = square.total();
     return total + all.total();
+}
+
+template <class T>
+double reduce(int64_t rows, const T* k, const T* u, const T* v, double* row_sums, double* column_sums,
+              double* squares) {
+    const auto with = [&](auto weighted) {
+        constexpr bool w = decltype(weighted)::value;
+        if (squares) return reduce_tile<T, w, true, true>(rows, k, u, v, row_sums, column_sums, squares);
+        if (column_sums) return reduce_tile<T, w, true, false>(rows, k, u, v, row_sums, column_sums, squares);
+        return reduce_tile<T, w, false, false>(rows, k, u, v, row_sums, column_sums, squares);
+    };
+    return u || v ? with(std::true_type()) : with(std::false_type());
 }
 
 template <class T>
@@ -586,10 +631,47 @@ void add_sums(int64_t rows, const T* w, double* row_sums, double* column_sums) {
 
 template <class T>
 double inner(int64_t rows, const T* a, const T* b) {
-    Accumulator<T> all;
-    for (int64_t at = 0; at < rows * kTile; at += Simd<T>::lanes)
-        all.add_product(Wider<T>(Simd<T>::load(a + at)), Wider<T>(Simd<T>::load(b + at)));
-    return all.total();
+    constexpr int64_t N = Simd<T>::lanes;
+    Accumulator<T> all[2];
+    for (int64_t at = 0; at < rows * kTile; at += 2 * N)
+        for (int64_t v = 0; v < 2; ++v)
+            all[v].add_product(Wider<T>(a + at + v * N), Wider<T>(b + at + v * N));
+    return all[0].total() + all[1].total();
+}
+
+// Vectors of doubles, rounded.
+template <class T>
+MMFAST_INLINE Vec<T> narrow(const Vec<double>* from) {
+    constexpr int P = Wider<T>::kParts;
+    if constexpr (P == 2) {  // as in load_wide
+#if defined(__AVX512F__)
+        return (Vec<T>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)from[0])),
+                                          _mm512_cvtpd_ps((__m512d)from[1]), 1);
+#elif defined(__AVX2__)
+        return (Vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)from[0])),
+                                            _mm256_cvtpd_ps((__m256d)from[1]), 1);
+#endif
+    }
+    using Part = typename VectorOf<T, Simd<T>::lanes / P>::type;
+    Part part[P];
+    for (int i = 0; i < P; ++i) part[i] = __builtin_convertvector(from[i], Part);
+    Vec<T> to;
+    __builtin_memcpy(&to, part, sizeof to);
+    return to;
+}
+
+template <class T>
+void combine(int64_t rows, const double* row, const double* column, T own, const T* k, T cross, const T* l, T* g) {
+    constexpr int64_t N = Simd<T>::lanes, P = Wider<T>::kParts, M = Simd<double>::lanes;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < kTile; j += N) {
+            const int64_t at = i * kTile + j;
+            Vec<double> sum[P];
+            for (int64_t q = 0; q < P; ++q) sum[q] = row[i] + Simd<double>::load(column + j + q * M);
+            Vec<T> x = narrow<T>(sum) + own * Simd<T>::load(k + at);
+            if (l) x += cross * Simd<T>::load(l + at);
+            Simd<T>::store(g + at, x);
+        }
 }
 
 template <class T>
@@ -684,8 +766,8 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #endif
     return {Simd<T>::lanes,   splits,           pack<T>,     compare<T>,      add_rows<T>,
             squares_about<T>, compare_slice<T>, evaluate<T>, evaluate_sum<T>, parameters<T>,
-            reduce<T>,        add_sums<T>,      inner<T>,    multiply<T>,     scale<T>,
-            product<T>,       differences<T>,   put<T>,      signs<T>};
+            reduce<T>,        add_sums<T>,      inner<T>,    combine<T>,      multiply<T>,
+            scale<T>,         product<T>,       differences<T>, put<T>,      signs<T>};
 }
 
 }  // namespace
