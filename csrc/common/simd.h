@@ -423,8 +423,9 @@ constexpr float kExp2[] = {1.535336188319500e-4f,
                            6.931472028550421e-1f,
                            1.0f};
 
-// 2^x of kCount values in place, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f times 2^n. Meant for x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a
-// hundred times as long), and no care is taken of overflow. NaN stays.
+// 2^x of kCount values in place, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f times 2^n. Meant for
+// x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a hundred times as long), and no care is
+// taken of overflow. NaN stays.
 template <int kCount>
 MMFAST_INLINE void exp2_each(Simd<float>::V* x) {
     using S = Simd<float>;

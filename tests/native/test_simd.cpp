@@ -209,16 +209,39 @@ void check_exp2_each() {
     for (int k = 0; k < kCount; ++k) {
         const typename S::V one = mmfast::exp2(x[k]);
         for (int i = 0; i < S::lanes; ++i) {
-            CHECK(each[k][i] == one[i] || (std::isnan(x[k][i]) && std::isnan(each[k][i])), "vector %d of %d, lane %d: %g",
-                  k, kCount, i, double(each[k][i]));
+            CHECK(each[k][i] == one[i] || (std::isnan(x[k][i]) && std::isnan(each[k][i])),
+                  "vector %d of %d, lane %d: %g", k, kCount, i, double(each[k][i]));
         }
     }
+}
+
+// exp2 of anything: as exp2 within its limits, and far outside them large or next to nothing.
+void check_exp2_limited() {
+    using S = Simd<float>;
+    const float infinity = std::numeric_limits<float>::infinity();
+    const auto limited = [](float x) {
+        typename S::V v{};
+        v[S::lanes - 1] = x;
+        v = mmfast::exp2_limited(v);
+        CHECK(v[0] == 1, "exp2 0 is %g beside %g", double(v[0]), double(x));
+        return v[S::lanes - 1];
+    };
+    for (int i = -124500; i <= 119500; ++i) {
+        const float x = float(i) * 1e-3f, should = std::exp2(x);
+        const double error = std::fabs(limited(x) - should) / ulp(should);
+        CHECK(error <= 2, "exp2 %a is off by %.2f ulp", double(x), error);
+    }
+    for (const float x : {-125.0f, -126.5f, -140.0f, -1000.0f, -3e38f, -infinity})
+        CHECK((limited(x) >= 0 && limited(x) <= 0x1.001p-125f), "exp2 %g is %g", double(x), double(limited(x)));
+    for (const float x : {120.0f, 127.4f, 128.0f, 129.0f, 255.0f, 256.0f, 1e10f, 3e38f, infinity, std::nanf("")})
+        CHECK(limited(x) >= 0x1.ffp119f, "exp2 %g is %g", double(x), double(limited(x)));
 }
 
 void check_exponentials() {
     check_exp2_each<float, 1>();
     check_exp2_each<float, 4>();
     check_exp2_each<double, 4>();
+    check_exp2_limited();
     const float infinity = std::numeric_limits<float>::infinity();
     double two = 0, e = 0;
     // Everything that is not positive, -0 and NaN too, with a prime step; what is positive as far as it stays small.
