@@ -209,8 +209,8 @@ void check_exp2_each() {
     for (int k = 0; k < kCount; ++k) {
         const typename S::V one = mmfast::exp2(x[k]);
         for (int i = 0; i < S::lanes; ++i) {
-            CHECK(each[k][i] == one[i] || (std::isnan(x[k][i]) && std::isnan(each[k][i])), "vector %d of %d, lane %d: %g",
-                  k, kCount, i, double(each[k][i]));
+            CHECK(each[k][i] == one[i] || (std::isnan(x[k][i]) && std::isnan(each[k][i])),
+                  "vector %d of %d, lane %d: %g", k, kCount, i, double(each[k][i]));
         }
     }
 }
