@@ -168,21 +168,19 @@ struct Simd {
     template <int kLeft = lanes>
     static MMFAST_INLINE T sum(V x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-        if constexpr (kLeft ==
-                      lanes) {  // the same sums: what stays within a half of the register takes a third of the time
-            if constexpr (sizeof(T) == 4) {
-                const __m128 four = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
-                const __m128 two = four + _mm_movehl_ps(four, four);
-                return two[0] + two[1];
-            } else {
-                const __m128d two = _mm256_castpd256_pd128((__m256d)x) + _mm256_extractf128_pd((__m256d)x, 1);
-                return two[0] + two[1];
-            }
-        } else
-#endif
-            if constexpr (kLeft == 1)
-            return x[0];
+        // The same sums: what stays within a half of the register takes a third of the time.
+        if constexpr (sizeof(T) == 4) {
+            const __m128 four = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
+            const __m128 two = four + _mm_movehl_ps(four, four);
+            return two[0] + two[1];
+        } else {
+            const __m128d two = _mm256_castpd256_pd128((__m256d)x) + _mm256_extractf128_pd((__m256d)x, 1);
+            return two[0] + two[1];
+        }
+#else
+        if constexpr (kLeft == 1) return x[0];
         else return sum<kLeft / 2>(x + rotate<kLeft / 2>(x, std::make_index_sequence<lanes>()));
+#endif
     }
 
     // Lane i is the sum of the lanes of x[i], of `lanes` vectors: twice as many of them side by side in each round.

@@ -170,8 +170,8 @@ private:
                       : count >= 4096 ? gradients_ ? 256 : 512
                       : count >= 1024 ? gradients_ ? 128 : 256
                                       : 64;
-        // A block and its gradient stay in the second cache. Without a gradient a tile's rows are read once for many multiply-adds
-        // with each of them, so that they may come from the third.
+        // A block and its gradient stay in the second cache. Without a gradient the rows of a tile are read for so many
+        // multiply-adds that they may come from the third.
         const int64_t most =
             sliced_ ? most_in_slices() : (int64_t(5) << (gradients_ ? 17 : 18)) / (widest_ * int64_t(sizeof(T)));
         while (block_size_ > kTile && block_size_ > most) block_size_ /= 2;
@@ -409,8 +409,8 @@ private:
             const Points<T> b = b_points(p, s);
             const int64_t width = tile.diagonal && !p.passes ? kStrip * tiles<T>().lanes : kTile;
             for (int64_t j = 0; j < tile.columns; j += width)
-                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s), i,
-                                   width < kTile ? std::min(tile.rows, j + width) : tile.rows, columns_from(b, j),
+                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s),
+                                   i, width < kTile ? std::min(tile.rows, j + width) : tile.rows, columns_from(b, j),
                                    std::min(tile.columns - j, width), at(s, p.z) + j);
             mask(tile, tile.diagonal, at(s, p.z));
             tiles<T>().evaluate(program, tile.rows, at(s, p.z), at(s, p.k), differentiates() ? at(s, p.h) : nullptr);

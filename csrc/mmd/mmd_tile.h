@@ -103,9 +103,10 @@ struct TileKernels {
                      double* squares);
     // row_sums[i] += sum_j w_ij, column_sums[j] += sum_i w_ij, of derivatives: summed up in T within the tile.
     void (*add_sums)(int64_t rows, const T* w, double* row_sums, double* column_sums);
-    double (*inner)(int64_t rows, const T* a, const T* b);           // sum of a_ij b_ij
+    double (*inner)(int64_t rows, const T* a, const T* b);  // sum of a_ij b_ij
     // g_ij = row[i] + column[j] + own k_ij + cross l_ij, without the last where there is no l; `column` has kTile values.
-    void (*combine)(int64_t rows, const double* row, const double* column, T own, const T* k, T cross, const T* l, T* g);
+    void (*combine)(int64_t rows, const double* row, const double* column, T own, const T* k, T cross, const T* l,
+                    T* g);
     void (*multiply)(int64_t rows, const T* a, T* b);                // b *= a
     void (*scale)(int64_t rows, T c, const T* u, const T* v, T* h);  // h_ij *= c u_i v_j
     // c[i][:] += sum_k a_ik b[k][:] (a_ki if transposed), `width` values a row, a whole number of vectors.
