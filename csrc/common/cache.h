@@ -1,6 +1,7 @@
 // The caches of this machine.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__linux__)
@@ -17,7 +18,7 @@ inline int64_t second_cache() {
         known = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
         if (known <= 0) known = 1 << 20;
-        return known<(256 << 10) ? int64_t(256 << 10) : known>(2 << 20) ? int64_t(2 << 20) : known;
+        return std::clamp<int64_t>(known, 256 << 10, 2 << 20);
     }();
     return size;
 }
