@@ -24,8 +24,10 @@ MEL = cases.select(["mel"]) + cases.select(["mel"], "smoke-2x0.2s")
 ROOF = {"gflops": 100.0, "gbytes": 10.0}
 COMPILED = ("reference-compile", "stft-compile")
 # float32 against float64. torchaudio's filter banks are themselves built in float32, which costs some 1e-6 of the
-# largest feature and 1e-5 of the largest gradient; a wrong window, scale, norm, floor or maximum costs 1e-3 and more.
+# largest feature, on a CPU whose logarithms torch rounds otherwise (AVX2) 1.2e-5, and 1e-5 of the largest gradient; a
+# wrong window, scale, norm, floor or maximum costs 1e-3 and more.
 TOLERANCE = {"forward": 1e-5, "backward": 5e-5}
+TOLERANCE_OF_PEERS = {"forward": 5e-5, "backward": 5e-5}
 
 
 def small(case: cases.MelCase) -> cases.MelCase:
@@ -53,7 +55,8 @@ PAIRS = [
 def test_provider_agrees_with_gold(case, provider, mode):
     if reason := provider.missing("cpu"):
         pytest.skip(reason)
-    assert error_of(provider, small(case), mode) < TOLERANCE[mode]
+    tolerance = TOLERANCE if provider.name in ("mmfast", "reference") else TOLERANCE_OF_PEERS
+    assert error_of(provider, small(case), mode) < tolerance[mode]
 
 
 @pytest.mark.slow
