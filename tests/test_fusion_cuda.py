@@ -99,6 +99,21 @@ def test_long_keys(engine, of_lse):
     agrees(engine, torch.randn(2, 4, 33, 64).double(), sources, {}, torch.bfloat16, of_lse)
 
 
+@pytest.mark.parametrize("engine", ["flash", "efficient"])
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_long_padded_keys(rows, engine, of_lse):
+    """Of two sources, one with an item without keys; what lies beyond the lengths is not a number."""
+    lengths = torch.tensor([0, 1200, 77])
+    key, value = torch.randn(3, 2, 1201, 64).double(), torch.randn(3, 2, 1201, 64).double()
+    for x in (key, value):
+        x.masked_fill_((torch.arange(1201) >= lengths[:, None])[:, None, :, None], torch.nan)
+    query = torch.randn(3, 4, rows, 64).double()
+    agrees(engine, query, [Source(key, value, lengths=lengths)], {}, torch.bfloat16, of_lse)
+    other = torch.randn(3, 2, 100, 64).double()
+    agrees(engine, query, [Source(key, value, lengths=lengths), Source(other, other)], {}, torch.bfloat16, of_lse)
+
+
 # ---- The public function
 
 
@@ -125,7 +140,13 @@ def several(requires_grad=True):
     return query, [Source(x, x) for x in sources], {}
 
 
-BUILDS = (adapter, few_queries, several)
+def padded(requires_grad=True):
+    query = bf16(2, 8, 300, 64, requires_grad=requires_grad)
+    image = bf16(2, 2, 1500, 64, requires_grad=requires_grad)
+    return query, [Source(image, image, lengths=torch.tensor([700, 1500], device="cuda"))], {}
+
+
+BUILDS = (adapter, few_queries, several, padded)
 
 
 def step(query, sources, options):

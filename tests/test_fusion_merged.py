@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_cases import CASES, inputs, replaced
 
-from mmfast.fusion import reference, routes_cuda
+from mmfast.fusion import merged, reference, routes_cuda
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import Source, prepare
 
@@ -40,6 +40,98 @@ def test_matches_gold(name, of_lse):
     expected = results(reference.attention, gold[0], replaced(sources, gold[1:]), options, of_lse)
     for x, gold in zip(got, expected, strict=True):
         torch.testing.assert_close(x.double(), gold, atol=5e-6, rtol=1e-5)
+
+
+def sequences(cum_q, cum_k):
+    """Slices of the queries and keys of each sequence, which cover everything."""
+    of = [[slice(a, b) for a, b in itertools.pairwise(x.tolist())] for x in (cum_q, cum_k)]
+    return zip(*of, strict=True)
+
+
+def weights_of(q, k, scale):
+    """Scores ``(H, L, S)``, with the keys of each head."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return torch.einsum("ihd,jhd->hij", q * scale, k), k
+
+
+class Flash:
+    """torch's flash kernels of sequences that lie behind each other, on the CPU: what they write, and nothing else."""
+
+    @staticmethod
+    def _flash_attention_forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale):
+        assert not dropout and not causal and q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
+        assert max_q > 1 and cum_q.dtype == cum_k.dtype == torch.int32
+        assert (int(cum_q[-1]), int(cum_k[-1])) == (len(q), len(k))
+        out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan)
+        for i, j in sequences(cum_q, cum_k):
+            scores, _ = weights_of(q[i], k[j], scale)
+            values = v[j].repeat_interleave(q.shape[1] // v.shape[1], 1)
+            out[i] = torch.einsum("hij,jhd->ihd", scores.softmax(2), values)
+            lse[:, i] = scores.logsumexp(2) if j.stop > j.start else torch.inf
+        return out, lse
+
+    @staticmethod
+    def _flash_attention_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, *_, scale):
+        dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
+        for i, j in sequences(cum_q, cum_k):
+            scores, keys = weights_of(q[i], k[j], scale)
+            p = (scores - lse[:, i, None]).exp()
+            dp, _ = weights_of(do[i], v[j], 1.0)
+            ds = scale * p * (dp - (do[i] * o[i]).sum(2).T[..., None])
+            dq[i] = torch.einsum("hij,jhd->ihd", ds, keys)
+            for grad, x, y in ((dk, ds, q[i]), (dv, p, do[i])):
+                grad[j] = torch.einsum("hij,ihd->jhd", x, y).unflatten(1, (k.shape[1], -1)).sum(2)
+        return dq, dk, dv
+
+
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("rows, batch", [(5, 3), (1, 3), (4, 1)])
+def test_lengths_by_flash(rows, batch, of_lse, monkeypatch):
+    """Keys stay where they lie, those beyond a length are read by nobody and have a gradient of zero."""
+    monkeypatch.setattr(merged, "_aten", Flash)
+    monkeypatch.setattr(merged, "pick", lambda *_: "flash")
+    query = torch.randn(batch, rows, 4, 5, dtype=torch.float64).transpose(1, 2)
+    key, value = torch.randn(3, 7, 2, 5, dtype=torch.float64).transpose(1, 2), torch.randn(3, 2, 7, 8).double()
+    lengths = torch.tensor([7, 0, 3])
+    source = Source(key, value, lengths=lengths)
+    options = {"fusion": "joint", "scale": 0.4}
+    expected = results(reference.attention, query, [source], options, of_lse)
+    beyond = (torch.arange(7) >= lengths[:, None])[:, None, :, None]
+    poisoned = [x.detach().masked_fill(beyond, torch.nan).requires_grad_() for x in (key, value)]
+    got = results(by_cpu, query.detach(), [Source(*poisoned, lengths=lengths)], options, of_lse)
+    torch.testing.assert_close(got, [x.to(y.dtype) for x, y in zip(expected, got, strict=True)], atol=1e-6, rtol=1e-6)
+    assert (got[0][1] == 0).all()
+    assert all((g.masked_select(beyond) == 0).all() for g in got[3:])
+
+
+@pytest.mark.parametrize("wish", ["flash", "efficient", "cudnn"])
+@pytest.mark.parametrize("options", [{}, {"lengths": (4,)}, {"mask": (4, 1, 1, 640)}])
+def test_torch_takes_the_calls(wish, options):
+    """What torch's kernels are given has the shapes and dtypes that their fake implementations take."""
+    query = torch.empty(4, 33, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    key = torch.empty(4, 640, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    dtypes = {"lengths": torch.int64, "mask": torch.bool}
+    given = {k: torch.empty(shape, dtype=dtypes[k], device="meta") for k, shape in options.items()}
+    sources = [Source(key, key, **given)]
+    out, lse = merged.forward(query, sources, False, 0.1, 4, wish)
+    assert out.shape == query.shape and out.dtype == query.dtype and lse.shape == (4, 8, 33)
+    for grad_lse in (None, torch.empty_like(lse)):
+        grads = merged.backward(out, grad_lse, query, sources, out, lse, False, 0.1, wish)
+        for grad, x in zip((grads[0], *grads[1], *grads[2]), (query, key, key), strict=True):
+            assert grad.shape == x.shape and grad.dtype == x.dtype
+
+
+def test_who_takes_lengths():
+    """Flash, which is told of nothing else."""
+    query = torch.empty(4, 8, 33, 64, dtype=torch.bfloat16, device="meta")
+    lengths, mask = torch.empty(4, device="meta"), torch.empty(4, 1, 33, 33, device="meta")
+    padded = Source(query, query, lengths=lengths)
+    assert merged.pick(query, padded, False, "flash") == merged.pick(query, padded, False, "cudnn") == "flash"
+    for other in (padded._replace(mask=mask), padded._replace(bias=mask)):
+        assert merged.pick(query, other, False, "flash") == "efficient"
+    assert merged.pick(query, padded, True, "flash") == "efficient"  # causality would end at the lengths
+    assert merged.pick(query, padded, False, "efficient") == "efficient"
+    assert merged.pick(query.float(), Source(query, query, lengths=lengths), False, "flash") == "efficient"
 
 
 def test_double_backward():

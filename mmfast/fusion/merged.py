@@ -11,6 +11,7 @@ The gradient through L needs one more feature: with values [V, 1], outputs [O, 0
 kernels give it. What each kernel makes of a row without keys, and how it lays out its log-sum-exp, is put right here:
 
     flash       (B, H, L)                       no masks; is_causal aligned at the end, so only where L = S
+    flash       (H, B L), of lengths            +inf where an item has no keys; see `_cumulative`
     efficient   (B, H, L up to a multiple of 32), the rest +inf     any mask; no groups of heads
     cudnn       (B, H, L, 1)                    no groups of heads here; not deterministic in its backward
     cpu         (B, H, L)                       0 where there is nothing to attend to
@@ -52,11 +53,13 @@ def pick(query: Tensor, source: Source, causal: bool, wish: str) -> str:
     """``wish`` if that kernel can do this source, else the one that can."""
     if query.device.type == "cpu":
         return "cpu"
-    masked = source.mask is not None or source.bias is not None or source.lengths is not None
+    masked = source.mask is not None or source.bias is not None
     wide = max(query.shape[3], source.value.shape[3])
     square = query.shape[2] == source.key.shape[2]
     if query.dtype == torch.float32 or masked or (causal and not square) or wide > 248:
         return "efficient"
+    if source.lengths is not None:
+        return "efficient" if causal or wish == "efficient" else "flash"
     return "flash" if wish == "cudnn" and wide > 120 else wish if wish in ENGINES else "flash"
 
 
@@ -69,10 +72,12 @@ def forward(
     for source in sources:
         if not source.key.shape[2]:
             continue
-        key, value, added = _plain(query, source, batch)
         engine = pick(query, source, causal, wish)
-        out, lse = _one(engine, query, key, value, added, causal, scale)
-        parts.append((out, lse))
+        if engine == "flash" and source.lengths is not None:
+            parts.append(_ragged(query, source, scale))
+            continue
+        key, value, added = _plain(query, source, batch)
+        parts.append(_one(engine, query, key, value, added, causal, scale))
     if len(parts) == 1:
         out, lse = parts[0]
     elif query.device.type == "cpu":
@@ -105,13 +110,16 @@ def backward(
             grad_keys.append(torch.zeros_like(source.key))
             grad_values.append(torch.zeros_like(source.value))
             continue
-        key, value, added = _plain(query, source, batch)
         engine = pick(query, source, causal, wish)
-        dq, dk, dv = _one_backward(engine, grad_out, grad_lse, query, key, value, added, out, lse, causal, scale)
+        if engine == "flash" and source.lengths is not None:
+            dq, dk, dv = _ragged_backward(grad_out, grad_lse, query, source, out, lse, scale)
+        else:
+            key, value, added = _plain(query, source, batch)
+            dq, dk, dv = _one_backward(engine, grad_out, grad_lse, query, key, value, added, out, lse, causal, scale)
         of_query = dq if of_query is None else of_query.float().add_(dq)
-        grad_keys.append(sum_batch(dk, source.key.shape))
-        grad_values.append(sum_batch(dv, source.value.shape))
-    return sum_batch(of_query, shape).to(query.dtype), grad_keys, grad_values
+        grad_keys.append(sum_batch(dk, source.key.shape, query.dtype))
+        grad_values.append(sum_batch(dv, source.value.shape, query.dtype))
+    return sum_batch(of_query, shape, query.dtype), grad_keys, grad_values
 
 
 # ---- One source in the form that the kernels take
@@ -214,10 +222,8 @@ def _one_backward(engine, grad_out, grad_lse, query, key, value, added, out, lse
     width = _width(query, dim, value_dim + (grad_lse is not None), engine=engine)
     q, k, v = _wide(query, width), _wide(key, width), _wide(value, width)
     o, do = _wide(out, width), _wide(grad_out.to(query.dtype), width)
-    if grad_lse is not None:  # `_wide` has made copies: there is room for one more column
-        do[..., value_dim] = grad_lse
-        v = F.pad(value, (0, width - value_dim)).contiguous()
-        v[..., value_dim] = 1
+    if grad_lse is not None:
+        do, v = _with_lse(do, value, grad_lse, width)
     bias = _bias(added, query, keys, engine)
     parts = []
     for heads in _slices(query, key, engine):
@@ -266,10 +272,69 @@ def _call_backward(engine, args, bias, out, lse, rows, keys, causal, scale):
     )  # fmt: skip
 
 
-def sum_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
+def _with_lse(do: Tensor, value: Tensor, grad_lse: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """One more column for the gradient through the log-sum-exp; ``do`` is a copy already, since it has room."""
+    do[..., value.shape[3]] = grad_lse
+    v = F.pad(value, (0, width - value.shape[3])).contiguous()
+    v[..., value.shape[3]] = 1
+    return do, v
+
+
+# ---- Flash of keys with lengths
+
+
+def _cumulative(lengths: Tensor, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Where sequences of queries and of keys start, two for each item: the keys that exist, seen by all its queries,
+    and the rest, seen by none.
+
+    So keys stay where they lie, the kernels visit those that exist, and the backward, for which all that it is given
+    belongs to a sequence, writes zeros for the rest. On the device: nobody waits for the lengths.
+    """
+    batch = lengths.shape[0]
+    of_keys = torch.arange(0, batch * keys, keys, device=lengths.device)
+    of_keys = torch.stack((of_keys, of_keys + lengths.clamp(0, keys)), 1).flatten()
+    of_queries = torch.arange(1, 2 * batch + 2, device=lengths.device) // 2 * rows
+    return of_queries.int(), F.pad(of_keys, (0, 1), value=batch * keys).int()
+
+
+def _in_a_row(x: Tensor, batch: int, width: int) -> Tensor:
+    """``(B, H, L, D)`` as ``(B L, H, D)``: a copy only where it does not lie like that."""
+    return _wide(_expand(x, batch), width).transpose(1, 2).flatten(0, 1)
+
+
+def _ragged(query: Tensor, source: Source, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp ``(B, H, L)`` of a source with lengths, by the flash kernel."""
+    (batch, heads, rows, dim), (keys, value_dim) = query.shape, source.value.shape[2:]
+    width = _width(query, dim, value_dim, engine="flash")
+    q, k, v = (_in_a_row(x, batch, width) for x in (query, source.key, source.value))
+    # A longest sequence of one query would have the kernel count on one query for each sequence.
+    sizes = (*_cumulative(source.lengths, rows, keys), max(rows, 2), keys)
+    out, lse = _aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, scale=scale)[:2]
+    lse = lse.view(heads, batch, rows).transpose(0, 1)
+    lse = torch.where((source.lengths > 0)[:, None, None], lse, -torch.inf)
+    return out.view(batch, rows, heads, width).transpose(1, 2)[..., :value_dim], lse
+
+
+def _ragged_backward(grad_out, grad_lse, query, source, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, rows, dim), (key_heads, keys, value_dim) = query.shape, source.value.shape[1:]
+    width = _width(query, dim, value_dim + (grad_lse is not None), engine="flash")
+    do, value = _wide(grad_out.to(query.dtype), width), source.value
+    if grad_lse is not None:
+        do, value = _with_lse(do, value, grad_lse, width)
+    do, q, k, v, o = (_in_a_row(x, batch, width) for x in (do, query, source.key, value, out))
+    sizes = (*_cumulative(source.lengths, rows, keys), max(rows, 2), keys)
+    seed = q.new_empty((2,), dtype=torch.int64).view(torch.uint64)  # of the dropout that is not
+    lse = lse.transpose(0, 1).flatten(1).contiguous()
+    dq, dk, dv = _aten._flash_attention_backward(
+        do, q, k, v, o, lse, *sizes, 0.0, False, seed, seed[0], scale=scale
+    )  # fmt: skip
+    dq = dq.view(batch, rows, heads, width).transpose(1, 2)[..., :dim]
+    dk, dv = (x.view(batch, keys, key_heads, width).transpose(1, 2) for x in (dk, dv))
+    return dq, dk[..., :dim], dv[..., :value_dim]
+
+
+def sum_batch(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Over the batch where that was broadcast; in the layout that operators here promise."""
-    dtype = x.dtype
     if x.shape[0] != shape[0]:
         x = x.sum(0, keepdim=True, dtype=torch.float32)
-    out = heads_inside(x, shape, dtype)
-    return out.copy_(x)
+    return heads_inside(x, shape, dtype).copy_(x)

@@ -54,7 +54,7 @@ _BY_KIND = {
     "few queries": ("split", "flash"),
     # Long: what is limited by the matrix units belongs to those who come closest to their rate.
     "long, one source": ("sdpa", "flash"),
-    "long, masked": ("efficient",),
+    "long, masked": ("flash",),  # by lengths alone; `merged.pick` gives other masks to "efficient"
     "long, several sources": ("flash",),
 }
 TABLE: dict[Key, tuple[str, ...]] = {

@@ -469,7 +469,7 @@ def backward(
     if not direct:
         _sum_up(partial, outs, layout)
     if shared:
-        grad_query = sum_batch(grad_query, query.shape).to(query.dtype)
+        grad_query = sum_batch(grad_query, query.shape, query.dtype)
     of_gates = [
         _sum_to(full, s.gate) if wanted else None for full, s, wanted in zip(grad_gates, sources, gates, strict=True)
     ]
