@@ -34,7 +34,9 @@ from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     GATE,
     GATE_WIDE,
+    LN2,
     LOG2E,
+    aligned,
     capability,
     dot_options,
     few_values,
@@ -47,26 +49,36 @@ from mmfast.fusion.triton_tiles import (
     scores,
     softmax_end,
     softmax_step,
+    start_of,
     store_tile,
     strides,
 )
 
-KEPT = 128  # keys of a softmax whose weights and gradients the backward keeps in registers until their sum is known
+KEPT = 128  # keys of a softmax whose scores, or weights and gradients, are kept in registers until their sum is known
+
+
+def _together(layout: dict) -> list[int]:
+    """For each tile the widths of its softmax added up."""
+    tiles = list(zip(layout["WIDE"], layout["FIRST"], strict=True))
+    return [sum(w for w, f in tiles if f == of) for of in layout["FIRST"]]
 
 
 def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
-    """The tiles of all sources in a row: their source, start, width, and the first and last tile of their softmax."""
-    of, start, width = [], [], []
+    """The tiles of all sources in a row: their source, start, width, whether all of their keys certainly exist, and the
+    first and last tile of their softmax."""
+    of, start, width, full = [], [], [], []
     for j, source in enumerate(sources):
         for s, w in tiles_of(source.key.shape[2], query.dtype):
             of.append(j)
             start.append(s)
             width.append(w)
+            full.append(source.lengths is None and s + w <= source.key.shape[2])
     together = [list(range(len(of))) if joint else [t for t, other in enumerate(of) if other == j] for j in of]
     return {
         "OF": tuple(of),
         "START": tuple(start),
         "WIDE": tuple(width),
+        "FULL": tuple(full),
         "FIRST": tuple(tiles[0] for tiles in together),
         "LAST": tuple(tiles[-1] for tiles in together),
         "BD": power_of_two(query.shape[3]),
@@ -78,38 +90,46 @@ def _layout(query: Tensor, sources: Sequence[Source], joint: bool) -> dict:
 
 
 @triton.jit
-def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.constexpr):
-    gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
-    if GATE_WIDE & HAS:
-        return o * load_tile(gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32)
-    elif GATE & HAS:
-        g = tl.load(gate + rows.to(tl.int64) * src.gate_strides[2], mask=rows < row_limit, other=0.0)
-        return o * g.to(tl.float32)[:, None]
+def _factor(src, b, h, rows, row_limit, HAS: tl.constexpr):
+    """The gate of each row, where it does not differ from feature to feature."""
+    if GATE & HAS:
+        gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
+        return tl.load(gate + rows.to(tl.int64) * src.gate_strides[2], mask=rows < row_limit, other=0.0).to(tl.float32)
     else:
-        return o * src.factor
+        return rows * 0.0 + src.factor
+
+
+@triton.jit
+def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.constexpr):
+    if GATE_WIDE & HAS:
+        gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
+        return o * load_tile(gate, rows, row_limit, src.gate_strides[2], value_dim, src.gate_strides[3], BV, tl.float32)
+    else:
+        return o * _factor(src, b, h, rows, row_limit, HAS)[:, None]
 
 
 @triton.jit
 def _tile(
     ks, vs, src, b, h, columns, limit, dim, value_dim,
     T: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, HOLD: tl.constexpr,
+    BY: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of tile T: those that are held, or read again."""
     if HOLD:
         return ks[T], vs[T]
     else:
-        k = load_keys(src, b, h, columns, limit, dim, BD, DOT)
-        return k, load_values(src, b, h, columns, limit, value_dim, BV, DOT)
+        k = load_keys(src, b, h, columns, limit, dim, BD, DOT, BY)
+        return k, load_values(src, b, h, columns, limit, value_dim, BV, DOT, BY)
 
 
 @triton.jit
 def _forward(
     query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
     chunks, scale2,
-    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr, ROWS: tl.constexpr,
-    HOLD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
+    ROWS: tl.constexpr, KEEP: tl.constexpr, FOLD: tl.constexpr, HOLD: tl.constexpr, BLOCKS: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -119,10 +139,10 @@ def _forward(
         limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
         columns = START[t] + tl.arange(0, WIDE[t])
         if HOLD:
-            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
-            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT, BY),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT, BY),)
         limits = limits + (limit,)
-    query += b * query_strides[0] + h * query_strides[1]
+    query = start_of(query, query_strides, b, h, BY)
     pooled = tl.zeros([BV], tl.float32)
     if ROWS:
         counted = tl.load(row_lengths + b)
@@ -130,36 +150,78 @@ def _forward(
         counted = row_limit
     for i in range(BLOCKS):
         rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
-        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT)
+        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
         result = tl.zeros([BM, BV], tl.float32)
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         o = tl.zeros([BM, BV], tl.float32)
         for t in tl.static_range(len(OF)):
-            columns = START[t] + tl.arange(0, WIDE[t])
-            k, v = _tile(
-                ks, vs, sources[OF[t]], b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD
-            )  # fmt: skip
-            s = scores(
-                q, k, sources[OF[t]], b, h, rows, columns, row_limit, limits[t], scale2, HAS[OF[t]], CAUSAL, PRECISION
-            )
-            top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
+            if KEEP[t]:
+                if FIRST[t] == t:  # all scores of the softmax at once: what it is divided by is known before a product
+                    kept = ()
+                    for u in tl.static_range(t, LAST[t] + 1):
+                        columns = START[u] + tl.arange(0, WIDE[u])
+                        k, _ = _tile(
+                            ks, vs, sources[OF[u]], b, h, columns, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD, BY
+                        )  # fmt: skip
+                        s = scores(
+                            q, k, sources[OF[u]], b, h, rows, columns, row_limit, limits[u], scale2, HAS[OF[u]],
+                            CAUSAL, PRECISION, FULL[u],
+                        )  # fmt: skip
+                        top = tl.maximum(top, tl.max(s, 1))
+                        kept = kept + (s,)
+                    shift = tl.where(top == float("-inf"), 0.0, top)
+                    weights = ()
+                    for u in tl.static_range(t, LAST[t] + 1):
+                        p = tl.exp2(kept[u - t] - shift[:, None])
+                        total += tl.sum(p, 1)
+                        weights = weights + (p,)
+                    nothing = total == 0.0
+                    factor = tl.where(nothing, 0.0, 1.0 / total)
+                    to = lse + b * lse_strides[1] + h * lse_strides[2]
+                    if not JOINT:
+                        to += OF[t] * lse_strides[0]
+                        if FOLD:
+                            factor *= _factor(sources[OF[t]], b, h, rows, row_limit, HAS[OF[t]])
+                    one = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+                    tl.store(to + rows, one, mask=rows < row_limit)
+                    for u in tl.static_range(t, LAST[t] + 1):
+                        columns = START[u] + tl.arange(0, WIDE[u])
+                        _, v = _tile(
+                            ks, vs, sources[OF[u]], b, h, columns, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD, BY
+                        )  # fmt: skip
+                        p = (weights[u - t] * factor[:, None]).to(DOT)
+                        if JOINT or FOLD:
+                            result = tl.dot(p, v, result, input_precision=PRECISION)
+                        else:
+                            o = tl.dot(p, v, o, input_precision=PRECISION)
+                    if not (JOINT or FOLD):
+                        result += _gated(o, sources[OF[t]], b, h, rows, row_limit, value_dim, BV, HAS[OF[t]])
+            else:
+                columns = START[t] + tl.arange(0, WIDE[t])
+                k, v = _tile(ks, vs, sources[OF[t]], b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD, BY)
+                s = scores(
+                    q, k, sources[OF[t]], b, h, rows, columns, row_limit, limits[t], scale2, HAS[OF[t]], CAUSAL,
+                    PRECISION, FULL[t],
+                )  # fmt: skip
+                top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
+                if LAST[t] == t:
+                    o, one = softmax_end(top, total, o)
+                    to = lse + b * lse_strides[1] + h * lse_strides[2]
+                    if not JOINT:
+                        o = _gated(o, sources[OF[t]], b, h, rows, row_limit, value_dim, BV, HAS[OF[t]])
+                        to += OF[t] * lse_strides[0]
+                    tl.store(to + rows, one, mask=rows < row_limit)
+                    result += o
             if LAST[t] == t:
-                o, one = softmax_end(top, total, o)
-                to = lse + b * lse_strides[1] + h * lse_strides[2]
-                if not JOINT:
-                    o = _gated(o, sources[OF[t]], b, h, rows, row_limit, value_dim, BV, HAS[OF[t]])
-                    to += OF[t] * lse_strides[0]
-                tl.store(to + rows, one, mask=rows < row_limit)
-                result += o
                 top = tl.full([BM], float("-inf"), tl.float32)
                 total = tl.zeros([BM], tl.float32)
                 o = tl.zeros([BM, BV], tl.float32)
         if POOL:
             pooled += tl.sum(tl.where((rows < counted)[:, None], result, 0.0), 0)
         else:
-            to = out + b * out_strides[0] + h * out_strides[1]
-            store_tile(to, result, rows, row_limit, out_strides[2], value_dim, out_strides[3], BV)
+            to = start_of(out, out_strides, b, h, BY)
+            store_tile(to, result, rows, row_limit, out_strides[2], value_dim, out_strides[3], BV, BY)
     if POOL:
         columns = tl.arange(0, BV)
         to = out + b * out_strides[0] + h * out_strides[1] + chunk.to(tl.int64) * out_strides[2]
@@ -181,6 +243,10 @@ def _hold(query: Tensor, block: int) -> bool:
     them there; others want them in registers, in each warp, where there is no room for all of them.
     """
     return query.dtype != torch.float32 and block >= 64 and capability(query.device) >= (9, 0)
+
+
+def _keys_and_values(sources: Sequence[Source]) -> list[Tensor]:
+    return [x for s in sources for x in (s.key, s.value)]
 
 
 def _block(query: Tensor, largest: int) -> int:
@@ -213,11 +279,16 @@ def forward(
         out = query.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
     else:
         out = query.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
+    keep = [
+        width <= KEPT and not has[of] & GATE_WIDE.value
+        for width, of in zip(_together(layout), layout["OF"], strict=True)
+    ]
     _forward[(batch * heads * chunks,)](
         query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, scale * LOG2E.value,
-        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None,
-        HOLD=_hold(query, block), BLOCKS=blocks, BM=block, num_warps=8 if block == 128 else 4, num_stages=2, **layout,
+        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
+        FOLD=query.dtype != torch.float16, HOLD=_hold(query, block), BLOCKS=blocks, BM=block,
+        BY=aligned(query, *_keys_and_values(sources)), num_warps=8 if block == 128 else 4, num_stages=2, **layout,
         **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
@@ -234,10 +305,10 @@ def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):  # an element of a compile-
 @triton.jit
 def _weights_and_gradient(
     q, do, k, v, src, b, h, rows, columns, row_limit, limit, scale2, shift,
-    HAS: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+    HAS: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """P and U of a tile."""
-    s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS, CAUSAL, PREC)
+    s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS, CAUSAL, PREC, FULL)
     return tl.exp2(s - shift[:, None]), tl.dot(do, tl.trans(v), input_precision=PREC)
 
 
@@ -246,11 +317,11 @@ def _backward(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
     grad_query, grad_query_strides, grad_gates, outs, partial, row_lengths, batch, heads, row_limit, dim, value_dim,
     chunks, scale, scale2,
-    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
-    GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr, DIRECT: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, TOTAL: tl.constexpr,
+    HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr,
+    GRAD_LSE: tl.constexpr, GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr,
+    DIRECT: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -260,22 +331,22 @@ def _backward(
         limit = keys_there(sources[OF[t]], b, HAS[OF[t]])
         columns = START[t] + tl.arange(0, WIDE[t])
         if HOLD:
-            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT),)
-            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT),)
+            ks = ks + (load_keys(sources[OF[t]], b, h, columns, limit, dim, BD, DOT, BY),)
+            vs = vs + (load_values(sources[OF[t]], b, h, columns, limit, value_dim, BV, DOT, BY),)
         limits = limits + (limit,)
         dks = dks + (_zeros(WIDE[t], BD),)
         dvs = dvs + (_zeros(WIDE[t], BV),)
-    query += b * query_strides[0] + h * query_strides[1]
-    grad_out += b * grad_out_strides[0] + h * grad_out_strides[1]
-    grad_query += b * grad_query_strides[0] + h * grad_query_strides[1]
+    query = start_of(query, query_strides, b, h, BY)
+    grad_out = start_of(grad_out, grad_out_strides, b, h, BY)
+    grad_query = start_of(grad_query, grad_query_strides, b, h, BY)
     if ROWS:
         counted = tl.minimum(tl.load(row_lengths + b), row_limit)
     else:
         counted = row_limit
     for i in range(BLOCKS):
         rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
-        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT)
-        do = load_tile(grad_out, rows, counted, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT)
+        q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+        do = load_tile(grad_out, rows, counted, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
         dq = tl.zeros([BM, BD], tl.float32)
         new_dks, new_dvs = (), ()
         for t in tl.static_range(len(OF)):
@@ -287,9 +358,6 @@ def _backward(
                     at += OF[t] * lse_strides[0]
                 shift = tl.load(lse + at, mask=rows < row_limit, other=0.0) * LOG2E
                 shift = tl.where(shift == float("-inf"), 0.0, shift)
-                dlse = tl.zeros([BM], tl.float32)
-                if GRAD_LSE:
-                    dlse = tl.load(grad_lse + at, mask=rows < row_limit, other=0.0)
                 g = tl.full([BM], 1.0, tl.float32)
                 scaled = do
                 if not JOINT:
@@ -306,8 +374,8 @@ def _backward(
                         g = g * src.factor
                 if OUT:
                     o = load_tile(
-                        out + b * out_strides[0] + h * out_strides[1], rows, row_limit, out_strides[2], value_dim,
-                        out_strides[3], BV, tl.float32,
+                        start_of(out, out_strides, b, h, BY), rows, row_limit, out_strides[2], value_dim,
+                        out_strides[3], BV, tl.float32, BY,
                     )  # fmt: skip
                     r = tl.sum(do.to(tl.float32) * o, 1)
                 else:  # r is a sum over all tiles of the softmax: few stay in registers, many are computed twice
@@ -316,25 +384,28 @@ def _backward(
                     for u in tl.static_range(t, LAST[t] + 1):
                         others = START[u] + tl.arange(0, WIDE[u])
                         k, v = _tile(
-                            ks, vs, sources[OF[u]], b, h, others, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD
+                            ks, vs, sources[OF[u]], b, h, others, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD, BY
                         )  # fmt: skip
                         p, dp = _weights_and_gradient(
                             q, scaled, k, v, sources[OF[u]], b, h, rows, others, row_limit, limits[u], scale2, shift,
-                            HAS[OF[u]], CAUSAL, PRECISION,
+                            HAS[OF[u]], CAUSAL, PRECISION, FULL[u],
                         )  # fmt: skip
                         r += tl.sum(p * dp, 1)
                         kept = kept + (p, dp)
+                less = -g * r
+                if GRAD_LSE:
+                    less += tl.load(grad_lse + at, mask=rows < row_limit, other=0.0)
                 if GATE_WIDE & HAS[OF[t]]:
                     unscaled = tl.zeros([BM, BV], tl.float32)
-            k, v = _tile(ks, vs, src, b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD)
+            k, v = _tile(ks, vs, src, b, h, columns, limits[t], dim, value_dim, t, BD, BV, DOT, HOLD, BY)
             if KEEP[t]:
                 p, dp = kept[2 * (t - FIRST[t])], kept[2 * (t - FIRST[t]) + 1]
             else:
                 p, dp = _weights_and_gradient(
                     q, scaled, k, v, src, b, h, rows, columns, row_limit, limits[t], scale2, shift,
-                    HAS[OF[t]], CAUSAL, PRECISION,
+                    HAS[OF[t]], CAUSAL, PRECISION, FULL[t],
                 )  # fmt: skip
-            ds = (p * (g[:, None] * (dp - r[:, None]) + dlse[:, None])).to(DOT)
+            ds = (p * (g[:, None] * dp + less[:, None])).to(DOT)
             new_dks = new_dks + (tl.dot(tl.trans(ds), q, dks[t], input_precision=PRECISION),)
             weighted = (p * g[:, None]).to(DOT)
             new_dvs = new_dvs + (tl.dot(tl.trans(weighted), scaled, dvs[t], input_precision=PRECISION),)
@@ -349,7 +420,7 @@ def _backward(
                 elif LAST[t] == t:
                     tl.store(to + (b * heads + h) * row_limit + rows, r, mask=rows < row_limit)
         dks, dvs = new_dks, new_dvs
-        store_tile(grad_query, dq * scale, rows, row_limit, grad_query_strides[2], dim, grad_query_strides[3], BD)
+        store_tile(grad_query, dq * scale, rows, row_limit, grad_query_strides[2], dim, grad_query_strides[3], BD, BY)
     # partial: (chunks, B, H, TOTAL, BD + BV)
     partial += (chunk.to(tl.int64) * batch * heads + item) * (TOTAL * (BD + BV))
     offset = 0
@@ -357,11 +428,11 @@ def _backward(
         if DIRECT:
             rows = START[t] + tl.arange(0, WIDE[t])
             to = outs[2 * OF[t]]
-            start = to.tensor + b * to.strides[0] + h * to.strides[1]
-            store_tile(start, dks[t] * scale, rows, to.rows, to.strides[2], dim, to.strides[3], BD)
+            start = start_of(to.tensor, to.strides, b, h, BY)
+            store_tile(start, dks[t] * scale, rows, to.rows, to.strides[2], dim, to.strides[3], BD, BY)
             to = outs[2 * OF[t] + 1]
-            start = to.tensor + b * to.strides[0] + h * to.strides[1]
-            store_tile(start, dvs[t], rows, to.rows, to.strides[2], value_dim, to.strides[3], BV)
+            start = start_of(to.tensor, to.strides, b, h, BY)
+            store_tile(start, dvs[t], rows, to.rows, to.strides[2], value_dim, to.strides[3], BV, BY)
         else:
             rows = offset + tl.arange(0, WIDE[t])
             store_tile(partial, dks[t] * scale, rows, TOTAL, BD + BV, BD, 1, BD)
@@ -427,7 +498,10 @@ def backward(
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    block = _block(query, 64 if layout["BD"] + layout["BV"] <= 256 and query.dtype != torch.float32 else 32)
+    # Eight warps only where both products of a tile, by queries and by keys, have 128 rows: of 64, one group of four
+    # warps would compute what the other does.
+    largest = 64 if layout["BD"] + layout["BV"] <= 256 and query.dtype != torch.float32 else 32
+    block = _block(query, 128 if largest == 64 and max(layout["WIDE"], default=0) == 128 else largest)
     chunks, blocks = _grid(query, batch, block, 2 * multiprocessors(query.device))
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
@@ -453,18 +527,15 @@ def backward(
         if wanted and not source.key.shape[2]:
             grad.zero_()
     saved = query if out is None else out
-    together = [
-        sum(w for w, f in zip(layout["WIDE"], layout["FIRST"], strict=True) if f == of) for of in layout["FIRST"]
-    ]
     _backward[(batch * heads * chunks,)](
         grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
         source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
         outs, partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
         scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
         GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
-        KEEP=tuple(out is None and width <= KEPT for width in together), HOLD=_hold(query, block), DIRECT=direct,
-        BLOCKS=blocks, BM=block, TOTAL=total,
-        num_warps=8 if total * pitch > 8192 else 4, num_stages=1, **layout, **dot_options(query.dtype),
+        KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
+        DIRECT=direct, BLOCKS=blocks, BM=block, BY=aligned(query, grad_out, saved, *_keys_and_values(sources)),
+        TOTAL=total, num_warps=8 if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     if not direct:
         _sum_up(partial, outs, layout)

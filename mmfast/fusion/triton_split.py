@@ -23,6 +23,7 @@ from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
     LOG2E,
+    aligned,
     dot_options,
     few_values,
     keys_there,
@@ -32,6 +33,7 @@ from mmfast.fusion.triton_tiles import (
     scores,
     softmax_end,
     softmax_step,
+    start_of,
     strides,
 )
 
@@ -43,7 +45,7 @@ def _split(
     query, query_strides, sources, first, part, part_lse, batch, heads, length, dim, value_dim, folded, group,
     key_heads, row_blocks, scale2,
     HAS: tl.constexpr, CAUSAL: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -66,15 +68,15 @@ def _split(
             src = sources[j]
             limit = keys_there(src, b0, HAS[j])
             kh = h0 * group // src.group
-            key = src.key + b0 * src.key_strides[0] + kh * src.key_strides[1]
-            value = src.value + b0 * src.value_strides[0] + kh * src.value_strides[1]
+            key = start_of(src.key, src.key_strides, b0, kh, BY)
+            value = start_of(src.value, src.value_strides, b0, kh, BY)
             top = tl.full([BM], float("-inf"), tl.float32)
             total = tl.zeros([BM], tl.float32)
             out = tl.zeros([BM, BV], tl.float32)
             for t in range(TILES):
                 columns = ((split - first[j]).to(tl.int64) * TILES + t) * BN + tl.arange(0, BN)
-                k = load_tile(key, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT)
-                v = load_tile(value, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT)
+                k = load_tile(key, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+                v = load_tile(value, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
                 s = scores(
                     q, k, src, b[:, None], h[:, None], i, columns, length, limit, scale2, HAS[j], CAUSAL, PRECISION
                 )
@@ -182,7 +184,8 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     _split[(items * row_blocks, splits)](
         query, strides(query), source_refs, tuple(first), part, part_lse, batch, heads, length, dim, value_dim, folded,
         group, heads // group, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, TILES=tiles, BM=block, BN=width,
-        BD=wide, BV=wide_value, num_warps=4, num_stages=3, **dot_options(query.dtype),
+        BD=wide, BV=wide_value, BY=aligned(*(x for s in sources for x in (s.key, s.value))), num_warps=4, num_stages=3,
+        **dot_options(query.dtype),
     )  # fmt: skip
     parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)
     return _merged(parts, query, part.shape[1:], query.dtype, splits, batch * heads * length)

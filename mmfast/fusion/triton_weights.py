@@ -15,14 +15,25 @@ from torch import Tensor
 
 from mmfast.fusion._inputs import Source
 from mmfast.fusion.routes_cuda import power_of_two
-from mmfast.fusion.triton_tiles import LOG2E, dot_options, keys_there, load_keys, load_tile, refs, scores, strides
+from mmfast.fusion.triton_tiles import (
+    LOG2E,
+    aligned,
+    dot_options,
+    keys_there,
+    load_keys,
+    load_tile,
+    refs,
+    scores,
+    start_of,
+    strides,
+)
 
 
 @triton.jit
 def _mean_weights(
     query, query_strides, sources, lse, lse_strides, out, row_limit, dim, row_blocks, scale2,
     HAS: tl.constexpr, CAUSAL: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)
@@ -32,9 +43,9 @@ def _mean_weights(
     total = tl.zeros([BM, BN], tl.float32)
     for i in range(HEADS):
         h = tl.full([], 0, tl.int64) + i
-        start = query + b * query_strides[0] + h * query_strides[1]
-        q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT)
-        k = load_keys(src, b, h, columns, limit, dim, BD, DOT)
+        start = start_of(query, query_strides, b, h, BY)
+        q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+        k = load_keys(src, b, h, columns, limit, dim, BD, DOT, BY)
         s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS, CAUSAL, PRECISION)
         at = lse + b * lse_strides[0] + h * lse_strides[1]
         shift = tl.load(at + rows * lse_strides[2], mask=rows < row_limit, other=0.0) * LOG2E
@@ -62,7 +73,7 @@ def mean_weights(
         row_blocks = triton.cdiv(rows, block)
         _mean_weights[(batch * row_blocks, triton.cdiv(keys, width))](
             query, strides(query), source_refs, lse, strides(lse), out, rows, dim, row_blocks, scale * LOG2E.value,
-            HAS=has[0], CAUSAL=causal, HEADS=heads, BM=block, BN=width, BD=wide, num_warps=4, num_stages=2,
-            **dot_options(query.dtype),
+            HAS=has[0], CAUSAL=causal, HEADS=heads, BM=block, BN=width, BD=wide, BY=aligned(query, source.key), 
+            num_warps=4, num_stages=2, **dot_options(query.dtype),
         )  # fmt: skip
     return outs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusion_cases import excluding, inputs, randn, replaced
 
-from mmfast.fusion import Source, attention_pool, cross_attention, reference, triton_short, triton_split
+from mmfast.fusion import Source, attention_pool, cross_attention, reference, triton_short, triton_split, triton_tiles
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import prepare
 from mmfast.fusion.epilogue import gated_residual
@@ -77,6 +77,10 @@ def _ip_adapter():
     return randn(1, 2, 65, 40), [Source(*kv(1, 2, 77, 40)), Source(*kv(1, 2, 4, 40), gate=0.6)], {"fusion": "decoupled"}
 
 
+def _a_tile_of_128():
+    return randn(1, 1, 130, 16), [Source(*kv(1, 1, 126, 16), gate=randn(1, 1, 130, 1))], {"fusion": "decoupled"}
+
+
 def _gate_of_a_head_lengths():
     sources = [
         Source(*kv(2, 2, 20, 64), lengths=torch.tensor([0, 7])),
@@ -129,16 +133,32 @@ def _strided():
 SMALL = {name[1:]: build for name, build in list(globals().items()) if name.startswith("_") and name[1:2].isalpha()}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "a_tile_of_128"])
 def test_matches_gold(name):
     check(fused.short, *SMALL[name]())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["ip_adapter", "groups_shared_keys"])
+@pytest.mark.parametrize("name", ["ip_adapter", "a_tile_of_128", "groups_shared_keys"])
 def test_half_precision(name, dtype, monkeypatch):
     monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
     check(fused.short, *SMALL[name](), dtype, with_lse=dtype == torch.float16)
+
+
+@pytest.mark.parametrize(
+    "dim, dtype, by",
+    [
+        (40, torch.bfloat16, 8),
+        (72, torch.float16, 8),
+        (20, torch.bfloat16, 4),
+        (40, torch.float32, 4),
+        (6, torch.float32, 2),
+    ],
+)
+def test_aligned(dim, dtype, by):
+    x = torch.empty(2, 7, 3, dim, dtype=dtype)
+    assert triton_tiles.aligned(x, x.transpose(1, 2), x[:1].expand(4, -1, -1, -1)) == by
+    assert triton_tiles.aligned(x, x.transpose(2, 3)) == triton_tiles.aligned(x, x[..., :-1]) == 1
 
 
 def test_many_blocks(monkeypatch):
