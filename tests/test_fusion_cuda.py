@@ -15,7 +15,7 @@ from mmfast.fusion._inputs import prepare
 pytestmark = pytest.mark.cuda
 
 NAMES = [name for name in CASES if name not in ("softcap", "without_any_keys")]
-ENGINES = ("short", "split", "flash", "efficient")
+ENGINES = ("short", "split", "skip", "flash", "efficient")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -89,7 +89,7 @@ def test_head_dims(dim, dtype):
     agrees("short", torch.randn(2, 4, 1000, dim).double(), sources, {}, dtype)
 
 
-@pytest.mark.parametrize("engine", ["split", "flash", "efficient", "cudnn"])
+@pytest.mark.parametrize("engine", ["split", "skip", "flash", "efficient", "cudnn"])
 @pytest.mark.parametrize("of_lse", [False, True])
 def test_long_keys(engine, of_lse):
     def kv(n):
@@ -99,7 +99,7 @@ def test_long_keys(engine, of_lse):
     agrees(engine, torch.randn(2, 4, 33, 64).double(), sources, {}, torch.bfloat16, of_lse)
 
 
-@pytest.mark.parametrize("engine", ["flash", "efficient"])
+@pytest.mark.parametrize("engine", ["skip", "flash", "efficient"])
 @pytest.mark.parametrize("of_lse", [False, True])
 @pytest.mark.parametrize("rows", [1, 300])
 def test_long_padded_keys(rows, engine, of_lse):
@@ -112,6 +112,18 @@ def test_long_padded_keys(rows, engine, of_lse):
     agrees(engine, query, [Source(key, value, lengths=lengths)], {}, torch.bfloat16, of_lse)
     other = torch.randn(3, 2, 100, 64).double()
     agrees(engine, query, [Source(key, value, lengths=lengths), Source(other, other)], {}, torch.bfloat16, of_lse)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "lowest"])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_skipped_tiles(dim, kind):
+    """As of images in a prompt: the first queries see all keys, the others those of their own image."""
+    may = torch.zeros(2, 1, 500, 1700, dtype=torch.bool)
+    may[:, :, :3], may[0, :, 3:200, :801], may[0, :, 200:, 801:1602], may[1, :, 3:, :401] = True, True, True, True
+    mask = may if kind == "boolean" else torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.bfloat16).min)
+    key, value = torch.randn(2, 2, 1700, dim).double(), torch.randn(2, 2, 1700, dim).double()
+    query = torch.randn(2, 4, 500, dim).double()
+    agrees("skip", query, [Source(key, value, mask=mask.double() if kind == "lowest" else mask)], {}, torch.bfloat16)
 
 
 # ---- The public function
@@ -146,7 +158,13 @@ def padded(requires_grad=True):
     return query, [Source(image, image, lengths=torch.tensor([700, 1500], device="cuda"))], {}
 
 
-BUILDS = (adapter, few_queries, several, padded)
+def masked(requires_grad=True):
+    query, sources, options = padded(requires_grad)
+    mask = torch.rand(2, 1, 300, 1500, device="cuda") < 0.5
+    return query, [sources[0]._replace(mask=mask, lengths=None)], options
+
+
+BUILDS = (adapter, few_queries, several, padded, masked)
 
 
 def step(query, sources, options):

@@ -186,6 +186,14 @@ def test_sdpa_only_without_lse_and_masks():
     assert not routes_cuda.able("sdpa", query, [sources[0]._replace(gate=2.0)], "decoupled", False)
 
 
+def test_masked_keys_are_skipped_in_half_precision():
+    for dtype, engine in ((torch.bfloat16, "skip"), (torch.float32, "cpu")):
+        query, sources = of_shape(
+            4, 32, 1024, (6404,), 128, 8, dtype, mask=torch.empty(4, 1, 1024, 6404, device="meta")
+        )
+        assert routes_cuda.choose(query, sources, "joint", lse=False) == engine
+
+
 def test_tiles_cover_the_keys():
     for keys, dtype in itertools.product((*range(1, 300), 500, 1000), (torch.float32, torch.bfloat16)):
         tiles = routes_cuda.tiles_of(keys, dtype)
@@ -197,7 +205,7 @@ def test_tiles_cover_the_keys():
 def test_tuned_table(tmp_path, monkeypatch):
     """The fastest comes first, then who can do what it cannot; a file that holds nonsense changes nothing."""
     monkeypatch.setattr(routes_cuda, "TABLE", dict(routes_cuda.TABLE))
-    times = {"short": 3.0, "split": 1.0, "flash": 2.0, "sdpa": None, "efficient": None, "cudnn": None}
+    times = {"short": 3.0, "split": 1.0, "skip": None, "flash": 2.0, "sdpa": None, "efficient": None, "cudnn": None}
     lines = []
     table = routes_cuda.tune(lambda case, half, gradients, engine: times[engine], lines.append)
     assert len(table) == len(lines) == len(routes_cuda.TABLE)

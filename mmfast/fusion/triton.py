@@ -2,8 +2,9 @@
 
 ``mmfast::fusion_device_forward`` and ``_backward`` run one of several engines: ``"short"``, the kernels of
 `triton_short` for few keys, with every option but dropout and softcap; ``"split"``, those of `triton_split` for few
-queries; and those of `merged`, torch's own kernels source by source. The last two know one softmax without gates; their
-backward is that of `merged`. `routes_cuda.choose` decides.
+queries; ``"skip"``, those of `triton_skip` for long keys that masks leave a part of; and those of `merged`, torch's own
+kernels source by source. All but the first know one softmax without gates; their backward is that of `merged`.
+`routes_cuda.choose` decides.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def long(
     is_causal: bool = False,
     engine: str = "flash",
 ) -> Attention:
-    """The same by an engine for long keys: ``"split"``, or one of `merged.ENGINES`. Decoupled sources one by one."""
+    """The same by ``"split"``, ``"skip"`` or one of `merged.ENGINES`. Decoupled sources one by one."""
 
     def softmax(some: Sequence[Source]) -> tuple[Tensor, Tensor]:
         packed = _pack([s._replace(gate=None) for s in some])
@@ -239,6 +240,10 @@ def _forward(
             from mmfast.fusion import triton_split
 
             out, lse = triton_split.forward(query, sources, causal, scale, batch)
+        elif engine == "skip":
+            from mmfast.fusion import triton_skip
+
+            out, lse = triton_skip.forward(query, sources, causal, scale, batch)
         else:
             out, lse = merged.forward(query, sources, causal, scale, batch, engine)
     return out, lse[None]

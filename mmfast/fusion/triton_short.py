@@ -500,7 +500,8 @@ def backward(
     layout = _layout(query, sources, joint)
     # Eight warps only where both products of a tile, by queries and by keys, have 128 rows: of 64, one group of four
     # warps would compute what the other does.
-    largest = 64 if layout["BD"] + layout["BV"] <= 256 and query.dtype != torch.float32 else 32
+    half = query.dtype != torch.float32
+    largest = 64 if layout["BD"] + layout["BV"] <= (256 if half else 128) else 32
     block = _block(query, 128 if largest == 64 and max(layout["WIDE"], default=0) == 128 else largest)
     chunks, blocks = _grid(query, batch, block, 2 * multiprocessors(query.device))
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]

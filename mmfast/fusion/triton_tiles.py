@@ -237,6 +237,18 @@ def softmax_step(s, v, top, total, out, DOT: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
+def scaled_step(s, v, top, total, out, scale2, POSITIVE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
+    """`softmax_step` of ``s`` times ``scale2``, which is multiplied in where the largest score is subtracted."""
+    new = tl.maximum(top, (tl.max(s, 1) if POSITIVE else tl.min(s, 1)) * scale2)
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s * scale2 - shift[:, None])
+    old = tl.exp2(top - shift)
+    total = total * old + tl.sum(p, 1)
+    out = tl.dot(p.to(DOT), v, out * old[:, None], input_precision=PREC)
+    return new, total, out
+
+
+@triton.jit
 def softmax_end(top, total, out):
     """Normalised, and the natural log-sum-exp; 0 and −inf where there was nothing to attend to."""
     nothing = total == 0.0

@@ -6,7 +6,16 @@ import pytest
 import torch
 from fusion_cases import excluding, inputs, randn, replaced
 
-from mmfast.fusion import Source, attention_pool, cross_attention, reference, triton_short, triton_split, triton_tiles
+from mmfast.fusion import (
+    Source,
+    attention_pool,
+    cross_attention,
+    reference,
+    triton_short,
+    triton_skip,
+    triton_split,
+    triton_tiles,
+)
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import prepare
 from mmfast.fusion.epilogue import gated_residual
@@ -186,6 +195,84 @@ def test_split_in_many_parts(monkeypatch):
     check(lambda *args, **options: fused.long(*args, engine="split", **options), query, sources, {})
 
 
+def by_skipping(*args, **options):
+    return fused.long(*args, engine="skip", **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "six_features",
+        "gate_of_a_head_lengths",
+        "gate_of_a_query_masks",
+        "bias_causal",
+        "groups_shared_keys",
+        "shared_queries",
+        "nothing_to_attend_to",
+        "strided",
+    ],
+)
+def test_skip_matches_gold(name):
+    check(by_skipping, *SMALL[name]())
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def images(excluded):
+    """Two items, queries in blocks of 64, keys in tiles of 32: what the first block sees the second does not."""
+    may = torch.ones(2, 1, 70, 100, dtype=torch.bool)
+    may[0, :, 64:, 32:] = False
+    may[1, :, :, 64:] = False
+    may[1, :, 3, 10] = False
+    return may if excluded is None else torch.zeros(may.shape).masked_fill(~may, excluded)
+
+
+@pytest.mark.parametrize("excluded", [None, -torch.inf, LOWEST])
+def test_skips_tiles(excluded):
+    """What is excluded for a block of queries is not read, and masks only where they are of use."""
+    query, (key, value) = randn(2, 2, 70, 16).float(), [x.float() for x in kv(2, 1, 100, 16)]
+    mask = images(excluded)
+    expected = reference.attention(query, [Source(key, value, mask=mask)], fusion="joint", scale=0.25)
+    for x in (key, value):
+        x[1, :, 64:] = torch.nan
+    source = Source(key, value, mask=mask)
+    got = by_skipping(query, [source], fusion="joint", scale=0.25)
+    torch.testing.assert_close((got.out, got.lses), (expected.out, expected.lses), atol=3e-6, rtol=1e-5)
+    lists = triton_skip._lists(query, source, False, 2, 64, 32)
+    # Where nothing is masked, and others: the last tile is not full.
+    assert lists.counts.tolist() == [[3, 1], [1, 0], [1, 1], [2, 0]]
+    assert lists.tiles[0, :, :3].tolist()[0] == [0, 1, 2] and lists.tiles[2, :, 0].tolist() == [1, 0]
+
+
+def test_skips_only_beside_other_keys():
+    """A query for which all keys are as good as excluded attends to all: its block leaves nothing out."""
+    query, (key, value) = randn(1, 2, 70, 16).float(), [x.float() for x in kv(1, 1, 100, 16)]
+    mask = images(torch.finfo(torch.float16).min)[1:].half()
+    mask[:, :, 5] = torch.finfo(torch.float16).min
+    source = Source(key, value, mask=mask, lengths=torch.tensor([90]))
+    assert triton_skip._lists(query, source, False, 1, 64, 32).counts.tolist() == [[0, 3], [2, 0]]
+    results = [f(query, [source], fusion="joint", scale=0.25).out for f in (by_skipping, reference.attention)]
+    torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)  # scores of 65504 are rounded to 1 / 256
+    assert results[0][:, :, 5].abs().max() > 0
+
+
+def test_skip_by_lengths_and_causality():
+    query, source = randn(2, 1, 70, 16), Source(*kv(2, 1, 100, 16), lengths=torch.tensor([100, 33]))
+    assert triton_skip._lists(query.float(), source, False, 2, 64, 32).counts.tolist() == [[3, 1], [1, 1]]
+    lists = triton_skip._lists(query.float(), source, True, 2, 64, 32)
+    assert lists.counts.tolist() == [[0, 2], [2, 1], [0, 2], [1, 1]]
+    check(by_skipping, query, [source, Source(*kv(1, 1, 40, 16))], {"is_causal": True})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_skip_in_half_precision(dtype):
+    """Blocks of 128 queries, a mask in the dtype of the queries, whose lowest number is its own."""
+    mask = torch.where(images(None)[:, :, :, :60], 0.0, torch.finfo(dtype).min).to(dtype)
+    query, source = randn(2, 2, 70, 16), Source(*kv(2, 1, 60, 16), mask=mask)
+    check(by_skipping, query, [source, Source(*kv(1, 1, 130, 16))], {"scale": -0.3}, dtype, with_lse=False)
+
+
 def test_merge():
     outs = [torch.randn(2, 3, 7, 5), torch.randn(2, 7, 3, 5).transpose(1, 2), torch.randn(2, 3, 7, 5)]
     lses = [torch.where(torch.rand(2, 3, 7) < 0.3, -torch.inf, torch.randn(2, 3, 7)) for _ in outs]
@@ -241,7 +328,7 @@ def test_opcheck():
     query, sources = prepare(query, sources, "joint")
     packed = fused._pack(sources)
     args = (query, *packed[0], None, *packed[1], True, False, False, 0.25)
-    for engine in ("short", "split"):
+    for engine in ("short", "split", "skip"):
         torch.library.opcheck(
             torch.ops.mmfast.fusion_device_forward, (*args, engine), test_utils=("test_schema", "test_faketensor")
         )
