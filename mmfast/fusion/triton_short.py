@@ -21,6 +21,7 @@ added up by a second small kernel in a fixed order: the result is the same, bit 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,15 @@ from mmfast.fusion._inputs import Source
 from mmfast.fusion.merged import heads_inside, sum_batch
 from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
+    BIAS,
     GATE,
     GATE_WIDE,
     LN2,
     LOG2E,
+    MASK,
     aligned,
     capability,
     dot_options,
-    few_values,
     keys_there,
     load_keys,
     load_tile,
@@ -54,6 +56,7 @@ from mmfast.fusion.triton_tiles import (
     strides,
 )
 
+SUM = 6  # blocks of queries that take as long as it takes to write and add up the sums of a program, by bytes
 KEPT = 128  # keys of a softmax whose scores, or weights and gradients, are kept in registers until their sum is known
 
 
@@ -125,11 +128,12 @@ def _tile(
 @triton.jit
 def _forward(
     query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
-    chunks, scale2,
+    chunks, blocks, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
-    ROWS: tl.constexpr, KEEP: tl.constexpr, FOLD: tl.constexpr, HOLD: tl.constexpr, BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEEP: tl.constexpr, FOLD: tl.constexpr, RAW: tl.constexpr, HOLD: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     item = (tl.program_id(0) // chunks).to(tl.int64)
@@ -148,8 +152,8 @@ def _forward(
         counted = tl.load(row_lengths + b)
     else:
         counted = row_limit
-    for i in range(BLOCKS):
-        rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
+    for i in range(blocks):
+        rows = (chunk * blocks + i) * BM + tl.arange(0, BM)
         q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
         result = tl.zeros([BM, BV], tl.float32)
         top = tl.full([BM], float("-inf"), tl.float32)
@@ -166,14 +170,19 @@ def _forward(
                         )  # fmt: skip
                         s = scores(
                             q, k, sources[OF[u]], b, h, rows, columns, row_limit, limits[u], scale2, HAS[OF[u]],
-                            CAUSAL, PRECISION, FULL[u],
+                            CAUSAL, PRECISION, FULL[u], RAW,
                         )  # fmt: skip
                         top = tl.maximum(top, tl.max(s, 1))
                         kept = kept + (s,)
+                    if RAW:
+                        top *= scale2
                     shift = tl.where(top == float("-inf"), 0.0, top)
                     weights = ()
                     for u in tl.static_range(t, LAST[t] + 1):
-                        p = tl.exp2(kept[u - t] - shift[:, None])
+                        if RAW:
+                            p = tl.exp2(kept[u - t] * scale2 - shift[:, None])
+                        else:
+                            p = tl.exp2(kept[u - t] - shift[:, None])
                         total += tl.sum(p, 1)
                         weights = weights + (p,)
                     nothing = total == 0.0
@@ -232,7 +241,23 @@ def _grid(query: Tensor, batch: int, block: int, programs: int) -> tuple[int, in
     """(chunks, blocks in each) of the queries of one head: about ``programs`` programs in all, if they are so many."""
     heads, rows = query.shape[1:3]
     of = triton.cdiv(rows, block)
-    blocks = few_values(max(1, min(of, of * batch * heads // max(programs, 1))))
+    blocks = triton.cdiv(of, min(of, triton.cdiv(programs, batch * heads)))
+    return triton.cdiv(of, blocks), blocks
+
+
+def _grid_of_sums(query: Tensor, batch: int, block: int, programs: int) -> tuple[int, int]:
+    """The same where ``programs`` run at once, and each writes sums that are added up, in the time of some blocks."""
+    heads, rows = query.shape[1:3]
+    extra = SUM if query.dtype != torch.float32 else min(SUM, 1)  # where products are three a block takes long
+    return _soonest(triton.cdiv(rows, block), batch * heads, programs, extra)
+
+
+@cache
+def _soonest(of: int, items: int, programs: int, extra: int) -> tuple[int, int]:
+    def in_turn(chunks: int) -> int:
+        return triton.cdiv(items * chunks, programs) * (triton.cdiv(of, chunks) + (chunks > 1) * extra)
+
+    blocks = triton.cdiv(of, min(range(1, min(of, 64) + 1), key=in_turn))
     return triton.cdiv(of, blocks), blocks
 
 
@@ -271,9 +296,7 @@ def forward(
         lse.fill_(-torch.inf)
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    half = query.dtype != torch.float32
-    # One tile leaves registers for 128 queries in 8 warps; with several, half as many let more programs share a core.
-    block = _block(query, 128 if half and len(layout["OF"]) == 1 and layout["BD"] + layout["BV"] <= 128 else 64)
+    block = _block(query, 64)
     chunks, blocks = _grid(query, batch, block, 8 * multiprocessors(query.device))
     if pool:
         out = query.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
@@ -285,10 +308,11 @@ def forward(
     ]
     _forward[(batch * heads * chunks,)](
         query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
-        query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, scale * LOG2E.value,
+        query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, blocks, scale * LOG2E.value,
         HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
-        FOLD=query.dtype != torch.float16, HOLD=_hold(query, block), BLOCKS=blocks, BM=block,
-        BY=aligned(query, *_keys_and_values(sources)), num_warps=8 if block == 128 else 4, num_stages=2, **layout,
+        FOLD=query.dtype != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
+        HOLD=_hold(query, block), BM=block,
+        BY=aligned(query, *_keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
         **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
@@ -316,11 +340,11 @@ def _weights_and_gradient(
 def _backward(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
     grad_query, grad_query_strides, grad_gates, outs, partial, row_lengths, batch, heads, row_limit, dim, value_dim,
-    chunks, scale, scale2,
+    chunks, blocks, scale, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, JOINT: tl.constexpr, OUT: tl.constexpr, CAUSAL: tl.constexpr,
     GRAD_LSE: tl.constexpr, GRAD_GATE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr, HOLD: tl.constexpr,
-    DIRECT: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DIRECT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
@@ -343,8 +367,8 @@ def _backward(
         counted = tl.minimum(tl.load(row_lengths + b), row_limit)
     else:
         counted = row_limit
-    for i in range(BLOCKS):
-        rows = (chunk * BLOCKS + i) * BM + tl.arange(0, BM)
+    for i in range(blocks):
+        rows = (chunk * blocks + i) * BM + tl.arange(0, BM)
         q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
         do = load_tile(grad_out, rows, counted, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
         dq = tl.zeros([BM, BD], tl.float32)
@@ -503,7 +527,8 @@ def backward(
     half = query.dtype != torch.float32
     largest = 64 if layout["BD"] + layout["BV"] <= (256 if half else 128) else 32
     block = _block(query, 128 if largest == 64 and max(layout["WIDE"], default=0) == 128 else largest)
-    chunks, blocks = _grid(query, batch, block, 2 * multiprocessors(query.device))
+    programs = multiprocessors(query.device) * (1 if block == 128 else 2)
+    chunks, blocks = _grid_of_sums(query, batch, block, programs)
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
     grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
@@ -531,11 +556,11 @@ def backward(
     _backward[(batch * heads * chunks,)](
         grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
         source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
-        outs, partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, scale,
-        scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
-        GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
+        outs, partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks,
+        blocks, scale, scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal,
+        GRAD_LSE=grad_lse is not None, GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
         KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
-        DIRECT=direct, BLOCKS=blocks, BM=block, BY=aligned(query, grad_out, saved, *_keys_and_values(sources)),
+        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *_keys_and_values(sources)),
         TOTAL=total, num_warps=8 if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     if not direct:

@@ -73,8 +73,10 @@ def _split(
             top = tl.full([BM], float("-inf"), tl.float32)
             total = tl.zeros([BM], tl.float32)
             out = tl.zeros([BM, BV], tl.float32)
-            for t in range(TILES):
-                columns = ((split - first[j]).to(tl.int64) * TILES + t) * BN + tl.arange(0, BN)
+            begin = (split - first[j]).to(tl.int64) * (TILES * BN)
+            # What lies beyond the keys, or the length, is no work.
+            for t in range(tl.minimum(TILES, tl.cdiv(limit - begin, BN)).to(tl.int32)):
+                columns = begin + t * BN + tl.arange(0, BN)
                 k = load_tile(key, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
                 v = load_tile(value, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
                 s = scores(

@@ -201,12 +201,15 @@ def scores(
     CAUSAL: tl.constexpr,
     PREC: tl.constexpr,
     FULL: tl.constexpr = False,
+    RAW: tl.constexpr = False,
 ):
     """Of a tile, in units of exp2: −inf where a query may not attend. ``b`` and ``h`` may differ from row to row.
 
-    FULL: all keys of the tile exist.
+    FULL: all keys of the tile exist. RAW: nothing is added to scores, and who asks multiplies them by ``scale2``.
     """
-    s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale2
+    s = tl.dot(q, tl.trans(k), input_precision=PREC)
+    if not RAW:
+        s *= scale2
     may = columns[None, :] < limit
     if (MASK | MASK_BOOL | BIAS) & HAS:
         there = (rows[:, None] < row_limit) & (columns[None, :] < src.keys)

@@ -170,11 +170,20 @@ def test_aligned(dim, dtype, by):
     assert triton_tiles.aligned(x, x.transpose(2, 3)) == triton_tiles.aligned(x, x[..., :-1]) == 1
 
 
+@pytest.mark.parametrize(
+    "of, items, expected", [(64, 128, (2, 32)), (64, 160, (3, 22)), (64, 400, (1, 64)), (1, 9, (1, 1))]
+)
+def test_as_many_sums_as_pay(of, items, expected):
+    """Programs that all run at once, where that is possible, or nearly full rounds of few."""
+    assert triton_short._soonest(of, items, 264, 6) == expected
+
+
 def test_many_blocks(monkeypatch):
     """Programs that take several blocks of queries, several programs for a head, and the last block not full."""
     monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(triton_short, "SUM", 0)
     query, sources = randn(2, 1, 200, 16), [Source(*kv(2, 1, 5, 16)), Source(*kv(1, 1, 17, 16))]
-    assert triton_short._grid(query, 2, 32, 4) == (3, 3)
+    assert triton_short._grid(query, 2, 64, 4) == triton_short._grid_of_sums(query, 2, 64, 4) == (2, 2)
     check(fused.short, query, sources, {}, with_lse=False)
 
 
