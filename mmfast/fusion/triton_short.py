@@ -42,12 +42,15 @@ from mmfast.fusion.triton_tiles import (
     aligned,
     capability,
     dot_options,
+    inverse,
     keys_there,
     load_keys,
     load_tile,
     load_values,
+    log2,
     multiprocessors,
     refs,
+    roomy,
     scores,
     softmax_end,
     softmax_step,
@@ -186,13 +189,13 @@ def _forward(
                         total += tl.sum(p, 1)
                         weights = weights + (p,)
                     nothing = total == 0.0
-                    factor = tl.where(nothing, 0.0, 1.0 / total)
+                    factor = tl.where(nothing, 0.0, inverse(total))
                     to = lse + b * lse_strides[1] + h * lse_strides[2]
                     if not JOINT:
                         to += OF[t] * lse_strides[0]
                         if FOLD:
                             factor *= _factor(sources[OF[t]], b, h, rows, row_limit, HAS[OF[t]])
-                    one = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+                    one = tl.where(nothing, float("-inf"), (top + log2(total)) * LN2)
                     tl.store(to + rows, one, mask=rows < row_limit)
                     for u in tl.static_range(t, LAST[t] + 1):
                         columns = START[u] + tl.arange(0, WIDE[u])
@@ -524,9 +527,11 @@ def backward(
     layout = _layout(query, sources, joint)
     # Eight warps only where both products of a tile, by queries and by keys, have 128 rows: of 64, one group of four
     # warps would compute what the other does.
-    half = query.dtype != torch.float32
-    largest = 64 if layout["BD"] + layout["BV"] <= (256 if half else 128) else 32
-    block = _block(query, 128 if largest == 64 and max(layout["WIDE"], default=0) == 128 else largest)
+    wide = layout["BD"] + layout["BV"]
+    block = 64 if wide <= (256 if query.dtype != torch.float32 else 128) else 32
+    if block == 64 and max(layout["WIDE"], default=0) == 128 and roomy(query.device):
+        block = 128
+    block = _block(query, block)
     programs = multiprocessors(query.device) * (1 if block == 128 else 2)
     chunks, blocks = _grid_of_sums(query, batch, block, programs)
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]

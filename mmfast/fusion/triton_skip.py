@@ -34,6 +34,7 @@ from mmfast.fusion.triton_tiles import (
     keys_there,
     load_tile,
     refs,
+    roomy,
     scaled_step,
     scores,
     softmax_end,
@@ -171,8 +172,8 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     source_refs, has = refs(query, sources)
     wide, wide_value = power_of_two(dim), power_of_two(value_dim)
     half = query.dtype != torch.float32
-    block = min(128 if half and wide + wide_value <= 256 else 64, power_of_two(rows))
-    width = (128 if wide + wide_value <= 256 else 64) if half else 32
+    large = half and wide + wide_value <= 256 and roomy(query.device)
+    block, width = min(128 if large else 64, power_of_two(rows)), 128 if large else 64 if half else 32
     lists = tuple(_lists(query, s, causal, batch, block, width) for s in sources)
     out = heads_inside(query, (batch, heads, rows, value_dim))
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmfast.fusion._inputs import Source
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -127,6 +128,14 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def roomy(device: torch.device) -> bool:
+    """Whether a program may have 200 KB of shared memory, as on Hopper and Blackwell's data centre GPUs."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
 
 
 # ---- In the kernels
@@ -252,8 +261,26 @@ def scaled_step(s, v, top, total, out, scale2, POSITIVE: tl.constexpr, DOT: tl.c
 
 
 @triton.jit
+def inverse(x):
+    """1 / x to a unit in the last place, of a sum of exponentials: one instruction, where a division is nine."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def log2(x):
+    """To 2⁻²² of a sum of exponentials, of which one is 1: one instruction, where the exact one is some twenty-five."""
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def softmax_end(top, total, out):
     """Normalised, and the natural log-sum-exp; 0 and −inf where there was nothing to attend to."""
     nothing = total == 0.0
-    out = out * tl.where(nothing, 0.0, 1.0 / total)[:, None]
-    return out, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2)
+    out = out * tl.where(nothing, 0.0, inverse(total))[:, None]
+    return out, tl.where(nothing, float("-inf"), (top + log2(total)) * LN2)
