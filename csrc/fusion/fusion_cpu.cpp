@@ -271,8 +271,7 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
     // Delta is taken from the output there: from a rounded one only where nothing else can be done.
     const bool narrow = fold * p.rows <= kFewGradientRows && out.type == scalar_type_of<T>();
-    const bool few =
-        own_keys && !p.decoupled && panels == 1 && (narrow || (pieces > 1 && fold * p.rows <= kFewRows));
+    const bool few = own_keys && !p.decoupled && panels == 1 && (narrow || (pieces > 1 && fold * p.rows <= kFewRows));
     const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
     const int64_t heads = few ? heads_together<T>(p, folds, 1, pieces, 0)
                           : own_keys && pieces == 1

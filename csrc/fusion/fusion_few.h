@@ -150,8 +150,7 @@ void few_output(int64_t dim, const View& value, const From* from, int64_t first,
             for (; d + 2 * N <= dim; d += 2 * N)
                 few_output_chunk<T, R, 2, true>(dim, value, from, first, last, tile, d, out);
         if constexpr (C > 1)
-            for (; d + N <= dim; d += N)
-                few_output_chunk<T, R, 1, true>(dim, value, from, first, last, tile, d, out);
+            for (; d + N <= dim; d += N) few_output_chunk<T, R, 1, true>(dim, value, from, first, last, tile, d, out);
     }
     for (; d < dim; d += N) few_output_chunk<T, R, 1, false>(dim, value, from, first, last, tile, d, out);
 }
