@@ -54,6 +54,23 @@ def test_few_queries(dtype, shared, rows):
     close_to_gold(dtype, tensors, torch.tensor([517, 0]), mask, weights)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("keys", [(1, 2), (9, 66)])
+@pytest.mark.parametrize("dims", [(3, 1), (8, 20), (40, 24), (72, 100), (36, 130)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_few_queries_and_keys(rows, dims, keys, by_columns):
+    """Whole vectors of features and the rest of them, keys that fill no vector, features that are not neighbours."""
+    tensors = [torch.randn(2, 4, rows, dims[0])]
+    for n in keys:
+        tensors += [torch.randn(2, 2, n, d) for d in dims]
+    if by_columns:
+        tensors = [x.mT.contiguous().mT for x in tensors]
+    mask = torch.randn(2, 1, rows, keys[1])
+    weights = torch.randn(2, 4, rows, dims[1]).double(), torch.randn(2, 4, rows).double()
+
+    close_to_gold(torch.float32, tensors, torch.tensor([keys[0], keys[0] - 1]), mask, weights)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "batch", "rows", "dims"),

@@ -56,6 +56,18 @@ int64_t all_keys(const Problem& p) {
     return total;
 }
 
+// Whether all keys and values are read where they lie, each head's rows next to each other: copies give nothing then.
+template <class T>
+bool compact(const Problem& p) {
+    const auto fits = [](const View& x, int64_t width) {
+        return x.type == scalar_type_of<T>() && x.column == 1 && x.row == width;
+    };
+    bool result = p.value_dim * sizeof(T) % 512 != 0;  // else a head's values are copied after all: see in_place()
+    for (int j = 0; j < p.count; ++j)
+        result = result && fits(p.sources[j].key, p.dim) && fits(p.sources[j].value, p.value_dim);
+    return result;
+}
+
 int64_t divide_up(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
@@ -67,8 +79,11 @@ double cost_of(int64_t panel, int64_t keys, int64_t features) {
     return multiply_adds / (sizeof(T) == 4 ? 20 : 8);
 }
 
-// From so many keys on a few queries go through them with all their heads: see the note [Wide].
+// From so many keys on the queries of one item go through them with all their heads: see the note [Wide].
 constexpr int64_t kWideFrom = 96;
+// Gradients of at most so many queries have features in the lanes, however few the keys; with more of them lanes of queries
+// are full enough.
+constexpr int64_t kFewGradientRows = 5;
 
 // What items may keep in the second cache: of Order::wide, and of copies that all panels use.
 int64_t wide_bytes() {
@@ -109,7 +124,8 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t panel_rows = std::min(k.panel, fold * p.rows);
     const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
     const int64_t threads = max_threads();
-    const bool single = fold * p.rows <= kSingleRows && !p.decoupled && keys > kWideFrom;
+    const bool few = fold * p.rows <= kFewRows && !p.decoupled;
+    const bool single = few || (fold * p.rows <= kSingleRows && !p.decoupled && keys > kWideFrom);
     int64_t splits = 1;
     const int64_t units = single ? p.batch : groups * panels;
     if (!p.decoupled && threads > 1 && units < wanted_items())
@@ -121,10 +137,8 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t size = (p.value_dim + 2) * k.panel;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
-    const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1;
-    const Order order = single && fold * p.rows <= kFewRows ? Order::few
-                        : single || shared                  ? Order::wide
-                                                            : Order::panels;
+    const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
+    const Order order = few ? Order::few : single || shared ? Order::wide : Order::panels;
     int64_t heads = single   ? heads_together<T>(p, folds, 1, splits, 0)
                     : shared ? folds
                              : heads_together<T>(p, folds, panels, panels * splits, panels > 1);
@@ -255,9 +269,11 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
     const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
     bool own_keys = true;  // no two folds of heads have keys in common
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
-    const bool few = own_keys && !p.decoupled && pieces > 1 && panels == 1 && fold * p.rows <= kFewRows;
+    // Delta is taken from the output there: from a rounded one only where nothing else can be done.
+    const bool narrow = fold * p.rows <= kFewGradientRows && out.type == scalar_type_of<T>();
+    const bool few = own_keys && !p.decoupled && panels == 1 && (narrow || (pieces > 1 && fold * p.rows <= kFewRows));
     const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
-    const int64_t heads = few ? folds
+    const int64_t heads = few ? heads_together<T>(p, folds, 1, pieces, 0)
                           : own_keys && pieces == 1
                               ? heads_together<T>(p, folds, panels, most_shares, panels > 1 ? 2 : 0)
                               : 1;

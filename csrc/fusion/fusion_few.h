@@ -1,4 +1,4 @@
-// Attention of few queries to many keys. For fusion_forward.cpp.
+// Attention of few queries. For fusion_forward.cpp.
 //
 // Note: [Few]
 //   With queries in the lanes one query would use a sixteenth of a vector. Here features are: of a key's score the products
@@ -32,7 +32,7 @@ constexpr int64_t few_head_size(const Problem& p) {
 
 template <class T>
 constexpr int64_t few_scratch(const Problem& p, int64_t heads) {
-    return up_to_multiple(heads * few_head_size<T>(p), 16) + kFewRows * heads * kFewKeys + p.value_dim * kPanel<T>;
+    return up_to_multiple(heads * few_head_size<T>(p), 16) + kFewRows * heads * kFewKeys;
 }
 
 template <class T>
@@ -46,27 +46,51 @@ MMFAST_INLINE FewHead<T> few_head(const Problem& p, T* states, int64_t h) {
     return s;
 }
 
+// Sums that R queries have beside each other, each in a register: enough to hide the latency of a multiply-add, for which
+// two would wait half of the time, and not more than there are registers for.
+constexpr int few_sums(int rows, int most) {
+    constexpr int kSums = kProductWidth < 4 ? 10 : 20;
+    const int fit = kSums / rows;
+    return fit >= most ? most : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+// A vector of a row, `n` elements of which are left; with kWhole they are known to be enough and next to each other.
+template <class T, bool kWhole, class From>
+MMFAST_INLINE Vec<T> load_part(const From* p, int64_t step, int64_t n) {
+    if constexpr (kWhole) return load_as<T>(p, Simd<T>::lanes);
+    else return load_step<T>(p, step, n);
+}
+
 // Products of the features of K keys, added up by lanes, into parts[row][place ..].
 template <class T, int R, int K, class From>
 MMFAST_INLINE void few_products(int64_t dim, const View& key, const From* from, const T* queries, int64_t place,
                                 Vec<T> (&parts)[R][Simd<T>::lanes]) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int64_t width = up_to_multiple(dim, N);
+    const int64_t width = up_to_multiple(dim, N), stride = key.row;
     Vec<T> sum[R][K];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
         for (int k = 0; k < K; ++k) sum[r][k] = Vec<T>{};
-    for (int64_t d = 0; d < dim; d += N) {
+    const auto step = [&]<bool kWhole>(int64_t d) __attribute__((always_inline)) {
         Vec<T> x[K];
-        for (int k = 0; k < K; ++k) x[k] = load_step<T>(from + k * key.row + d * key.column, key.column, dim - d);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+            x[k] = load_part<T, kWhole>(from + k * stride + d * key.column, key.column, dim - d);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const Vec<T> q = Simd<T>::load(queries + r * width + d);
+#pragma GCC unroll 8
             for (int k = 0; k < K; ++k) sum[r][k] += q * x[k];
         }
-    }
+    };
+    int64_t d = 0;
+    if (key.column == 1)
+        for (; d + N <= dim; d += N) step.template operator()<true>(d);
+    for (; d < dim; d += N) step.template operator()<false>(d);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
         for (int k = 0; k < K; ++k) parts[r][place + k] = sum[r][k];
 }
 
@@ -75,9 +99,10 @@ template <class T, int R, class From>
 void few_scores(int64_t dim, const View& key, const From* from, int64_t first, int64_t last, const T* queries,
                 T* tile) {
     constexpr int64_t N = Simd<T>::lanes;
+    constexpr int K = smaller(few_sums(R, 8), N);
     Vec<T> parts[R][N];
     int64_t k = first;
-    for (; k + 2 <= last; k += 2) few_products<T, R, 2>(dim, key, from + k * key.row, queries, k - first, parts);
+    for (; k + K <= last; k += K) few_products<T, R, K>(dim, key, from + k * key.row, queries, k - first, parts);
     for (; k < last; ++k) few_products<T, R, 1>(dim, key, from + k * key.row, queries, k - first, parts);
     for (; k < first + N; ++k)
         for (int r = 0; r < R; ++r) parts[r][k - first] = Vec<T>{};
@@ -85,7 +110,7 @@ void few_scores(int64_t dim, const View& key, const From* from, int64_t first, i
 }
 
 // C vectors of features from `d` on; see few_output.
-template <class T, int R, int C, class From>
+template <class T, int R, int C, bool kWhole, class From>
 MMFAST_INLINE void few_output_chunk(int64_t dim, const View& value, const From* from, int64_t first, int64_t last,
                                     const T* tile, int64_t d, T* out) {
     constexpr int64_t N = Simd<T>::lanes;
@@ -93,23 +118,22 @@ MMFAST_INLINE void few_output_chunk(int64_t dim, const View& value, const From* 
     Vec<T> sum[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[r][c] = Simd<T>::load(out + r * width + d + c * N);
-    for (int64_t k = first; k < last; ++k) {
+    from += first * value.row + d * value.column;
+    for (int64_t k = first; k < last; ++k, from += value.row) {
         Vec<T> x[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            const int64_t column = d + c * N;
-            x[c] = load_step<T>(from + k * value.row + column * value.column, value.column, dim - column);
-        }
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c)
+            x[c] = load_part<T, kWhole>(from + c * N * value.column, value.column, dim - d - c * N);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < C; ++c) sum[r][c] += tile[r * kFewKeys + k] * x[c];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) Simd<T>::store(out + r * width + d + c * N, sum[r][c]);
 }
 
@@ -117,10 +141,18 @@ MMFAST_INLINE void few_output_chunk(int64_t dim, const View& value, const From* 
 template <class T, int R, class From>
 void few_output(int64_t dim, const View& value, const From* from, int64_t first, int64_t last, const T* tile, T* out) {
     constexpr int64_t N = Simd<T>::lanes;
-    constexpr int C = kProductWidth < 4 ? 1 : R <= 5 ? 4 : 2;
+    constexpr int C = few_sums(R, 8);
     int64_t d = 0;
-    for (; d + C * N <= dim; d += C * N) few_output_chunk<T, R, C>(dim, value, from, first, last, tile, d, out);
-    for (; d < dim; d += N) few_output_chunk<T, R, 1>(dim, value, from, first, last, tile, d, out);
+    if (value.column == 1) {
+        for (; d + C * N <= dim; d += C * N)
+            few_output_chunk<T, R, C, true>(dim, value, from, first, last, tile, d, out);
+        if constexpr (C > 2)
+            for (; d + 2 * N <= dim; d += 2 * N)
+                few_output_chunk<T, R, 2, true>(dim, value, from, first, last, tile, d, out);
+        if constexpr (C > 1)
+            for (; d + N <= dim; d += N) few_output_chunk<T, R, 1, true>(dim, value, from, first, last, tile, d, out);
+    }
+    for (; d < dim; d += N) few_output_chunk<T, R, 1, false>(dim, value, from, first, last, tile, d, out);
 }
 
 template <class T>
@@ -182,14 +214,13 @@ MMFAST_INLINE void for_few(int64_t n, const F& f) {
     f.template operator()<8>();
 }
 
-// Keys lo .. hi - 1 for all heads of the item; done(head, rows, output [value_dim][lane], maxima, sums) for each.
+// Keys lo .. hi - 1 for all heads of the item; done(head, rows, output [row][value_width], maxima, sums) for each.
 template <class T, class F>
 void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& keys, int64_t lo, int64_t hi, T* scratch,
                 const F& done) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(p.dim, N), value_width = up_to_multiple(p.value_dim, N);
     T* const tiles = scratch + up_to_multiple(item.heads * few_head_size<T>(p), 16);
-    T* const columns = tiles + item.heads * kFewRows * kFewKeys;
     Rows rows;
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);
@@ -250,10 +281,7 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);
         set_rows<T>(p, fold, item.head + h * fold, item.panel, rows);
-        const int64_t lanes = up_to_multiple(rows.n, N);
-        for (int64_t k = 0; k < p.value_dim; ++k)
-            for (int64_t r = 0; r < lanes; ++r) columns[k * lanes + r] = r < rows.n ? s.out[r * value_width + k] : T(0);
-        done(h, rows, columns, s.maximum, s.sum);
+        done(h, rows, s.out, s.maximum, s.sum);
     }
 }
 

@@ -36,8 +36,7 @@ MMFAST_INLINE FewGradientHead<T> few_gradient_head(const Problem& p, T* scratch,
 
 template <class T>
 int64_t few_gradient_scratch(const Problem& p, int64_t heads) {
-    return few_gradient_head<T>(p, nullptr, heads).queries - static_cast<T*>(nullptr) + 2 * kFewRows * kFewKeys +
-           p.dim * kPanel<T>;
+    return few_gradient_head<T>(p, nullptr, heads).queries - static_cast<T*>(nullptr) + 2 * kFewRows * kFewKeys;
 }
 
 template <class T>
@@ -120,7 +119,7 @@ void backward_few(const BackwardJob<T>& job, const BackwardItem& item, T* scratc
     const Problem& p = *job.problem;
     const int64_t width = up_to_multiple(p.dim, N);
     T* const tile = few_gradient_head<T>(p, scratch, item.heads).queries;
-    T *const slopes = tile + kFewRows * kFewKeys, *const columns = slopes + kFewRows * kFewKeys;
+    T* const slopes = tile + kFewRows * kFewKeys;
     Keys keys;
     set_keys(p, item.batch, false, keys);
     Rows rows;
@@ -172,15 +171,12 @@ void backward_few(const BackwardJob<T>& job, const BackwardItem& item, T* scratc
         }
     }
     if (!job.query.target.data) return;
-    alignas(64) T scale[kPanel<T>];
+    T scale[kFewRows];
     for (T& x : scale) x = T(p.scale);
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewGradientHead<T> s = set_head(h);
-        const int64_t lanes = up_to_multiple(rows.n, N);
-        for (int64_t k = 0; k < p.dim; ++k)
-            for (int64_t r = 0; r < lanes; ++r) columns[k * lanes + r] = r < rows.n ? s.dq[r * width + k] : T(0);
-        unpack_columns<T>(columns, p.dim, scale, item.batch, rows, job.query.target, item.query_run * job.query.run,
-                          job.query.add);
+        unpack_rows<T>(s.dq, width, p.dim, scale, item.batch, rows, job.query.target, item.query_run * job.query.run,
+                       job.query.add);
     }
 }
 

@@ -600,6 +600,7 @@ template <class T>
 void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
     constexpr int64_t N = Simd<T>::lanes;
     const Problem& p = *job.problem;
+    const int64_t width = up_to_multiple(p.value_dim, N);
     Keys keys;
     set_keys(p, item.batch, true, keys);
     const auto [lo, hi] = share_of(p, item, keys);
@@ -609,14 +610,23 @@ void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
                       now.head = item.head + h * job.fold;
                       now.slot = item.slot + h * job.panels * item.splits;
                       for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+                          constexpr int64_t W = S * N;
                           Running<T, S> running;
-                          alignas(64) T at[2 * S * N] = {};
+                          alignas(64) T at[2 * W] = {}, factor[W];
                           for (int64_t r = 0; r < rows.n; ++r) {
                               at[r] = maximum[r];
-                              at[S * N + r] = sum[r];
+                              at[W + r] = sum[r];
                           }
                           load_running<T, S>(at, running);
-                          conclude<T, S>(job, now, rows, running, out);
+                          if (!job.partial) {
+                              finish<T, S>(job, now, rows, 0, running, factor);
+                              unpack_rows<T>(out, width, p.value_dim, factor, item.batch, rows, job.out, 0, false);
+                              return;
+                          }
+                          T* const to = job.partial + now.slot * (p.value_dim + 2) * W;
+                          for (int64_t k = 0; k < p.value_dim; ++k)
+                              for (int64_t r = 0; r < W; ++r) to[k * W + r] = r < rows.n ? out[r * width + k] : T(0);
+                          store_running<T, S>(running, to + p.value_dim * W);
                       });
                   });
 }

@@ -367,6 +367,24 @@ void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, c
     });
 }
 
+// The same of rows: target[row][column] = (or +=) factor[row] * x[row][column], `stride` from one row of x to the next.
+template <class T>
+void unpack_rows(const T* x, int64_t stride, int64_t count, const T* factor, int64_t batch, const Rows& rows,
+                 const Target& to, int64_t offset, bool add) {
+    constexpr int64_t N = Simd<T>::lanes;
+    dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
+        using To = std::remove_pointer_t<decltype(kind)>;
+        for (int64_t r = 0; r < rows.n; ++r, x += stride) {
+            To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
+            for (int64_t k = 0; k < count; k += N) {
+                Vec<T> part = factor[r] * Simd<T>::load(x + k);
+                if (add) part += load_as<T>(at + k, count - k);
+                store_as<T>(at + k, part, count - k);
+            }
+        }
+    });
+}
+
 // ---- Keys ----------------------------------------------------------------------------------------------------------
 
 // Keys first .. of one source, from the `place`-th on of all.
