@@ -20,7 +20,7 @@ from mmfast.mmd._inputs import (
 )
 from mmfast.mmd._primitives import primitives
 from mmfast.mmd.kernels import Kernel, Layers, Part, apply
-from mmfast.mmd.reference import aligned, compute_dtype, diagonal
+from mmfast.mmd.reference import aligned, aligned_each, compute_dtype, diagonal
 from mmfast.mmd.terms import DOT, METRIC, Terms
 
 ESTIMATORS = ("biased", "unbiased", "one_sample_u", "linear", "linear_cyclic", "block")
@@ -267,8 +267,8 @@ def _bracket(parts: list[tuple[Layers, Layers, Terms]], split: Callable) -> Tens
     values = []
     for x, y, terms in parts:
         (x1, x2), (y1, y2) = split(x), split(y)
-        for a, b, sign in ((x1, x2, 1), (y1, y2, 1), (x1, y2, -1), (x2, y1, -1)):
-            values.append(sign * aligned(a, b, terms).mean(1, dtype=torch.float64))
+        kernels = aligned_each([(x1, x2), (y1, y2), (x1, y2), (x2, y1)], terms).mean(2, dtype=torch.float64)
+        values.append(kernels[:2].sum(0) - kernels[2:].sum(0))
     return _total(values)
 
 

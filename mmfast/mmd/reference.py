@@ -72,17 +72,36 @@ def matrix(x: Layers, y: Layers, terms: Terms) -> Tensor:
 @_in_full
 def aligned(x: Layers, y: Layers, terms: Terms) -> Tensor:
     """k(x_i, y_i), ``(b, n)``, in the compute dtype."""
-    product = None
-    for layer, (a, b) in enumerate(zip(x, y, strict=True)):
-        a, b = a.to(compute_dtype(a.dtype)), b.to(compute_dtype(b.dtype))
-        metric = METRIC[_families(terms, layer)[0]]
-        if metric == DOT:
-            measure = (a * b).sum(-1)
-        else:
-            measure = (a - b).square().sum(-1) if metric != L1 else (a - b).abs().sum(-1)
-        values = _values(terms, layer, measure, measure == 0)
-        product = values if product is None else product * values
-    return product
+    return aligned_each([(x, y)], terms)[0]
+
+
+def aligned_each(pairs: Sequence[tuple[Layers, Layers]], terms: Terms) -> Tensor:
+    """`aligned` of each pair, ``(len(pairs), b, n)``: a few operators for all of them."""
+    with _backend.without_autocast(pairs[0][0][0].device.type):
+        product = None
+        for layer in range(len(pairs[0][0])):
+            metric = METRIC[_families(terms, layer)[0]]
+            measure = torch.stack([_measure_aligned(x[layer], y[layer], metric) for x, y in pairs])
+            values = _values_at_once(terms, layer, measure)
+            product = values if product is None else product * values
+        return product
+
+
+def _measure_aligned(a: Tensor, b: Tensor, metric: int) -> Tensor:
+    a, b = a.to(compute_dtype(a.dtype)), b.to(compute_dtype(b.dtype))
+    if metric == DOT:
+        return (a * b).sum(-1)
+    return (a - b).abs().sum(-1) if metric == L1 else (a - b).square().sum(-1)
+
+
+def _values_at_once(terms: Terms, layer: int, measure: Tensor) -> Tensor:
+    """`_values` of a few measures: exponentials of all bandwidths together, which takes memory for each."""
+    rows = _rows(terms, layer)
+    exponentials = all(terms.families[t] in (GAUSSIAN, LAPLACIAN_L1) for t in rows)
+    if len(rows) == 1 or not exponentials or rows[-1] - rows[0] >= len(rows):
+        return _values(terms, layer, measure, measure == 0)
+    weight, gamma = terms.params[rows[0] : rows[-1] + 1, :2].reshape(len(rows), 2, *[1] * measure.dim()).unbind(1)
+    return (weight * torch.exp(-gamma * measure)).sum(0)
 
 
 def diagonal(x: Layers, terms: Terms) -> Tensor:
