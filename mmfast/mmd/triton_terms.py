@@ -9,6 +9,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _not_negative(z, ACC: tl.constexpr):
+    """0 for what is below it, and NaN stays: one instruction in float32, where a comparison takes five."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) if tl.float32 == ACC else tl.where(z < 0, 0, z)
+
+
+@triton.jit
 def _rate(at, ACC: tl.constexpr):
     """-γ log2 e of a term, rounded once: an error here is the same for all pairs, and no sum averages it out."""
     return (tl.load(at + 1) * -LOG2E).to(ACC)
