@@ -27,6 +27,7 @@ from mmfast.mmd.triton_points import (
     fill,
     format_of,
     layout,
+    padded,
     scales_of,
     sizes_for,
     triton_type,
@@ -109,14 +110,14 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None
     by_params, sums = None, torch.zeros(3, b, dtype=torch.float64, device=x.device)
-    split, strips = z.second // block, triton.cdiv(z.second // block, problem.sizes.strip)
+    split = z.second // block
     panels = sweep(
         problem, upstream, totals=True, sums=by_weights is not None, cols=by_weights is not None,
         keep="none" if grad is None else "gradient", params=need[4], weights=weights,
     )  # fmt: skip
     for panel in panels:
         of_x = max(0, min(split - panel.first, panel.tiles))
-        found = panel.totals[..., 0]
+        found, strips = panel.totals[..., 0], panel.first_strips
         sums[0] += 2 * found[:, :of_x, :strips].sum((1, 2))
         sums[1] += 2 * found[:, of_x:, strips:].sum((1, 2))
         sums[2] += found[:, of_x:, :strips].sum((1, 2))
@@ -338,6 +339,7 @@ def pair_backward(
 # ---- Permutations
 
 _GROUPS = 1024  # groups at a time
+_MEMBERS = 2**29  # bytes up to which all groups are kept as numbers
 
 
 def permutations(z: Tensor, kernel: Sequence, members: Tensor, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -348,19 +350,26 @@ def permutations(z: Tensor, kernel: Sequence, members: Tensor, precision: str = 
     rows = torch.zeros(1, problem.x.rows, dtype=torch.float64, device=z.device)
     inside = torch.zeros(members.shape[0], dtype=torch.float64, device=z.device)
     one = torch.ones(1, 1, dtype=kept.compute, device=z.device)
+
+    def numbers(groups: Tensor) -> Points:
+        count = padded(groups.shape[0], 16)  # so that a row begins where 16 bytes do
+        vectors = torch.zeros(1, problem.x.rows, count, dtype=kept.type, device=z.device)
+        vectors[0, :n, : groups.shape[0]] = groups.t()
+        return Points(vectors, vectors, one, one, problem.x.rows, count, n, problem.x.rows, 0, (count,))
+
+    starts = range(0, members.shape[0], _GROUPS)
+    few = members.shape[0] * problem.x.rows * kept.type.itemsize <= _MEMBERS
+    all_numbers = [numbers(members[start : start + _GROUPS]) for start in starts] if few else None
     for panel in sweep(problem, Upstream(), keep="kernel", sums=True, cols=True):
         _add_sums(rows, rows, panel, block, 0)
         first = panel.first * block
         last = min(n, first + panel.tiles * block)
-        for start in range(0, members.shape[0], _GROUPS):
+        for part, start in enumerate(starts):
             groups = members[start : start + _GROUPS]
-            count = groups.shape[0]
-            vectors = torch.zeros(1, problem.x.rows, count, dtype=kept.type, device=z.device)
-            vectors[0, :n] = groups.t()
-            points = Points(vectors, vectors, one, one, problem.x.rows, count, n, problem.x.rows, 0, (count,))
-            out = torch.zeros(1, panel.tiles * block, count, dtype=kept.compute, device=z.device)
-            add_product(problem, panel, 0, points, 0, count, one, out, 0, local=True, parts=1)
-            chosen = out[0, : last - first] * groups[:, first:last].t()
+            points = numbers(groups) if all_numbers is None else all_numbers[part]
+            out = torch.zeros(1, panel.tiles * block, points.width, dtype=kept.compute, device=z.device)
+            add_product(problem, panel, 0, points, 0, points.width, one, out, 0, local=True, parts=1)
+            chosen = out[0, : last - first, : groups.shape[0]] * groups[:, first:last].t()
             inside[start : start + _GROUPS] += 2 * chosen.sum(0, dtype=torch.float64)
     return inside, rows[0, :n].contiguous()
 
