@@ -21,6 +21,16 @@ def _rate(at, ACC: tl.constexpr):
 
 
 @triton.jit
+def _doubles(params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """Is each γ twice the next one's?"""
+    doubles = tl.full((), 1, tl.int1)
+    for t in tl.static_range(COUNT - 1):
+        at = params + (FIRST + t) * 4 + 1
+        doubles = doubles & (tl.load(at).to(ACC) == 2 * tl.load(at + 4).to(ACC))
+    return doubles
+
+
+@triton.jit
 def _gaussians(z, params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
     """Σ w exp(-γ z) and its derivative: one exponential and squarings where each γ is twice the next one's."""
     last = params + (FIRST + COUNT - 1) * 4
@@ -29,11 +39,7 @@ def _gaussians(z, params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.cons
     v = w * u
     h = (-g * w) * u
     if COUNT > 1:
-        doubles = g == g
-        for t in tl.static_range(COUNT - 1):
-            at = params + (FIRST + t) * 4 + 1
-            doubles = doubles & (tl.load(at).to(ACC) == 2 * tl.load(at + 4).to(ACC))
-        if doubles:
+        if _doubles(params, FIRST, COUNT, ACC):
             for i in tl.static_range(COUNT - 1):
                 at = params + (FIRST + COUNT - 2 - i) * 4
                 w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
