@@ -186,6 +186,27 @@ def narrow(hi, lo, norms, factors, params, coefs, inverses, totals, grads,
         tl.store(grads + to[:, None] * WIDTH + d[None, :], acc)
 
 
+@triton.jit
+def combine(totals, coefs, sums, value, row_tiles, strips, of_x, first_strips, TWICE: tl.constexpr,
+            LANES: tl.constexpr):  # fmt: skip
+    """``sums`` (b, 3) from what programs have found, and their combination ``value`` (b)."""
+    item = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    xx, yy, xy = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
+    for first in range(0, row_tiles * strips, LANES):
+        at = first + lanes
+        found = tl.load(totals + item * row_tiles * strips + at, mask=at < row_tiles * strips, other=0)
+        of_y, with_y = at // strips >= of_x, at % strips >= first_strips
+        xx += tl.where(of_y | with_y, 0, found)
+        yy += tl.where(of_y & with_y, found, 0)
+        xy += tl.where(of_y & (with_y == 0), found, 0)
+    s_xx, s_yy, s_xy = tl.sum(xx, 0) * TWICE, tl.sum(yy, 0) * TWICE, tl.sum(xy, 0)
+    tl.store(sums + item * 3, s_xx)
+    tl.store(sums + item * 3 + 1, s_yy)
+    tl.store(sums + item * 3 + 2, s_xy)
+    tl.store(value + item, s_xx * tl.load(coefs) + s_yy * tl.load(coefs + 1) + s_xy * tl.load(coefs + 2))
+
+
 def takes(plan: Layout, kind: Format) -> bool:
     """One layer of few features, whose pairs are measured by products on tensor cores."""
     return (
@@ -217,8 +238,8 @@ def sizes(found: Sizes, dim: int) -> Sizes:
     return dataclasses.replace(found, block=block, step=max(16, triton.next_power_of_2(dim)))
 
 
-def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """(b, 3) sums over pairs with i != j of x, of y and of both; and the gradient (b, rows, D) of their combination."""
+def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums (b, 3) over pairs with i != j of x, of y and of both, after their combination; its gradient (b, rows, D)."""
     z, kind, plan = problem.x, problem.kind, problem.layout
     b, device = problem.items, z.hi.device
     rows, cols, warps, registers = _shape(z.width, gradient, _old(device))
@@ -237,9 +258,10 @@ def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -
         OWN=kind.raw, SPLIT=kind.parts, KEEP_SPLIT=kind.kept_parts, ROWS=rows, COLS=cols, WIDTH=z.width,
         TYPE=triton_type(kind.type), UPCAST=INTERPRETED, num_warps=warps, num_stages=2, maxnreg=registers,
     )  # fmt: skip
-    of_x = z.second // rows
-    xx, yx = totals[:, :of_x, :first_strips].sum((1, 2)), totals[:, of_x:, :first_strips].sum((1, 2))
-    yy = totals[:, of_x:, first_strips:].sum((1, 2))
-    both = 1 if gradient else 2
-    sums = torch.stack((both * xx, both * yy, yx), 1)
-    return sums, grads.sum(0)[..., : plan.dims[0]] if gradient else None
+    sums = torch.empty(b, 3, dtype=torch.float64, device=device)
+    value = torch.empty(b, dtype=torch.float64, device=device)
+    combine[(b,)](
+        totals, coefs, sums, value, row_tiles, strips, z.second // rows, first_strips, TWICE=1 if gradient else 2,
+        LANES=16 if INTERPRETED else 1024, num_warps=8,
+    )  # fmt: skip
+    return value, sums, grads.sum(0)[..., : plan.dims[0]] if gradient else None
