@@ -8,7 +8,7 @@ import torch
 
 from mmfast import kernels as k
 from mmfast import mmd
-from mmfast.mmd import small, triton_launch, triton_narrow
+from mmfast.mmd import small, triton_launch, triton_narrow, triton_prepare
 
 BACKEND, DEVICE = "triton", "cpu"
 
@@ -116,6 +116,17 @@ def test_narrow_far(order):
         assert row.min() < 1e-9 * row.max()
         worst = ((e - g).abs() / row).max()
         assert ((a - g).abs() / row).max() <= 4 * worst + 1e-5
+
+
+def test_powers():
+    """Scales are those of `torch.frexp`, also of 0, of powers of two and of what is hardly a number."""
+    most = torch.tensor([0, 1, 0.9999999, 2, 3, 1e-30, 1e-42, 3e38, 65504, 2.0**-75])[:, None].repeat(1, 35)
+    most[:, :34] *= torch.rand(10, 34).sort(1).values
+    found = torch.empty(3, 10)
+    triton_prepare.powers[(10,)](most, *found, 35, MOST=60, LANES=16)
+    power = (15 - torch.frexp(most.amax(1))[1]).clamp(-60, 60)
+    for values, exponent in zip(found, (power, -power, -2 * power), strict=True):
+        assert torch.equal(values, torch.ldexp(torch.ones(10), exponent))
 
 
 def test_panels(monkeypatch):
