@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.mmd import triton_sweep
+from mmfast.mmd import triton_narrow, triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
     BY_DIFFERENCES,
@@ -27,18 +27,23 @@ from mmfast.mmd.triton_points import (
     fill,
     format_of,
     layout,
+    padded,
     scales_of,
     sizes_for,
     triton_type,
 )
 
 
-def _problem(x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False) -> Problem:
+def _problem(
+    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, narrow: bool = False
+) -> Problem:
     """Pairs of x with y; without ``y``, or of both samples ``pooled``, each pair of points once."""
     params, dims, families, layers = kernel
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
     sizes = sizes_for(x, max(dims, default=1), kind)
+    if narrow:
+        sizes = triton_narrow.sizes(sizes, dims[0])
     samples = [x] if y is None else [x, y]
     scales = scales_of(samples, plan.dims, plan.how, kind, sizes)
     b, n = x.shape[:2]
@@ -96,7 +101,9 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need, precision="float32"):
     b, n, m = x.shape[0], x.shape[1], y.shape[1]
-    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True)
+    plain = wx is None and wy is None and not need[4] and b * n * m > 0
+    narrow = plain and triton_narrow.takes(layout((dims, families, layers)), format_of([x.dtype], precision))
+    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, narrow=narrow)
     z, block = problem.x, problem.sizes.block
     weights = None
     if wx is not None or wy is not None:
@@ -105,18 +112,28 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         both[:, z.second : z.second + m] = 1 if wy is None else wy
         weights = both, both
     coefs = coefs.detach().to(x.device, torch.float64).contiguous()
+    double = torch.float64
+
+    def of(found: Tensor | None, first: int, count: int, wanted: bool, dtype: torch.dtype) -> Tensor:
+        return found[:, first : first + count].contiguous() if wanted else _nothing(x, dtype)
+
+    if narrow:
+        value, sums, grad = triton_narrow.quadratic(problem, coefs, need[0] or need[1], need[5])
+        by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
+        nothing = _nothing(x, double)
+        return value, sums, by_x, by_y, nothing, nothing.clone(), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None
     by_params, sums = None, torch.zeros(3, b, dtype=torch.float64, device=x.device)
-    split, strips = z.second // block, triton.cdiv(z.second // block, problem.sizes.strip)
+    split = z.second // block
     panels = sweep(
         problem, upstream, totals=True, sums=by_weights is not None, cols=by_weights is not None,
         keep="none" if grad is None else "gradient", params=need[4], weights=weights,
     )  # fmt: skip
     for panel in panels:
         of_x = max(0, min(split - panel.first, panel.tiles))
-        found = panel.totals[..., 0]
+        found, strips = panel.totals[..., 0], panel.first_strips
         sums[0] += 2 * found[:, :of_x, :strips].sum((1, 2))
         sums[1] += 2 * found[:, of_x:, strips:].sum((1, 2))
         sums[2] += found[:, of_x:, :strips].sum((1, 2))
@@ -127,11 +144,7 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         if need[4]:
             by_params = _added(by_params, panel.params.sum((1, 2)))
     sums = sums.t().contiguous()
-
-    def of(found: Tensor | None, first: int, count: int, wanted: bool, dtype: torch.dtype) -> Tensor:
-        return found[:, first : first + count].contiguous() if wanted else _nothing(x, dtype)
-
-    compute, double = problem.kind.compute, torch.float64
+    compute = problem.kind.compute
     return (
         torch.mv(sums, coefs),
         sums,
@@ -338,6 +351,7 @@ def pair_backward(
 # ---- Permutations
 
 _GROUPS = 1024  # groups at a time
+_MEMBERS = 2**29  # bytes up to which all groups are kept as numbers
 
 
 def permutations(z: Tensor, kernel: Sequence, members: Tensor, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -348,19 +362,26 @@ def permutations(z: Tensor, kernel: Sequence, members: Tensor, precision: str = 
     rows = torch.zeros(1, problem.x.rows, dtype=torch.float64, device=z.device)
     inside = torch.zeros(members.shape[0], dtype=torch.float64, device=z.device)
     one = torch.ones(1, 1, dtype=kept.compute, device=z.device)
+
+    def numbers(groups: Tensor) -> Points:
+        count = padded(groups.shape[0], 16)  # so that a row begins where 16 bytes do
+        vectors = torch.zeros(1, problem.x.rows, count, dtype=kept.type, device=z.device)
+        vectors[0, :n, : groups.shape[0]] = groups.t()
+        return Points(vectors, vectors, one, one, problem.x.rows, count, n, problem.x.rows, 0, (count,))
+
+    starts = range(0, members.shape[0], _GROUPS)
+    few = members.shape[0] * problem.x.rows * kept.type.itemsize <= _MEMBERS
+    all_numbers = [numbers(members[start : start + _GROUPS]) for start in starts] if few else None
     for panel in sweep(problem, Upstream(), keep="kernel", sums=True, cols=True):
         _add_sums(rows, rows, panel, block, 0)
         first = panel.first * block
         last = min(n, first + panel.tiles * block)
-        for start in range(0, members.shape[0], _GROUPS):
+        for part, start in enumerate(starts):
             groups = members[start : start + _GROUPS]
-            count = groups.shape[0]
-            vectors = torch.zeros(1, problem.x.rows, count, dtype=kept.type, device=z.device)
-            vectors[0, :n] = groups.t()
-            points = Points(vectors, vectors, one, one, problem.x.rows, count, n, problem.x.rows, 0, (count,))
-            out = torch.zeros(1, panel.tiles * block, count, dtype=kept.compute, device=z.device)
-            add_product(problem, panel, 0, points, 0, count, one, out, 0, local=True, parts=1)
-            chosen = out[0, : last - first] * groups[:, first:last].t()
+            points = numbers(groups) if all_numbers is None else all_numbers[part]
+            out = torch.zeros(1, panel.tiles * block, points.width, dtype=kept.compute, device=z.device)
+            add_product(problem, panel, 0, points, 0, points.width, one, out, 0, local=True, parts=1)
+            chosen = out[0, : last - first, : groups.shape[0]] * groups[:, first:last].t()
             inside[start : start + _GROUPS] += 2 * chosen.sum(0, dtype=torch.float64)
     return inside, rows[0, :n].contiguous()
 

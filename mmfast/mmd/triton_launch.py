@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,23 @@ from mmfast.mmd.triton_points import (
 from mmfast.mmd.triton_tuning import Sizes
 
 NEAR = 2.0**-8  # squared distances below this share of the squared norms are summed again, difference by difference
-_PANEL, _POINTS_SHARE = 2**26, 4  # bytes of kept tiles at a time: at least, and for each feature
+_PANEL, _POINTS_SHARE = 2**28, 4  # bytes of kept tiles at a time: at least, and for each feature
+_PROGRAMS = 8  # of a sweep on each multiprocessor, at least, where its tiles are so many
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; an H100's for what is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def shares_of(programs: int, most: int, device: torch.device) -> int:
+    """Into how many shares to divide the work of ``programs``, of which one is at work on a multiprocessor.
+
+    The fewest rounds for the size of a share; what a share leaves to be added up counts for a hundredth of the work.
+    """
+    many = processors(device)
+    return min(range(1, max(1, min(most, 32)) + 1), key=lambda s: (-(-programs * s // many) / s + 0.01 * s, s))
 
 
 @dataclass
@@ -75,6 +92,7 @@ class Panel:
     lo: Tensor | None
     scales: Tensor | None
     kept_layers: int
+    first_strips: int  # strips of columns of the first sample, before those of the second
 
 
 def sweep(
@@ -97,9 +115,6 @@ def sweep(
     layers = problem.layout.layers
     stages = max(1, sizes.stages // layers)  # each layer's loop has its own in shared memory
     kernels = 1 + (problem.layout.second < layers)
-    split = y.second // block
-    first_strips = triton.cdiv(split, sizes.strip)
-    strips = first_strips + triton.cdiv(col_tiles - split, sizes.strip)
     kept_layers = {"none": 0, "kernel": 1, "gradient": layers}[keep]
     # Kept tiles take no more than the points do, or a fixed size where these are few.
     row_bytes = y.rows * b * (kept_layers * kept.kept_parts * kept.type.itemsize + cols * kind.compute.itemsize)
@@ -107,6 +122,12 @@ def sweep(
     each = row_tiles
     if keep != "none" or cols:
         each = max(1, min(row_tiles, limit // (row_bytes * (block if keep != "none" else 1))))
+
+    split, strip = y.second // block, sizes.strip
+    if not INTERPRETED:
+        strip = max(1, min(strip, b * each * col_tiles // (_PROGRAMS * processors(device))))
+    first_strips = triton.cdiv(split, strip)
+    strips = first_strips + triton.cdiv(col_tiles - split, strip)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -146,11 +167,11 @@ def sweep(
             FAMILIES=problem.layout.families, BEGINS=problem.layout.begins, SECOND=problem.layout.second,
             SYMMETRIC=problem.symmetric, MODE=up.mode, TOTALS=totals, SUMS=sums, COLS=cols,
             WEIGHTED=weights is not None, KEEP=keep, PARAMS=count, ALL=up.all_sums,
-            U_WIDTH=16 if u is None else u.width, STRIP=sizes.strip, GROUP=sizes.group, NEAR=NEAR, SPLIT=kind.parts,
+            U_WIDTH=16 if u is None else u.width, STRIP=strip, GROUP=sizes.group, NEAR=NEAR, SPLIT=kind.parts,
             KEEP_SPLIT=kept.kept_parts, U_SPLIT=up.parts, BLOCK=block, STEP=sizes.step, TYPE=triton_type(kept.type),
             UPCAST=INTERPRETED, ACC=triton_type(kind.compute), num_warps=sizes.warps, num_stages=stages,
         )  # fmt: skip
-        yield Panel(first, tiles, out_totals, out_rows, out_cols, out_params, hi, lo, scales, kept_layers)
+        yield Panel(first, tiles, out_totals, out_rows, out_cols, out_params, hi, lo, scales, kept_layers, first_strips)
 
 
 def add_product(
@@ -187,7 +208,7 @@ def add_product(
     shares = 1
     depth = panel.tiles if transposed else col_tiles
     if not INTERPRETED:
-        shares = max(1, min(depth // 4, 264 // max(1, out_tiles * columns * b), 32))
+        shares = shares_of(out_tiles * columns * b, depth // 4, out.device)
     first_out = 0 if transposed or local else panel.first * block
     target, width, rows, to, first = out, out.shape[2], out.shape[1], out_column, first_out
     if shares > 1:

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.mmd import triton_prepare, triton_tuning
-from mmfast.mmd.reference import compute_dtype
 from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS
 from mmfast.mmd.triton_tuning import Sizes
 
@@ -151,8 +150,10 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
     total = sum(dims)
     if any(centred):
         count = max(sum(s.shape[1] for s in samples), 1)
-        mean = sum(s.sum(1, dtype=compute_dtype(s.dtype)).to(kind.compute) for s in samples) / count
-        mean = mean.nan_to_num(0, 0, 0)  # one bad row must not spoil the others
+        mean = samples[0].sum(1, dtype=kind.compute)
+        for s in samples[1:]:
+            mean += s.sum(1, dtype=kind.compute)
+        mean = mean.div_(count).nan_to_num_(0, 0, 0)  # one bad row must not spoil the others
         if not all(centred):
             parts = mean.split(list(dims), 1)
             mean = torch.cat([p if c else torch.zeros_like(p) for p, c in zip(parts, centred, strict=True)], 1)
@@ -162,27 +163,20 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
     if not kind.scaled:
         ones = torch.ones(b, layers, dtype=kind.compute, device=device)
         return Scales(mean, ones, ones, ones, centred)
-    found = []
-    for s in samples:
-        blocks = triton.cdiv(s.shape[1], sizes.block)
-        if not blocks:
-            continue
-        most = torch.empty(b, layers, blocks, dtype=kind.compute, device=device)
-        triton_prepare.extents[(blocks * b,)](
-            s, mean, most, s.shape[1], *s.stride(), blocks,
-            DIMS=tuple(dims), BLOCK=sizes.block, STEP=sizes.step, ACC=triton_type(kind.compute),
-        )  # fmt: skip
-        found.append(most)
-    if not found:
-        found = [torch.zeros(b, layers, 1, dtype=kind.compute, device=device)]
-    most = torch.cat(found, 2).amax(2)
-    exponent = (15 - torch.frexp(most)[1]).clamp(-_MAX_SCALE, _MAX_SCALE)
-    scales, inverses, factors = (_power_of_two(e) for e in (exponent, -exponent, -2 * exponent))
+    blocks = [triton.cdiv(s.shape[1], sizes.block) for s in samples]
+    most = torch.empty(b, layers, sum(blocks), dtype=kind.compute, device=device)
+    for i, (s, many) in enumerate(zip(samples, blocks, strict=True)):
+        if many:
+            triton_prepare.extents[(many * b,)](
+                s, mean, most, s.shape[1], *s.stride(), many, sum(blocks[:i]), sum(blocks),
+                DIMS=tuple(dims), BLOCK=sizes.block, STEP=sizes.step, ACC=triton_type(kind.compute),
+            )  # fmt: skip
+    scales, inverses, factors = (torch.empty(b, layers, dtype=kind.compute, device=device) for _ in range(3))
+    if scales.numel():
+        triton_prepare.powers[(b * layers,)](
+            most, scales, inverses, factors, sum(blocks), MOST=_MAX_SCALE, LANES=16 if INTERPRETED else 1024
+        )
     return Scales(mean, scales, inverses, factors, centred)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def padded(count: int, block: int) -> int:

@@ -13,9 +13,9 @@ import triton.language as tl
 
 
 @triton.jit
-def extents(x, mean, out, n, stride_b, stride_n, stride_d, blocks,
+def extents(x, mean, out, n, stride_b, stride_n, stride_d, blocks, first, out_blocks,
             DIMS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The largest finite |x - mean| of a block of rows, for each layer: ``out`` (b, layers, blocks)."""
+    """The largest finite |x - mean| of a block of rows, for each layer: ``out`` (b, layers, …) from ``first`` on."""
     pid = tl.program_id(0).to(tl.int64)
     block, item = pid % blocks, pid // blocks
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -33,8 +33,29 @@ def extents(x, mean, out, n, stride_b, stride_n, stride_d, blocks,
             m = tl.load(mean + item * total + start + c + k, mask=c + k < DIMS[layer], other=0).to(ACC)
             v = tl.where(there, tl.abs(v - m[None, :]), 0)
             most = tl.maximum(most, tl.max(tl.where(v < float("inf"), v, 0), 1))
-        tl.store(out + (item * len(DIMS) + layer) * blocks + block, tl.max(most, 0))
+        tl.store(out + (item * len(DIMS) + layer) * out_blocks + first + block, tl.max(most, 0))
         start += DIMS[layer]
+
+
+@triton.jit
+def powers(most, scales, inverses, factors, blocks, MOST: tl.constexpr, LANES: tl.constexpr):
+    """The power of two that takes the largest of ``blocks`` below 2^15, its inverse and the inverse's square.
+
+    A program does what is one of ``most`` (b · layers, blocks), not negative and finite. No power is beyond 2^±MOST.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    top = tl.zeros((LANES,), tl.float32)
+    for first in range(0, blocks, LANES):
+        found = tl.load(most + pid * blocks + first + lanes, mask=first + lanes < blocks, other=0)
+        top = tl.maximum(top, found)
+    top = tl.max(top, 0)
+    exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    power = 15 - tl.where(top > 0, exponent, 0)
+    power = tl.minimum(tl.maximum(power, -MOST), MOST)
+    tl.store(scales + pid, ((127 + power) << 23).to(tl.float32, bitcast=True))
+    tl.store(inverses + pid, ((127 - power) << 23).to(tl.float32, bitcast=True))
+    tl.store(factors + pid, ((127 - 2 * power) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit

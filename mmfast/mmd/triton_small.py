@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmfast.mmd.triton_terms import _terms, _total
+from mmfast.mmd.triton_terms import _not_negative, _terms, _total
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def distances(x, y, partial, sums, ticket, n, m, width, tiles_x, x_item, x_strid
                 if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
                     exact = _apart(a_begins, a_there, b_begins, b_there, begin, end, BLOCK)
                     z = tl.where(near, exact, z)
-            z = tl.where(z < 0, 0, z)  # and NaN stays
+            z = _not_negative(z, tl.float32)
     place = (item * tl.num_programs(1) + share) * pairs + t
     at = tl.arange(0, BLOCK)
     tl.store(partial + place * (BLOCK * BLOCK) + at[:, None] * BLOCK + at[None, :], z)

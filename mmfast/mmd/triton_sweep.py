@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmfast.mmd.triton_terms import _parameter_sums, _terms, _total
+from mmfast.mmd.triton_terms import _not_negative, _parameter_sums, _terms, _total
 
 # ---- Measures of a tile
 
@@ -55,7 +55,25 @@ def _differences(x_cols, y_cols, i, j, rows_x, rows_y, START, DIM: tl.constexpr,
 
 
 @triton.jit
-def _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, seen, rows_x, rows_y, width,
+def _inside(first, BLOCK: tl.constexpr, n, second, m):
+    """True where each row of a block, from row ``first`` on, is a point of one sample or of the other."""
+    return (first + BLOCK <= n) | ((first >= second) & (first + BLOCK <= second + m))
+
+
+@triton.jit
+def _seen(i, j, n_x, second_x, m_x, n_y, second_y, m_y, SYMMETRIC: tl.constexpr):
+    """The pairs of a tile that count."""
+    i_there = (i < n_x) | ((i >= second_x) & (i < second_x + m_x))
+    j_there = (j < n_y) | ((j >= second_y) & (j < second_y + m_y))
+    seen = i_there[:, None] & j_there[None, :]
+    if SYMMETRIC:
+        seen = seen & (i[:, None] > j[None, :])
+    return seen
+
+
+@triton.jit
+def _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x, second_x, m_x, n_y, second_y,
+             m_y, rows_x, rows_y, width, SYMMETRIC: tl.constexpr,
              LAYER: tl.constexpr, DIMS: tl.constexpr, WIDTHS: tl.constexpr, HOW: tl.constexpr, NEAR: tl.constexpr,
              SPLIT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
@@ -76,11 +94,14 @@ def _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, 
             norm = tl.load(x_norms + LAYER * rows_x + i)[:, None] + tl.load(y_norms + LAYER * rows_y + j)[None, :]
             z = norm - z * (2 * factor)
             if how == 1:
-                near = seen & (z < norm * NEAR)
+                near = z < norm * NEAR
                 if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
-                    exact = _differences(x_cols, y_cols, i, j, rows_x, rows_y, column, DIMS[LAYER], True, BLOCK, ACC)
-                    z = tl.where(near, exact, z)
-            z = tl.where(z < 0, 0, z)  # and NaN stays
+                    near = near & _seen(i, j, n_x, second_x, m_x, n_y, second_y, m_y, SYMMETRIC)
+                    if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+                        exact = _differences(x_cols, y_cols, i, j, rows_x, rows_y, column, DIMS[LAYER], True, BLOCK,
+                                             ACC)  # fmt: skip
+                        z = tl.where(near, exact, z)
+            z = _not_negative(z, ACC)
     return z
 
 
@@ -95,7 +116,9 @@ def _split(value, hi, lo, scales, at, scale_at, SPLIT: tl.constexpr, TYPE: tl.co
         tl.store(scales + scale_at, 1.0)
     else:
         size = tl.abs(value)
-        most = tl.max(tl.max(tl.where(size < float("inf"), size, 0), 1), 0)
+        most = tl.max(tl.max(size, 1), 0)
+        if (most < float("inf")) == 0:  # the largest that is finite
+            most = tl.max(tl.max(tl.where(size < float("inf"), size, 0), 1), 0)
         most = tl.where(most < 1e-30, 1e-30, most)
         scaled = value * (16384.0 / most)
         head = scaled.to(TYPE)
@@ -144,7 +167,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
 
     layers: tl.constexpr = len(DIMS)
     i = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i_there = (i < n_x) | ((i >= second_x) & (i < second_x + m_x))
+    row_whole = _inside(row.to(tl.int64) * BLOCK, BLOCK, n_x, second_x, m_x)
     x_hi += item * rows_x * width
     x_lo += item * rows_x * width
     y_hi += item * rows_y * width
@@ -195,25 +218,58 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                        ACC)  # fmt: skip
     for tile in range(begin, end):
         j = tile * BLOCK + at.to(tl.int64)
-        j_there = (j < n_y) | ((j >= second_y) & (j < second_y + m_y))
-        seen = i_there[:, None] & j_there[None, :]
+        # Nearly all tiles have every pair: only the others are masked, since that takes as long as five exponentials.
+        whole = row_whole & _inside(tl.cast(tile, tl.int64) * BLOCK, BLOCK, n_y, second_y, m_y)
         if SYMMETRIC:
-            seen = seen & (((row - tile) * BLOCK + at)[:, None] > at[None, :])
+            whole = whole & (tile < row)
         k = tl.full((BLOCK, BLOCK), 1.0, ACC)
         k_2 = tl.full((BLOCK, BLOCK), 1.0, ACC)
         for layer in tl.static_range(layers):
-            z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, seen, rows_x, rows_y,
-                         width, layer, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
+            z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x, second_x, m_x,
+                         n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC, layer, DIMS, WIDTHS, HOW, NEAR, SPLIT,
+                         BLOCK, STEP, UPCAST, ACC)  # fmt: skip
             v, h = _terms(z, params, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer], LADDERS[layer], ACC)
             if layer < SECOND:
                 k = k * v
             else:
                 k_2 = k_2 * v
-        k = tl.where(seen, k, 0)
-        if layers > SECOND:
-            k_2 = tl.where(seen, k_2, 0)
         if WEIGHTED:
             b = tl.load(y_weights + item * rows_y + j)
+        if KEEP == "gradient" or PARAMS > 1:
+            u = scalar
+            u_2 = scalar
+            if MODE == "sums":
+                by_col = tl.load(up_cols + item * rows_y + j).to(ACC)
+                u = by_row[:, None] + by_col[None, :] + (2 if SYMMETRIC else 1) * by_square * k
+            elif MODE == "pair":
+                u = by_row[:, None] + tl.load(up_rows + item * rows_y + j).to(ACC)[None, :] + by_kl * k_2 + by_kk * k
+                u_2 = by_row_2[:, None] + tl.load(up_cols + item * rows_y + j).to(ACC)[None, :]
+                u_2 += by_kl * k + by_ll * k_2
+            elif MODE == "matmul":
+                ux, vy = item * rows_x * u_width, item * rows_y * u_width
+                u = _dots(u_hi + ux, u_lo + ux, v_hi + vy, v_lo + vy, i, j, u_width, 0, U_WIDTH, U_SPLIT, BLOCK, STEP,
+                          UPCAST, ACC)  # fmt: skip
+                if SYMMETRIC:
+                    u += _dots(v_hi + vy, v_lo + vy, u_hi + ux, u_lo + ux, i, j, u_width, 0, U_WIDTH, U_SPLIT, BLOCK,
+                               STEP, UPCAST, ACC)  # fmt: skip
+                u = u * tl.load(u_factor + item).to(ACC)
+            if WEIGHTED:
+                u = u * (a[:, None] * b[None, :])
+            if layers == 1:
+                g = u * h
+                if PARAMS > 1:
+                    u = tl.zeros((BLOCK, BLOCK), ACC) + u
+        if not whole:  # of one layer everything at once: the compiler computes a second mask for all tiles
+            seen = _seen(i, j, n_x, second_x, m_x, n_y, second_y, m_y, SYMMETRIC)
+            k = tl.where(seen, k, 0)
+            if layers > SECOND:
+                k_2 = tl.where(seen, k_2, 0)
+            if layers == 1:
+                if KEEP == "gradient":
+                    g = tl.where(seen, g, 0)
+                if PARAMS > 1:
+                    u = tl.where(seen, u, 0)
+                    z = tl.where(seen, z, 0)
 
         if TOTALS:
             if MODE == "pair" or layers > SECOND:
@@ -249,25 +305,6 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             _split(k, kept_hi, kept_lo, kept_scales, item * panel + inside, item * tile_count + tile_at, KEEP_SPLIT,
                    TYPE, ACC)  # fmt: skip
         if KEEP == "gradient" or PARAMS > 1:
-            u = scalar
-            u_2 = scalar
-            if MODE == "sums":
-                by_col = tl.load(up_cols + item * rows_y + j).to(ACC)
-                u = by_row[:, None] + by_col[None, :] + (2 if SYMMETRIC else 1) * by_square * k
-            elif MODE == "pair":
-                u = by_row[:, None] + tl.load(up_rows + item * rows_y + j).to(ACC)[None, :] + by_kl * k_2 + by_kk * k
-                u_2 = by_row_2[:, None] + tl.load(up_cols + item * rows_y + j).to(ACC)[None, :]
-                u_2 += by_kl * k + by_ll * k_2
-            elif MODE == "matmul":
-                ux, vy = item * rows_x * u_width, item * rows_y * u_width
-                u = _dots(u_hi + ux, u_lo + ux, v_hi + vy, v_lo + vy, i, j, u_width, 0, U_WIDTH, U_SPLIT, BLOCK, STEP,
-                          UPCAST, ACC)  # fmt: skip
-                if SYMMETRIC:
-                    u += _dots(v_hi + vy, v_lo + vy, u_hi + ux, u_lo + ux, i, j, u_width, 0, U_WIDTH, U_SPLIT, BLOCK,
-                               STEP, UPCAST, ACC)  # fmt: skip
-                u = u * tl.load(u_factor + item).to(ACC)
-            if WEIGHTED:
-                u = u * (a[:, None] * b[None, :])
             for layer in tl.static_range(layers):
                 w = u
                 if layer >= SECOND:
@@ -276,27 +313,31 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                     # The other layers of the product, once more: keeping their tiles would leave no registers.
                     for other in tl.static_range(layers):
                         if other != layer and (other < SECOND) == (layer < SECOND):
-                            z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, seen,
-                                         rows_x, rows_y, width, other, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP,
-                                         UPCAST, ACC)  # fmt: skip
+                            z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j,
+                                         n_x, second_x, m_x, n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC,
+                                         other, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
                             v, h = _terms(z, params, FAMILIES, BEGINS[other], BEGINS[other + 1] - BEGINS[other],
                                           LADDERS[other], ACC)  # fmt: skip
                             w = w * v
-                    z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, seen, rows_x,
-                                 rows_y, width, layer, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST,
-                                 ACC)  # fmt: skip
+                    z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x,
+                                 second_x, m_x, n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC, layer, DIMS,
+                                 WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
                     v, h = _terms(z, params, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer],
                                   LADDERS[layer], ACC)  # fmt: skip
+                    g = w * h
+                    if not whole:
+                        seen = _seen(i, j, n_x, second_x, m_x, n_y, second_y, m_y, SYMMETRIC)
+                        g = tl.where(seen, g, 0)
+                        if PARAMS > 1:
+                            w = tl.where(seen, w, 0)
+                            z = tl.where(seen, z, 0)
                 if PARAMS > 1:
-                    masked = tl.where(seen, w, 0)
-                    z_seen = tl.where(seen, z, 0)
                     for t in tl.static_range(len(FAMILIES)):
                         if t >= BEGINS[layer] and t < BEGINS[layer + 1]:
-                            param_sums += _parameter_sums(z_seen, masked, params, place, t, FAMILIES[t], ACC)
+                            param_sums += _parameter_sums(z, w, params, place, t, FAMILIES[t], ACC)
                 if KEEP == "gradient":
-                    _split(tl.where(seen, w * h, 0), kept_hi, kept_lo, kept_scales,
-                           (item * layers + layer) * panel + inside, (item * layers + layer) * tile_count + tile_at,
-                           KEEP_SPLIT, TYPE, ACC)  # fmt: skip
+                    _split(g, kept_hi, kept_lo, kept_scales, (item * layers + layer) * panel + inside,
+                           (item * layers + layer) * tile_count + tile_at, KEEP_SPLIT, TYPE, ACC)  # fmt: skip
 
     out = (item * row_tiles + local) * strips + strip
     if TOTALS:
@@ -344,8 +385,9 @@ def count_digits(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, facto
         seen = (i < n_x)[:, None] & (j < n_y)[None, :]
         if SYMMETRIC:
             seen = seen & (i[:, None] > j[None, :])
-        s = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, seen, rows_x, rows_y,
-                     width, 0, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
+        s = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x, rows_x, 0, n_y,
+                     rows_y, 0, rows_x, rows_y, width, SYMMETRIC, 0, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP,
+                     UPCAST, ACC)  # fmt: skip
         bits = _bits(s, INT)
         for r in range(0, ranks):
             prefix = tl.load(prefixes + r)

@@ -8,7 +8,7 @@ import torch
 
 from mmfast import kernels as k
 from mmfast import mmd
-from mmfast.mmd import small, triton_launch
+from mmfast.mmd import small, triton_launch, triton_narrow, triton_prepare
 
 BACKEND, DEVICE = "triton", "cpu"
 
@@ -74,8 +74,64 @@ def test_matmul_of_half_precision():
     cases.check_matmul(BACKEND, DEVICE, torch.bfloat16, 1e-5)
 
 
+def _wide(monkeypatch):
+    """Few features as many: the sweep that keeps tiles, in place of the launch that keeps none."""
+    monkeypatch.setattr(triton_narrow, "MOST_FEATURES", 0)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "dan", "no_ladder", "imq", "poly"])
+def test_wide(name, monkeypatch):
+    """What 128 features and fewer do not take, with tiles that are not masked."""
+    _wide(monkeypatch)
+    cases.check_kernel(name, BACKEND, DEVICE, 35, 34)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dan", "no_ladder", "imq", "poly"])
+def test_narrow(name, dtype, monkeypatch):
+    """Blocks with each pair, at the edge and on the diagonal, of several strips; values alone and with gradients."""
+    calls = []
+    computed = triton_narrow.quadratic
+    monkeypatch.setattr(triton_narrow, "quadratic", lambda *args: calls.append(args[2]) or computed(*args))
+    floor = None if dtype == torch.float32 else 1e-4
+    cases.check_kernel(name, BACKEND, DEVICE, 70, 75, dtype, floor, estimator="biased")
+    assert calls == [True]
+    x, y = (t.to(dtype) for t in cases.samples(70, 75, cases.KERNELS[name][1]))
+    value = mmd.mmd2(x, y, cases.KERNELS[name][0], backend=BACKEND)
+    assert calls == [True, False]
+    expected = mmd.mmd2(x.double(), y.double(), cases.KERNELS[name][0], backend="reference")
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_narrow_far(order):
+    """A row's weights of many sizes, the largest first or last, and far below 1: each row's gradient has its digits."""
+    x, y = cases.samples(33, 48, 20)
+    y = y * torch.linspace(0.2, 2.5, 48, dtype=torch.float64)[:, None]
+    y = y if order > 0 else y.flip(0)
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(0.5), backend=b))
+    out, eager, gold = cases.three_ways(function, (x, y), BACKEND, DEVICE)
+    for a, e, g in zip(out[1:], eager[1:], gold[1:], strict=True):
+        row = g.abs().amax(1, keepdim=True)
+        assert row.min() < 1e-9 * row.max()
+        worst = ((e - g).abs() / row).max()
+        assert ((a - g).abs() / row).max() <= 4 * worst + 1e-5
+
+
+def test_powers():
+    """Scales are those of `torch.frexp`, also of 0, of powers of two and of what is hardly a number."""
+    most = torch.tensor([0, 1, 0.9999999, 2, 3, 1e-30, 1e-42, 3e38, 65504, 2.0**-75])[:, None].repeat(1, 35)
+    most[:, :34] *= torch.rand(10, 34).sort(1).values
+    found = torch.empty(3, 10)
+    triton_prepare.powers[(10,)](most, *found, 35, MOST=60, LANES=16)
+    power = (15 - torch.frexp(most.amax(1))[1]).clamp(-60, 60)
+    for values, exponent in zip(found, (power, -power, -2 * power), strict=True):
+        assert torch.equal(values, torch.ldexp(torch.ones(10), exponent))
+
+
 def test_panels(monkeypatch):
     """A few rows of tiles at a time give what all of them at once do, and twice the same bits."""
+    _wide(monkeypatch)
     x, y = (t.float() for t in cases.samples(35, 20, 20))
 
     def run():
