@@ -46,7 +46,8 @@ struct Tile {
         const int64_t left = j.count(row) - frame, places = j.frames - frame;
         frames = left <= 0 ? 0 : left < s.frames() ? int(left) : s.frames();
         here = places < s.frames() ? int(places) : s.frames();
-        z = {m + at.z, m + at.z + at.plane};
+        if constexpr (Shape::tuned) z = {m, m + Shape::plane()};  // a distance that the compiler knows
+        else z = {m + at.z, m + at.z + at.plane};
         maximum = j.maxima ? j.maxima[row / j.group] : T(0);
     }
 
@@ -71,6 +72,15 @@ struct Tile {
     MMFAST_INLINE void stage_inside(int64_t begin, int used, const Convert& convert) const {
         const Sample* const from = static_cast<const Sample*>(job.data) + row * job.row_stride + begin;
         T* const to = x();
+        if constexpr (Shape::tuned && sizeof(Sample) == sizeof(T)) {  // then it is float
+            using Four = Together<4, T>;
+            if ((at.step | at.pad | used) % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
+                block.copy(
+                    used / 4, [&](int q) { return reinterpret_cast<const Four*>(from)[q]; },
+                    [&](int q, const Four& four) { *reinterpret_cast<Four*>(to + at.skew(4 * q)) = four; });
+                return;
+            }
+        }
         block.copy(used, [&](int q) { return T(convert(from[q])); }, [&](int q, T value) { to[at.skew(q)] = value; });
     }
 
@@ -101,37 +111,42 @@ struct Tile {
         });
     }
 
-    // Sample n of frame f as staged; frames past the last one read its samples.
-    MMFAST_INLINE T staged(int f, int n) const {
-        const int lane = f < frames ? f : frames - 1;
-        return x()[lane * (at.step + at.pad) + n + (at.pad ? quotient(n, at.reciprocal) * at.pad : 0)];
-    }
-    // The same with scale, dither and without its mean.
-    MMFAST_INLINE T centred(int f, int n) const {
+    // Where frame f begins in x; frames past the last one read its samples.
+    MMFAST_INLINE const T* begin_of(int f) const { return x() + (f < frames ? f : frames - 1) * (at.step + at.pad); }
+    // Sample n of frame f as staged.
+    MMFAST_INLINE T staged(int f, int n) const { return begin_of(f)[at.skew(n)]; }
+    // The same with scale and dither.
+    MMFAST_INLINE T scaled(int f, int n) const {
         T y = staged(f, n) * job.p.input_scale;
         if constexpr (!Shape::tuned)
             if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame + f, n);
-        return y - memory[at.mean + f];
+        return y;
     }
+    MMFAST_INLINE T centred(int f, int n) const { return scaled(f, n) - memory[at.mean + f]; }
     MMFAST_INLINE T conditioned(int f, int n) const {
         const T y = centred(f, n);
         return job.p.preemphasis == 0 ? y : y - centred(f, n ? n - 1 : 0) * job.p.preemphasis;
     }
 
-    // to[f] = sum over n < count of value(f, n) for every frame, in parts.
+    // to[f] = last(sum over n < count of value(f, n)) for every frame, in parts. Frames and samples of a warp as in columns().
     template <class Value>
     MMFAST_INLINE void sum_frames(int count, T* to, const Value& value) const {
-        const int F = shape.frames();
+        sum_frames(count, to, value, [](T sum) { return sum; });
+    }
+    template <class Value, class Last>
+    MMFAST_INLINE void sum_frames(int count, T* to, const Value& value, const Last& last) const {
+        const int F = shape.frames(), G = shape.together();
         T* const parts = part();
         block.each(kParts * F, [&](int i) {
+            const int f = i / (G * kParts) * G + i % G, first = i / G % kParts;
             T sum = 0;
-            for (int n = i / F; n < count; n += kParts) sum += value(i % F, n);
-            parts[i] = sum;
+            for (int n = first; n < count; n += kParts) sum += value(f, n);
+            parts[first * F + f] = sum;
         });
         block.each(F, [&](int f) {
             T sum = 0;
             for (int i = 0; i < kParts; ++i) sum += parts[i * F + f];
-            to[f] = sum;
+            to[f] = last(sum);
         });
     }
 
@@ -140,11 +155,11 @@ struct Tile {
         const MelParams<T>& p = job.p;
         const int F = shape.frames();
         T* const mean = memory + at.mean;
-        block.each(F, [&](int f) { mean[f] = 0; });
         if (p.remove_dc) {
-            T* const sum = memory + at.energy;
-            sum_frames(window(), sum, [&](int f, int n) { return centred(f, n); });
-            block.each(F, [&](int f) { mean[f] = sum[f] / T(window()); });
+            sum_frames(
+                window(), mean, [&](int f, int n) { return scaled(f, n); }, [&](T sum) { return sum / T(window()); });
+        } else {
+            block.each(F, [&](int f) { mean[f] = 0; });
         }
         if (p.energy == Energy::none) return;
         if (p.raw_energy) {
@@ -169,16 +184,19 @@ struct Tile {
     // ---- Transform --------------------------------------------------------------------------------------------------
 
     // Samples to z; no frame is spoilt yet.
-    template <int R, class Load>
-    MMFAST_INLINE void columns(const Load& load) const;
-    template <class Load>
-    MMFAST_INLINE void all_columns(const Load& load) const;
+    template <int R>
+    MMFAST_INLINE void columns() const;
+    template <bool kConditions>
+    MMFAST_INLINE void tuned_columns() const;
 
-    // Bin of output k2 of row k1, -1 where another output gives it too.
-    MMFAST_INLINE int bin_of(int k1, int k2) const {
-        const int bin = k1 + shape.radix() * k2, n = shape.n();
-        if (2 * bin <= n) return bin;
-        return k1 == 0 || 2 * k1 == shape.radix() ? -1 : n - bin;
+    // Output j of row k1 of the second step of a TunedShape is this bin, or its conjugate. Where another output gives it too,
+    // only one of them is its `source`.
+    static MMFAST_INLINE constexpr int bin_of(int k1, int a, int j) {
+        const int bin = k1 + 16 * (a + Shape::A * j);
+        return 2 * j < Shape::P ? bin : Shape::n() - bin;
+    }
+    static MMFAST_INLINE constexpr bool source(int k1, int a, int j) {
+        return 2 * j < Shape::P || k1 % 8 != 0 || (2 * j == Shape::P && k1 == 0 && a == 0);
     }
     // Where z holds a bin (or its conjugate).
     MMFAST_INLINE int place_of(int bin) const {
@@ -189,6 +207,11 @@ struct Tile {
             k1 = R - k1;
         }
         return k1 * shape.stride() + shape.slot(bin / R);
+    }
+    // Where frame f of a place of z stands.
+    MMFAST_INLINE int spot(int place, int f) const {
+        const int G = shape.together();
+        return f / G * shape.group_stride() + place * G + f % G;
     }
 
     template <bool kKeep>
@@ -202,31 +225,38 @@ struct Tile {
     template <bool kKeep>
     MMFAST_INLINE void analyse();
 
-    // to[i][f] = m, band i of frame f, or v of it.
+    // to[i][f] = m, band i of frame f, or v of it. A thread takes V frames, so that weights and places are read once for them.
     template <bool kCompress>
     MMFAST_INLINE void filter(T* to) const {
-        const int F = shape.frames(), bins = int(job.bins()), lane_stride = at.lane_stride;
+        constexpr int V = Shape::V;
+        const int F = shape.frames(), items = F / V, lane_stride = at.lane_stride;
         const SparseFilters<T>& filters = job.filters;
-        const T* const from = power();
-        block.each(int(job.bands()) * F, [&](int i) {
-            const int f = i % F, band = i / F;
-            T m;
+        const T *const from = power(), *const poison = memory + at.poison;
+        block.each(int(job.bands()) * items, [&](int i) {
+            using Frames = Together<V, T>;
+            const int f = i % items * V, band = i / items;
+            Frames a = Frames::of(poison + f), b{};
             if (filters.rows) {
-                const T* const w = filters.weights + int64_t(band) * bins;
-                const T* const in = from + filters.row_first[band] * F + f;
-                const int count = filters.row_count[band];
-                T a = memory[at.poison + f], b = 0;
-                int j = 0;
-                for (; j + 2 <= count; j += 2) {
-                    a += in[j * F] * w[j];
-                    b += in[(j + 1) * F] * w[j + 1];
+                const T* in = from + filters.row_first[band] * F + f;
+                const T* w = filters.weights + 2 * band;
+                MMFAST_ROLLED
+                for (int j = filters.row_count[band]; j > 0; j -= 2, in += 2 * F, w += 2 * filters.rows) {
+                    const Together<2, T> two = Together<2, T>::of(w);
+                    const Frames p0 = Frames::of(in), p1 = Frames::of(in + F);
+                    MMFAST_UNROLL
+                    for (int v = 0; v < V; ++v) {
+                        a.value[v] += p0.value[v] * two.value[0];
+                        b.value[v] += p1.value[v] * two.value[1];
+                    }
                 }
-                if (j < count) a += in[j * F] * w[j];
-                m = a + b;
             } else {
-                m = from[i];
+                a = Frames::of(from + band * F + f);
             }
-            to[band * lane_stride + f] = kCompress ? compress_value(job.p, m) : m;
+            MMFAST_UNROLL
+            for (int v = 0; v < V; ++v) {
+                const T m = a.value[v] + b.value[v];
+                to[band * lane_stride + f + v] = kCompress ? compress_value(job.p, m) : m;
+            }
         });
     }
 
@@ -266,7 +296,10 @@ struct Tile {
         const int n = int(job.feature_count);
         const int64_t base = row * job.feature_count * job.frames;
         if (job.p.time_major) {
-            block.each(n * here, [&](int i) { f(i / n, i % n, base + frame * n + i); });
+            block.each(n * here, [&](int i) {
+                const int q = n > 1 ? quotient(i, at.feature_reciprocal) : i;
+                f(q, i - q * n, base + frame * n + i);
+            });
         } else {
             const int L = shape.frames();
             block.each(n * L, [&](int i) {
@@ -305,7 +338,6 @@ struct Tile {
     // Waveform to features. With job.clip it is the second round: the maxima are known.
     MMFAST_INLINE void forward() {
         const MelParams<T>& p = job.p;
-        const int lane_stride = at.lane_stride;
         if (tile == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
         const T threshold = job.clip ? maximum - p.top_db : T(0);
         if (job.clip && (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold)) return;
@@ -314,14 +346,14 @@ struct Tile {
             T* const v = memory + at.v;
             if (p.has_top_db && !job.clip) {
                 filter<true>(v);
-                extrema([&](int band, int f) { return v[band * lane_stride + f]; });
+                extrema([&](int band, int f) { return v[band * at.lane_stride + f]; });
             } else {
                 filter<true>(v);
             }
             if (job.clip || p.output_offset != 0 || p.output_scale != 1) {
                 const int F = shape.frames();
                 block.each(int(job.bands()) * F, [&](int i) {
-                    T& value = v[i / F * lane_stride + i % F];
+                    T& value = v[i / F * at.lane_stride + i % F];
                     value = ((job.clip ? clip_value(value, threshold) : value) + p.output_offset) * p.output_scale;
                 });
             }
@@ -334,13 +366,34 @@ struct Tile {
                 job.extrema[row * job.tiles + tile] = e;
             });
         }
-        const T* const from = memory + (p.cepstra ? at.cepstra : at.v);
-        const int shift = p.energy == Energy::prepend;
-        each_feature([&](int f, int c, int64_t index) {
-            T value = job.fill;
-            if (f < frames) value = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
-            store_as(job.features, job.out_type, index, value);
-        });
+        switch (job.out_type) {
+            case ScalarType::float16: store<uint16_t>([](T x) { return float_to_half(float(x)); }); break;
+            case ScalarType::bfloat16: store<uint16_t>([](T x) { return float_to_bfloat(float(x)); }); break;
+            case ScalarType::float64: store<double>([](T x) { return double(x); }); break;
+            default: store<float>([](T x) { return float(x); });
+        }
+    }
+
+    template <class Out, class Convert>
+    MMFAST_INLINE void store(const Convert& convert) const {
+        const int n = int(job.feature_count), L = shape.frames(), lane_stride = at.lane_stride;
+        const int shift = job.p.energy == Energy::prepend;
+        const T* const from = memory + (job.p.cepstra ? at.cepstra : at.v);
+        const auto value = [&](int f, int c) {
+            T x = job.fill;
+            if (f < frames) x = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
+            return convert(x);
+        };
+        Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames;
+        if (job.p.time_major) {
+            each_feature([&](int f, int c, int64_t) { to[(frame + f) * n + c] = value(f, c); });
+        } else {
+            block.lanes(L, n, [&](int f, int first, int step) {
+                if (f >= here) return;
+                Out* place = to + first * job.frames + frame + f;
+                for (int c = first; c < n; c += step, place += step * job.frames) *place = value(f, c);
+            });
+        }
     }
 
     // Second round without a DCT: the features that lie below the threshold are raised in place.
@@ -360,6 +413,7 @@ struct Tile {
     MMFAST_INLINE void band_gradients() const;
     MMFAST_INLINE void filter_gradients(int64_t slot) const;
     MMFAST_INLINE void tuned_rows_adjoint() const;
+    MMFAST_INLINE void tuned_columns_adjoint() const;
     template <int R>
     MMFAST_INLINE void columns_adjoint() const;
     MMFAST_INLINE void spectrum_adjoint();

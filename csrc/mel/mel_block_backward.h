@@ -99,40 +99,40 @@ MMFAST_INLINE void Tile<T, Shape, Block>::filter_gradients(int64_t slot) const {
 // imaginary parts are swapped, so that the transform is the inverse one.
 template <class T, class Shape, class Block>
 MMFAST_INLINE void Tile<T, Shape, Block>::tuned_rows_adjoint() const {
-    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = Shape::stride(), n = Shape::n();
+    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, G = Shape::G, stride = Shape::stride();
     const T *const h = power(), *const tw = job.plan.row_twiddle;
     block.each(9 * A * F, [&](int i) {
-        const int f = i % F, k1 = i / F % 9, a = i / (9 * F), base = (k1 * stride + a * P) * F + f;
+        const int f = i % F, k1 = i / F % 9, a = i / (9 * F), base = spot(k1 * stride + a * P, f);
+        const T *const up = h + bin_of(k1, a, 0) * F + f, *const down = h + bin_of(k1, a, P - 1) * F + f;
         T re[P], im[P];
         MMFAST_UNROLL
         for (int j = 0; j < P; ++j) {
-            const int bin = k1 + 16 * (a + A * j);
-            const T factor = h[(2 * bin > n ? n - bin : bin) * F + f];
-            re[j] = z.im[base + j * F] * factor;
-            im[j] = z.re[base + j * F] * factor;
+            const T factor = 2 * j < P ? up[16 * A * F * j] : down[16 * A * F * (P - 1 - j)];
+            re[j] = z.im[base + j * G] * factor;
+            im[j] = z.re[base + j * G] * factor;
         }
         register_dft<P>(re, im);
         MMFAST_UNROLL
         for (int j = 0; j < P; ++j) {
             if (A > 1) twist(re[j], im[j], tw[2 * (a * P + j)], tw[2 * (a * P + j) + 1]);
-            z.re[base + j * F] = re[j];
-            z.im[base + j * F] = im[j];
+            z.re[base + j * G] = re[j];
+            z.im[base + j * G] = im[j];
         }
     });
     if constexpr (A > 1) {
         block.each(9 * P * F, [&](int i) {
-            const int f = i % F, p = i / F % P, base = (i / (F * P) * stride + p) * F + f;
+            const int f = i % F, p = i / F % P, base = spot(i / (F * P) * stride + p, f);
             T re[A], im[A];
             MMFAST_UNROLL
             for (int a = 0; a < A; ++a) {
-                re[a] = z.re[base + a * P * F];
-                im[a] = z.im[base + a * P * F];
+                re[a] = z.re[base + a * P * G];
+                im[a] = z.im[base + a * P * G];
             }
             register_dft<A>(re, im);
             MMFAST_UNROLL
             for (int a = 0; a < A; ++a) {
-                z.re[base + a * P * F] = re[a];
-                z.im[base + a * P * F] = im[a];
+                z.re[base + a * P * G] = re[a];
+                z.im[base + a * P * G] = im[a];
             }
         });
     }
@@ -164,6 +164,40 @@ MMFAST_INLINE void Tile<T, Shape, Block>::columns_adjoint() const {
     });
 }
 
+// The same for a TunedShape, as tuned_columns.
+template <class T, class Shape, class Block>
+MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns_adjoint() const {
+    constexpr int S = Shape::columns(), G = Shape::G, stride = Shape::stride();
+    const int length_ = window();
+    const T *const tw = job.plan.fft.twiddle, *const w = job.p.window;
+    block.each(S * G, [&](int i) {
+        const int s = i / G;
+        T weight[16], c[8], d[8];
+        MMFAST_UNROLL
+        for (int r = 0; r < 16; ++r) weight[r] = s + S * r < length_ ? w[s + S * r] : T(0);
+        MMFAST_UNROLL
+        for (int k = 0; k < 8; ++k) {
+            const Together<2, T> turn = Together<2, T>::of(tw + 2 * (k * S + s));
+            c[k] = turn.value[0];
+            d[k] = turn.value[1];
+        }
+        MMFAST_ROLLED
+        for (int j = 0; j < Shape::kEach; ++j) {
+            const int to = spot(s, i % G + G * j);
+            T v[16], re[9], im[9];
+            MMFAST_UNROLL
+            for (int k = 0; k <= 8; ++k) {
+                re[k] = z.im[to + k * stride * G];
+                im[k] = z.re[to + k * stride * G];
+                if (k) twist(re[k], im[k], c[k - 1], -d[k - 1]);
+            }
+            RealDft<16, T, T>::inverse(re, im, v);
+            MMFAST_UNROLL
+            for (int r = 0; r < 16; ++r) (r % 2 ? z.im : z.re)[to + r / 2 * stride * G] = v[r] * weight[r];
+        }
+    });
+}
+
 template <class T, class Shape, class Block>
 MMFAST_INLINE void Tile<T, Shape, Block>::spectrum_adjoint() {
     const MelParams<T>& p = job.p;
@@ -184,14 +218,14 @@ MMFAST_INLINE void Tile<T, Shape, Block>::spectrum_adjoint() {
             sum = g[k * lane_stride + f];
         }
         if (p.power != 2) {
-            const int place = place_of(k) * F + f;
+            const int place = spot(place_of(k), f);
             sum *= raise_power_slope(p, z.re[place] * z.re[place] + z.im[place] * z.im[place]);
         }
         h[i] = k == 0 || 2 * k == n ? sum + sum : sum;
     });
     if constexpr (Shape::tuned) {
         tuned_rows_adjoint();
-        columns_adjoint<16>();
+        tuned_columns_adjoint();
     } else {
         const int S = shape.columns(), stride = shape.stride(), R = shape.radix();
         block.each(shape.rows() * S * F, [&](int i) {
@@ -217,11 +251,11 @@ MMFAST_INLINE void Tile<T, Shape, Block>::spectrum_adjoint() {
 template <class T, class Shape, class Block>
 MMFAST_INLINE T Tile<T, Shape, Block>::sample_gradient(int f, int n) const {
     const MelParams<T>& p = job.p;
-    const int S = shape.columns(), F = shape.frames(), stride = shape.stride(), length_ = window();
+    const int S = shape.columns(), stride = shape.stride(), length_ = window();
     const auto windowed = [&](int i) {
         const int r = i / S;
         const T* const from = r % 2 ? z.im : z.re;
-        T d = from[(r / 2 * stride + i % S) * F + f];
+        T d = from[spot(r / 2 * stride + i % S, f)];
         if (p.energy != Energy::none && !p.raw_energy)
             d += conditioned(f, i) * (p.energy_window[i] * p.energy_window[i]) * memory[at.energy_grad + f];
         return d;
@@ -272,7 +306,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::overlap_add() const {
             } else {
                 const int r = n / S;
                 const T* const from = r % 2 ? z.im : z.re;
-                total += from[(r / 2 * stride + n % S) * F + f];
+                total += from[spot(r / 2 * stride + n % S, f)];
             }
         }
         if (energy) put(q, total);  // the samples are still needed

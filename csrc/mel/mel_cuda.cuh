@@ -30,10 +30,16 @@ struct CudaBlock {
         for (int i = int(threadIdx.x); i < n; i += kThreads) f(i);
         __syncthreads();
     }
-    // Eight loads are on their way before the first value is stored.
+    // f(lane, first, step) for the items first, first + step, … < n of each of L lanes, of which the threads are a multiple.
+    template <class F>
+    __device__ __forceinline__ void lanes(int L, int, const F& f) const {
+        f(int(threadIdx.x) % L, int(threadIdx.x) / L, kThreads / L);
+        __syncthreads();
+    }
+    // Eight loads, or five of four values each, are on their way before the first value is stored.
     template <class Load, class Store>
     __device__ __forceinline__ void copy(int n, const Load& load, const Store& store) const {
-        constexpr int kAhead = 8;
+        constexpr int kAhead = sizeof(load(0)) > 8 ? 5 : 8;
         for (int i = int(threadIdx.x); i < n; i += kAhead * kThreads) {
             decltype(load(0)) value[kAhead];
 #pragma unroll
@@ -87,10 +93,12 @@ template <bool kBackward, class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
     tile_kernel(const __grid_constant__ BlockJob<T> job, const __grid_constant__ Layout layout, const Shape shape,
                 int64_t total, T* scratch, T* maxima) {
-    extern __shared__ double shared[];
+    extern __shared__ __align__(16) double shared[];
     T* const memory = Shape::tuned || !scratch ? reinterpret_cast<T*>(shared) : scratch + blockIdx.x * layout.size;
     const CudaBlock block;
-    for (int64_t i = blockIdx.x; i < total; i += gridDim.x) {
+    // A tuned forward kernel has a block for each tile: what a loop needs would cost it registers.
+    constexpr bool kOne = Shape::tuned && !kBackward;
+    for (int64_t i = blockIdx.x; kOne || i < total; i += gridDim.x) {
         Tile<T, Shape, CudaBlock> tile(job, shape, block, layout, memory, i);
         if constexpr (kBackward) {
             tile.backward(blockIdx.x);
@@ -102,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
             }
             tile.forward();
         }
+        if constexpr (kOne) return;
     }
 }
 
@@ -177,7 +186,7 @@ struct Prepared {
         DeviceArena arena{static_cast<char*>(base)};
         const int64_t bins = spec.n_fft / 2 + 1;
         window = arena.take<T>(spec.framing.window);
-        weights = arena.take<T>(bins * n_filters);
+        weights = arena.take<T>((bins + 1) / 2 * 2 * n_filters);
         row_first = arena.take<int32_t>(n_filters);
         row_count = arena.take<int32_t>(n_filters);
         bin_first = arena.take<int32_t>(n_filters ? bins : 0);
