@@ -22,6 +22,8 @@
 //   filter + 240 output words, 4.4 k lane accesses or 139 cycles of a multiprocessor: 1.7 G frames/s with all 132.
 #pragma once
 
+#include <type_traits>
+
 #include "mel/mel_block_shape.h"
 
 namespace mmfast {
@@ -35,22 +37,26 @@ struct Tile {
     const Block& block;
     const Layout& at;
     T* const memory;
-    int64_t row, tile, frame, length;
-    int frames, here;  // frames of the row in this tile, and places for frames in the features
+    // Few and short, for they take registers from first to last. A tuned kernel has at most 2^30 tiles (Launch).
+    using Index = std::conditional_t<Shape::tuned, uint32_t, int64_t>;
+    Index index, row;
+    int frames;  // of the row in this tile
     Planes<T> z;
     T maximum;  // of v over the group, once it is known
 
-    MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, int64_t index)
-        : job(j), shape(s), block(b), at(layout), memory(m), row(index / j.tiles), tile(index % j.tiles),
-          frame(tile * s.frames()), length(j.row_length(row)) {
-        const int64_t left = j.count(row) - frame, places = j.frames - frame;
-        frames = left <= 0 ? 0 : left < s.frames() ? int(left) : s.frames();
-        here = places < s.frames() ? int(places) : s.frames();
+    MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, Index i)
+        : job(j), shape(s), block(b), at(layout), memory(m), index(i), row(i / Index(j.tiles)) {
+        frames = limited(j.count(row) - frame());
         if constexpr (Shape::tuned) z = {m, m + Shape::plane()};  // a distance that the compiler knows
         else z = {m + at.z, m + at.z + at.plane};
         maximum = j.maxima ? j.maxima[row / j.group] : T(0);
     }
 
+    MMFAST_INLINE Index tile() const { return index - row * Index(job.tiles); }  // of the row
+    MMFAST_INLINE int64_t frame() const { return int64_t(tile()) * shape.frames(); }
+    // Places for frames in the features.
+    MMFAST_INLINE int here() const { return limited(job.frames - frame()); }
+    MMFAST_INLINE int limited(int64_t n) const { return n <= 0 ? 0 : n < shape.frames() ? int(n) : shape.frames(); }
     MMFAST_INLINE T* x() const { return memory + at.x; }
     MMFAST_INLINE T* power() const { return memory + at.x; }
     MMFAST_INLINE T* part() const { return memory + at.part; }
@@ -76,8 +82,8 @@ struct Tile {
             using Four = Together<4, T>;
             if ((at.step | at.pad | used) % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
                 block.copy(
-                    used / 4, [&](int q) { return reinterpret_cast<const Four*>(from)[q]; },
-                    [&](int q, const Four& four) { *reinterpret_cast<Four*>(to + at.skew(4 * q)) = four; });
+                    used / 4, [&](int q) { return Four::of(reinterpret_cast<const T*>(from) + 4 * q); },
+                    [&](int q, const Four& four) { four.to(to + at.skew(4 * q)); });
                 return;
             }
         }
@@ -86,7 +92,7 @@ struct Tile {
 
     MMFAST_INLINE void stage() const {
         const Framing& f = job.p.framing;
-        const int64_t begin = f.first + frame * f.hop;
+        const int64_t begin = f.first + frame() * f.hop, length = job.row_length(row);
         const int used = (frames - 1) * at.step + window();
         if (f.hop <= f.window && begin >= 0 && begin + used <= length && job.sample_stride == 1 &&
             job.signal_preemphasis == 0 && sizeof(T) == 4) {
@@ -119,7 +125,7 @@ struct Tile {
     MMFAST_INLINE T scaled(int f, int n) const {
         T y = staged(f, n) * job.p.input_scale;
         if constexpr (!Shape::tuned)
-            if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame + f, n);
+            if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame() + f, n);
         return y;
     }
     MMFAST_INLINE T centred(int f, int n) const { return scaled(f, n) - memory[at.mean + f]; }
@@ -296,14 +302,14 @@ struct Tile {
         const int n = int(job.feature_count);
         const int64_t base = row * job.feature_count * job.frames;
         if (job.p.time_major) {
-            block.each(n * here, [&](int i) {
+            block.each(n * here(), [&](int i) {
                 const int q = n > 1 ? quotient(i, at.feature_reciprocal) : i;
-                f(q, i - q * n, base + frame * n + i);
+                f(q, i - q * n, base + frame() * n + i);
             });
         } else {
             const int L = shape.frames();
             block.each(n * L, [&](int i) {
-                if (i % L < here) f(i % L, i / L, base + (i / L) * job.frames + frame + i % L);
+                if (i % L < here()) f(i % L, i / L, base + (i / L) * job.frames + frame() + i % L);
             });
         }
     }
@@ -338,9 +344,9 @@ struct Tile {
     // Waveform to features. With job.clip it is the second round: the maxima are known.
     MMFAST_INLINE void forward() {
         const MelParams<T>& p = job.p;
-        if (tile == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
-        const T threshold = job.clip ? maximum - p.top_db : T(0);
-        if (job.clip && (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold)) return;
+        if (tile() == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
+        const auto threshold = [&] { return maximum - p.top_db; };  // anew each time: registers are dear
+        if (job.clip && (frames == 0 || job.extrema[index].lowest >= threshold())) return;
         if (frames > 0) {
             analyse<false>();
             T* const v = memory + at.v;
@@ -354,7 +360,7 @@ struct Tile {
                 const int F = shape.frames();
                 block.each(int(job.bands()) * F, [&](int i) {
                     T& value = v[i / F * at.lane_stride + i % F];
-                    value = ((job.clip ? clip_value(value, threshold) : value) + p.output_offset) * p.output_scale;
+                    value = ((job.clip ? clip_value(value, threshold()) : value) + p.output_offset) * p.output_scale;
                 });
             }
             if (p.cepstra) dct();
@@ -363,7 +369,7 @@ struct Tile {
             block.each(1, [&](int) {
                 Extrema<T> e{infinity_of<T>(), -infinity_of<T>()};
                 if (frames > 0) e = {part()[0], part()[kParts * shape.frames()]};
-                job.extrema[row * job.tiles + tile] = e;
+                job.extrema[index] = e;
             });
         }
         switch (job.out_type) {
@@ -386,11 +392,11 @@ struct Tile {
         };
         Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames;
         if (job.p.time_major) {
-            each_feature([&](int f, int c, int64_t) { to[(frame + f) * n + c] = value(f, c); });
+            each_feature([&](int f, int c, int64_t) { to[(frame() + f) * n + c] = value(f, c); });
         } else {
             block.lanes(L, n, [&](int f, int first, int step) {
-                if (f >= here) return;
-                Out* place = to + first * job.frames + frame + f;
+                if (f >= here()) return;
+                Out* place = to + first * job.frames + frame() + f;
                 for (int c = first; c < n; c += step, place += step * job.frames) *place = value(f, c);
             });
         }
@@ -400,7 +406,7 @@ struct Tile {
     MMFAST_INLINE void clip_features() const {
         const MelParams<T>& p = job.p;
         const T threshold = maximum - p.top_db;
-        if (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold) return;
+        if (frames == 0 || job.extrema[index].lowest >= threshold) return;
         const T raised = (threshold + p.output_offset) * p.output_scale;
         each_feature([&](int f, int c, int64_t index) {
             if (f >= frames || is_energy(c)) return;

@@ -29,7 +29,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::band_gradients() const {
     });
     if (whole) {
         extrema([&](int band, int f) { return compress_value(p, m[band * lane_stride + f]); });
-        block.each(1, [&](int) { job.highest[row * job.tiles + tile] = parts[kParts * F]; });
+        block.each(1, [&](int) { job.highest[index] = parts[kParts * F]; });
     }
     const T threshold = p.has_top_db ? maximum - p.top_db : T(0);
     const T highest = whole ? parts[kParts * F] : job.share_only ? job.group_highest[group()] : T(0);
@@ -76,8 +76,8 @@ MMFAST_INLINE void Tile<T, Shape, Block>::band_gradients() const {
             raised += parts[f];
             hits += parts[kParts * F + f];
         }
-        job.raised[row * job.tiles + tile] = raised;
-        job.hits[row * job.tiles + tile] = int32_t(hits);
+        job.raised[index] = raised;
+        job.hits[index] = int32_t(hits);
     });
 }
 
@@ -278,7 +278,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::overlap_add() const {
     const int over = (length_ - 1) / step, places = frames + over;
     const bool energy = p.energy != Energy::none, conditions = p.conditions();
     T *const sum = memory + at.energy, *const factor = memory + at.energy_grad, *const to = x();
-    T* const span = job.spans + (row * job.tiles + tile) * at.span;
+    T* const span = job.spans + int64_t(index) * at.span;
     if (energy) {
         stage();
         block.each(F, [&](int f) {
@@ -317,7 +317,6 @@ MMFAST_INLINE void Tile<T, Shape, Block>::overlap_add() const {
 
 template <class T, class Shape, class Block>
 MMFAST_INLINE void Tile<T, Shape, Block>::backward(int64_t slot) {
-    const int64_t index = row * job.tiles + tile;
     if (frames == 0) {
         if (job.p.has_top_db && !job.share_only) {
             block.each(1, [&](int) {

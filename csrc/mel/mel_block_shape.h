@@ -1,6 +1,10 @@
 // Sizes of a transform, known to the compiler or not, and where the arrays of a tile of frames lie.
 #pragma once
 
+#if defined(__CUDACC__)
+#include <vector_functions.h>
+#endif
+
 #include "mel/mel_block_job.h"
 
 namespace mmfast {
@@ -159,7 +163,27 @@ struct Planes {
 template <int N, class T>
 struct alignas(N * sizeof(T)) Together {
     T value[N];
-    static MMFAST_INLINE const Together& of(const T* from) { return *reinterpret_cast<const Together*>(from); }
+    static MMFAST_INLINE Together of(const T* from) {
+#if defined(__CUDA_ARCH__)  // as a whole it would be copied as bytes, by way of the stack
+        if constexpr (N == 4 && sizeof(T) == 4) {
+            const float4 v = *reinterpret_cast<const float4*>(from);
+            return {v.x, v.y, v.z, v.w};
+        } else if constexpr (N == 2 && sizeof(T) == 4) {
+            const float2 v = *reinterpret_cast<const float2*>(from);
+            return {v.x, v.y};
+        } else
+#endif
+            return *reinterpret_cast<const Together*>(from);
+    }
+    MMFAST_INLINE void to(T* place) const {
+#if defined(__CUDA_ARCH__)
+        if constexpr (N == 4 && sizeof(T) == 4) {
+            *reinterpret_cast<float4*>(place) = make_float4(value[0], value[1], value[2], value[3]);
+            return;
+        }
+#endif
+        *reinterpret_cast<Together*>(place) = *this;
+    }
 };
 
 }  // namespace mel

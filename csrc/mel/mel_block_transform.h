@@ -44,7 +44,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns() const {
     const T *const tw = job.plan.fft.twiddle, *const w = job.p.window;
     block.each(S * G, [&](int i) {
         const int s = i / G;
-        T *re_to = z.re + spot(s, i % G), *im_to = z.im + spot(s, i % G);
+        T* to = z.re + spot(s, i % G);
         T weight[16], c[8], d[8];
         int place[16];
         MMFAST_UNROLL
@@ -62,7 +62,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns() const {
         }
         const T scale = job.p.input_scale, emphasis = job.p.preemphasis;
         MMFAST_ROLLED
-        for (int f = i % G; f < Shape::F; f += G, re_to += Shape::group_stride(), im_to += Shape::group_stride()) {
+        for (int f = i % G; f < Shape::F; f += G, to += Shape::group_stride()) {
             const T* const from = begin_of(f);
             const T mean = kConditions ? memory[at.mean + f] : T(0);
             if (s == 0) memory[at.poison + f] = 0;
@@ -77,12 +77,12 @@ MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns() const {
                 }
             }
             RealDft<16, T, T>::run(v, re, im);
-            re_to[0] = re[0];
+            to[0] = re[0];
             MMFAST_UNROLL
             for (int k = 1; k <= 8; ++k) {
                 twist(re[k], im[k], c[k - 1], d[k - 1]);
-                re_to[k * stride * G] = re[k];
-                im_to[k * stride * G] = im[k];
+                to[k * stride * G] = re[k];
+                to[Shape::plane() + k * stride * G] = im[k];
             }
         }
     });

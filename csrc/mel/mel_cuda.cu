@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
         if (maxima) {
             const int64_t first = tile.group() * job.group, last = min(first + job.group, job.rows);
             tile.maximum = group_maximum(job.extrema, first * job.tiles, last * job.tiles);
-            if (tile.row == first && tile.tile == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
+            if (tile.row == first && tile.tile() == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
         }
         tile.clip_features();
     }

@@ -44,7 +44,7 @@ struct CudaBlock {
             decltype(load(0)) value[kAhead];
 #pragma unroll
             for (int j = 0; j < kAhead; ++j)
-                if (i + j * kThreads < n) value[j] = load(i + j * kThreads);
+                value[j] = load(min(i + j * kThreads, n - 1));  // a condition would send them by way of the stack
 #pragma unroll
             for (int j = 0; j < kAhead; ++j)
                 if (i + j * kThreads < n) store(i + j * kThreads, value[j]);
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
     const CudaBlock block;
     // A tuned forward kernel has a block for each tile: what a loop needs would cost it registers.
     constexpr bool kOne = Shape::tuned && !kBackward;
-    for (int64_t i = blockIdx.x; kOne || i < total; i += gridDim.x) {
+    using Index = typename Tile<T, Shape, CudaBlock>::Index;
+    for (Index i = blockIdx.x; kOne || i < total;) {
         Tile<T, Shape, CudaBlock> tile(job, shape, block, layout, memory, i);
         if constexpr (kBackward) {
             tile.backward(blockIdx.x);
@@ -106,11 +107,12 @@ __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
             if (maxima) {
                 const int64_t first = tile.group() * job.group, last = min(first + job.group, job.rows);
                 tile.maximum = group_maximum(job.extrema, first * job.tiles, last * job.tiles);
-                if (tile.row == first && tile.tile == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
+                if (tile.row == first && tile.tile() == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
             }
             tile.forward();
         }
         if constexpr (kOne) return;
+        i = tile.index + Index(gridDim.x);
     }
 }
 
@@ -195,6 +197,8 @@ struct Prepared {
     }
 };
 
+constexpr int64_t kMostBlocks = int64_t(1) << 30;
+
 // A job and how it is launched.
 template <class T>
 struct Launch {
@@ -223,7 +227,8 @@ struct Launch {
             if (job.p.dither == 0) {  // the noise would cost the tuned kernels their registers
                 with_tuned(spec.n_fft, [&](auto shape) {
                     const int64_t need = Layout(shape, job, backward).size * int64_t(sizeof(T));
-                    tuned = need <= most_shared;
+                    const int64_t tiles = (job.frames + shape.frames() - 1) / shape.frames();
+                    tuned = need <= most_shared && job.rows * tiles <= kMostBlocks;
                     if (tuned) frames = shape.frames(), bytes = need;
                 });
             }
@@ -232,8 +237,8 @@ struct Launch {
         job.tiles = (job.frames + frames - 1) / frames;
         total = job.rows * job.tiles;
         constexpr int64_t kMostScratch = int64_t(1) << 29;
-        blocks = std::min(total, in_shared ? int64_t(1) << 30
-                                           : std::clamp<int64_t>(kMostScratch / bytes, 1, 2 * on_device.processors));
+        blocks = std::min(
+            total, in_shared ? kMostBlocks : std::clamp<int64_t>(kMostScratch / bytes, 1, 2 * on_device.processors));
     }
 
     // As many frames as leave room for several blocks on a multiprocessor, then as fit at all, then device memory.
