@@ -423,7 +423,15 @@ struct Tile {
     template <int R>
     MMFAST_INLINE void columns_adjoint() const;
     MMFAST_INLINE void spectrum_adjoint();
+    // Gradient of sample n of frame f after the window, from z.
+    MMFAST_INLINE T windowed_gradient(int f, int n) const {
+        const int r = n / shape.columns();
+        const T* const from = r % 2 ? z.im : z.re;
+        return from[spot(r / 2 * shape.stride() + n % shape.columns(), f)];
+    }
     MMFAST_INLINE T sample_gradient(int f, int n) const;
+    template <class Put>
+    MMFAST_INLINE void tuned_overlap_add(const Put& put) const;
     MMFAST_INLINE void overlap_add() const;
 };
 

@@ -62,9 +62,10 @@ struct BlockJob {
     const T* maxima = nullptr;                         // [groups]
     bool clip = false;                                 // second round: the maximum is known
 
-    // Backward. grad: laid out as the features. spans: [rows][tiles][span], the gradient of the staged samples of a tile.
+    // Backward. grad: laid out as the features. grad_wave: [rows][length]. spans: [rows][tiles][span], the gradient of the staged
+    // samples of a tile, where it is not all that there is for a sample (OwnSamples).
     const T* grad = nullptr;
-    T* spans = nullptr;
+    T *grad_wave = nullptr, *spans = nullptr;
     T* filter_sums = nullptr;  // [slots][K][rows], added to
     T* raised = nullptr;       // [rows][tiles]: gradient of values that top_db raised
     T* highest = nullptr;      // [rows][tiles]: largest v, as this kernel computes it

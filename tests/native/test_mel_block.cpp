@@ -339,6 +339,7 @@ void check(const Problem<T>& problem, const Shape& shape, int steps) {
     std::vector<int32_t> hits(total);
     job.grad = grad.data();
     job.spans = spans.data();
+    job.grad_wave = grad_wave.data();
     job.filter_sums = c.filters ? sums.data() : nullptr;
     job.raised = raised.data();
     job.highest = highest.data();
@@ -359,8 +360,8 @@ void check(const Problem<T>& problem, const Shape& shape, int steps) {
         over_tiles(true, [](auto& tile, int64_t i) { tile.backward(i % slots); });
     }
     for (int64_t b = 0; b < c.rows; ++b)
-        for (int64_t t = 0; t < c.length; ++t)
-            grad_wave[b * c.length + t] = gather_sample(job, shape.frames(), span, b, t);
+        for (int64_t tile = job.tiles; tile >= 0; --tile)
+            for (int thread = 0; thread < 3; ++thread) gather_between(job, shape.frames(), span, b, tile, thread, 3);
     for (int64_t i = 0; i < bins * c.filters; ++i)
         for (int s = 0; s < slots; ++s) grad_filters[i] += sums[s * bins * c.filters + i];
     backward_cpu<T>(problem.plan, problem.waveform(), problem.tables(), c.group, 77, expected_maxima.data(),
