@@ -83,7 +83,7 @@ struct Tile {
             if ((at.step | at.pad | used) % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
                 block.copy(
                     used / 4, [&](int q) { return Four::of(reinterpret_cast<const T*>(from) + 4 * q); },
-                    [&](int q, const Four& four) { four.to(to + at.skew(4 * q)); });
+                    [&](int q, const Four& four) { four.to_shared(to + at.skew(4 * q)); });
                 return;
             }
         }

@@ -311,12 +311,12 @@ MMFAST_INLINE T Tile<T, Shape, Block>::sample_gradient(int f, int n) const {
     return d;
 }
 
-// The same without conditions, eight samples a thread: where a frame begins in z is found once for them. Sample place * step + n
+// The same without conditions, six samples of a frame at once: where a frame begins in z is found once for them. Sample place * step + n
 // comes from frame place and the ones before it; the last places, past the frames of a tile, have a phase of their own.
 template <class T, class Shape, class Block>
 template <class Put>
 MMFAST_INLINE void Tile<T, Shape, Block>::tuned_overlap_add(const Put& put) const {
-    constexpr int S = Shape::columns(), F = Shape::F, G = Shape::G, stride = Shape::stride(), kAtOnce = 8;
+    constexpr int S = Shape::columns(), F = Shape::F, G = Shape::G, stride = Shape::stride(), kAtOnce = 6;
     const int length_ = window(), step = at.step, over = (length_ - 1) / step, used = (frames - 1) * step + length_;
     const int odd = at.pad ? step | 1 : step;  // from place to place: other banks
     T* const to = x();

@@ -1,10 +1,6 @@
 // Sizes of a transform, known to the compiler or not, and where the arrays of a tile of frames lie.
 #pragma once
 
-#if defined(__CUDACC__)
-#include <vector_functions.h>
-#endif
-
 #include "mel/mel_block_job.h"
 
 namespace mmfast {
@@ -175,10 +171,13 @@ struct alignas(N * sizeof(T)) Together {
 #endif
             return *reinterpret_cast<const Together*>(from);
     }
-    MMFAST_INLINE void to(T* place) const {
+    MMFAST_INLINE void to_shared(T* place) const {
 #if defined(__CUDA_ARCH__)
         if constexpr (N == 4 && sizeof(T) == 4) {
-            *reinterpret_cast<float4*>(place) = make_float4(value[0], value[1], value[2], value[3]);
+            // The compiler takes an assignment apart into four stores.
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(unsigned(__cvta_generic_to_shared(place))),
+                         "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+                         : "memory");
             return;
         }
 #endif

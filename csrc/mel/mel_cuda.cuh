@@ -76,9 +76,15 @@ using Tuned1024 = TunedShape<8, 8, 16>;
 using Tuned2048 = TunedShape<8, 16, 8>;
 using Tuned4096 = TunedShape<16, 16, 4>;
 
-// Blocks that shall share a multiprocessor, which limits their registers. One where shared memory has room for no more.
+// Blocks that shall share a multiprocessor, which limits their registers. One where shared memory has room for no more, as on
+// all GPUs before sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostTogether = 1;
+#else
+constexpr int kMostTogether = 2;
+#endif
 template <bool kBackward, class Shape>
-constexpr int kTogether = 2;
+constexpr int kTogether = kMostTogether;
 template <bool kBackward>
 constexpr int kTogether<kBackward, GeneralShape> = 1;
 template <>
