@@ -7,19 +7,20 @@
 //   host test checks by changing it. One exception: any item may spoil() a frame, and all that do write the same NaN.
 //
 // Note: [Frames in lanes, shared]
-//   As on the CPU the frame is the fastest index of every array, so neighbouring threads hold neighbouring frames: window,
-//   twiddles and filters are the same for a whole warp, which reads them with one broadcast, and no phase has bank conflicts
-//   that padding does not remove.
+//   As on the CPU the frame is the fastest index, so neighbouring threads hold neighbouring frames: whatever depends on the column,
+//   the row or the filter is the same for many of them. A thread takes four frames where that saves reading it again: in the
+//   columns, of a TunedShape, frames f, f + G, f + 2 G and f + 3 G, for which z has four parts (spot), in the filters V of them
+//   side by side. Paddings keep the threads of a warp in different banks.
 //     samples  -- read once, coalesced; frames overlap in place ------->  x    [span], see Layout::skew
-//     x        -- DC, pre-emphasis, window, columns of the transform -->  z    [R/2 + 1][S][F], in two planes
+//     x        -- DC, pre-emphasis, window, columns of the transform -->  z    [F/G][R/2 + 1][S][G], in two planes
 //     z        -- rows of the transform, in place --------------------->  power [K][F], over x
 //     power    -- sparse filters, log ---------------------------------->  v    [M][F | 1], over z
 //     v        -- range, affine, DCT ---------------------------------->  features, coalesced in either layout
 //
-// Note: [Cost on a GPU], per frame at 400 / 160 / 80, predicted from counts, not measured
+// Note: [Cost on a GPU], per frame at 400 / 160 / 80, counted, not measured
 //   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
-//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 400 samples + 400 window + 400 twiddle + 4 x 450 spectrum + 402 power + 800
-//   filter + 240 output words, 4.4 k lane accesses or 139 cycles of a multiprocessor: 1.7 G frames/s with all 132.
+//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: 650 of a warp for
+//   32 frames each, at most four a cycle: 162 cycles, 1.4 G frames/s with all 132. benchmarks/results/README.md has the parts.
 #pragma once
 
 #include <type_traits>
