@@ -6,8 +6,8 @@
 namespace mmfast {
 namespace mel {
 
-// Samples of the waveform that one tile alone reads, and at one place each: begin <= t < end. The tile writes their gradient itself;
-// what is between the ranges of two tiles is gathered from the spans.
+// Samples of the waveform that one tile alone reads, and at one place each: begin <= t < end. The tile writes their gradient
+// itself; what is between the ranges of two tiles is gathered from the spans.
 template <class T>
 struct OwnSamples {
     int64_t begin, end;
@@ -311,8 +311,9 @@ MMFAST_INLINE T Tile<T, Shape, Block>::sample_gradient(int f, int n) const {
     return d;
 }
 
-// The same without conditions, six samples of a frame at once: where a frame begins in z is found once for them. Sample place * step + n
-// comes from frame place and the ones before it; the last places, past the frames of a tile, have a phase of their own.
+// The same without conditions, six samples of a frame at once: where a frame begins in z is found once for them. Sample
+// place * step + n comes from frame place and the ones before it; the last places, past the frames of a tile, have a phase of
+// their own.
 template <class T, class Shape, class Block>
 template <class Put>
 MMFAST_INLINE void Tile<T, Shape, Block>::tuned_overlap_add(const Put& put) const {

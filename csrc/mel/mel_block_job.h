@@ -23,8 +23,9 @@ struct BlockPlan {
     const T* row_twiddle = nullptr;  // [A][P][cos, sin] of a TunedShape
 };
 
-// Filters by row, from the first non-zero weight to the last one, and the filters that each bin feeds. Weights go in pairs, those of
-// neighbouring filters beside each other: weight j of filter i stands at (j / 2 rows + i) 2 + j % 2, a zero after an odd number.
+// Filters by row, from the first non-zero weight to the last one, and the filters that each bin feeds. Weights go in pairs,
+// those of neighbouring filters beside each other: weight j of filter i stands at (j / 2 rows + i) 2 + j % 2, a zero after an
+// odd number.
 template <class T>
 struct SparseFilters {
     int64_t rows = 0;                                          // 0: the bare spectrum

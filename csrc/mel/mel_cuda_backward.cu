@@ -1,7 +1,8 @@
 // Backward pass of the mel slice on a GPU; see mel_block_backward.h for the kernels themselves.
 //
-// Every tile writes the gradient of the samples that nobody else reads, and leaves that of the others in a span of its own; these
-// samples then gather what belongs to them, in an order that depends on the shapes alone. The same holds for the filters: a fixed number of blocks sums a fixed share of the tiles.
+// Every tile writes the gradient of the samples that nobody else reads, and leaves that of the others in a span of its own;
+// these samples then gather what belongs to them, in an order that depends on the shapes alone. The same holds for the
+// filters: a fixed number of blocks sums a fixed share of the tiles.
 #include "mel/mel_cuda.cuh"
 
 namespace mmfast {
