@@ -225,7 +225,10 @@ MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns_adjoint() const {
             }
             RealDft<16, T, T>::inverse(re, im, v);
             MMFAST_UNROLL
-            for (int r = 0; r < 16; ++r) (r % 2 ? z.im : z.re)[to + r / 2 * stride * G] = v[r] * weight[r];
+            for (int r = 0; r < 16; ++r) {
+                T* const half = r % 2 ? z.im : z.re;  // as in columns_adjoint
+                half[to + r / 2 * stride * G] = v[r] * weight[r];
+            }
         }
     });
 }
