@@ -16,6 +16,12 @@
 #define MMFAST_QUICK_COMPILE
 #endif
 
+// MMFAST_ROLLED: a loop whose body is long enough.
+#if defined(__CUDA_ARCH__)
+#define MMFAST_ROLLED _Pragma("unroll 1")
+#else
+#define MMFAST_ROLLED
+#endif
 #if defined(__CUDA_ARCH__)
 #define MMFAST_UNROLL _Pragma("unroll")
 #elif defined(__CUDACC__) || defined(MMFAST_QUICK_COMPILE)

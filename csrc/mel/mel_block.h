@@ -7,20 +7,23 @@
 //   host test checks by changing it. One exception: any item may spoil() a frame, and all that do write the same NaN.
 //
 // Note: [Frames in lanes, shared]
-//   As on the CPU the frame is the fastest index of every array, so neighbouring threads hold neighbouring frames: window,
-//   twiddles and filters are the same for a whole warp, which reads them with one broadcast, and no phase has bank conflicts
-//   that padding does not remove.
+//   As on the CPU the frame is the fastest index, so neighbouring threads hold neighbouring frames: whatever depends on the column,
+//   the row or the filter is the same for many of them. A thread takes four frames where that saves reading it again: in the
+//   columns, of a TunedShape, frames f, f + G, f + 2 G and f + 3 G, for which z has four parts (spot), in the filters V of them
+//   side by side. Paddings keep the threads of a warp in different banks.
 //     samples  -- read once, coalesced; frames overlap in place ------->  x    [span], see Layout::skew
-//     x        -- DC, pre-emphasis, window, columns of the transform -->  z    [R/2 + 1][S][F], in two planes
+//     x        -- DC, pre-emphasis, window, columns of the transform -->  z    [F/G][R/2 + 1][S][G], in two planes
 //     z        -- rows of the transform, in place --------------------->  power [K][F], over x
 //     power    -- sparse filters, log ---------------------------------->  v    [M][F | 1], over z
 //     v        -- range, affine, DCT ---------------------------------->  features, coalesced in either layout
 //
-// Note: [Cost on a GPU], per frame at 400 / 160 / 80, predicted from counts, not measured
+// Note: [Cost on a GPU], per frame at 400 / 160 / 80, counted, not measured
 //   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
-//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 400 samples + 400 window + 400 twiddle + 4 x 450 spectrum + 402 power + 800
-//   filter + 240 output words, 4.4 k lane accesses or 139 cycles of a multiprocessor: 1.7 G frames/s with all 132.
+//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: 650 of a warp for
+//   32 frames each, at most four a cycle: 162 cycles, 1.4 G frames/s with all 132. benchmarks/results/README.md has the parts.
 #pragma once
+
+#include <type_traits>
 
 #include "mel/mel_block_shape.h"
 
@@ -35,21 +38,26 @@ struct Tile {
     const Block& block;
     const Layout& at;
     T* const memory;
-    int64_t row, tile, frame, length;
-    int frames, here;  // frames of the row in this tile, and places for frames in the features
+    // Few and short, for they take registers from first to last. A tuned kernel has at most 2^30 tiles (Launch).
+    using Index = std::conditional_t<Shape::tuned, uint32_t, int64_t>;
+    Index index, row;
+    int frames;  // of the row in this tile
     Planes<T> z;
     T maximum;  // of v over the group, once it is known
 
-    MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, int64_t index)
-        : job(j), shape(s), block(b), at(layout), memory(m), row(index / j.tiles), tile(index % j.tiles),
-          frame(tile * s.frames()), length(j.row_length(row)) {
-        const int64_t left = j.count(row) - frame, places = j.frames - frame;
-        frames = left <= 0 ? 0 : left < s.frames() ? int(left) : s.frames();
-        here = places < s.frames() ? int(places) : s.frames();
-        z = {m + at.z, m + at.z + at.plane};
+    MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, Index i)
+        : job(j), shape(s), block(b), at(layout), memory(m), index(i), row(i / Index(j.tiles)) {
+        frames = limited(j.count(row) - frame());
+        if constexpr (Shape::tuned) z = {m, m + Shape::plane()};  // a distance that the compiler knows
+        else z = {m + at.z, m + at.z + at.plane};
         maximum = j.maxima ? j.maxima[row / j.group] : T(0);
     }
 
+    MMFAST_INLINE Index tile() const { return index - row * Index(job.tiles); }  // of the row
+    MMFAST_INLINE int64_t frame() const { return int64_t(tile()) * shape.frames(); }
+    // Places for frames in the features.
+    MMFAST_INLINE int here() const { return limited(job.frames - frame()); }
+    MMFAST_INLINE int limited(int64_t n) const { return n <= 0 ? 0 : n < shape.frames() ? int(n) : shape.frames(); }
     MMFAST_INLINE T* x() const { return memory + at.x; }
     MMFAST_INLINE T* power() const { return memory + at.x; }
     MMFAST_INLINE T* part() const { return memory + at.part; }
@@ -71,12 +79,21 @@ struct Tile {
     MMFAST_INLINE void stage_inside(int64_t begin, int used, const Convert& convert) const {
         const Sample* const from = static_cast<const Sample*>(job.data) + row * job.row_stride + begin;
         T* const to = x();
+        if constexpr (Shape::tuned && sizeof(Sample) == sizeof(T)) {  // then it is float
+            using Four = Together<4, T>;
+            if ((at.step | at.pad | used) % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
+                block.copy(
+                    used / 4, [&](int q) { return Four::of(reinterpret_cast<const T*>(from) + 4 * q); },
+                    [&](int q, const Four& four) { four.to_shared(to + at.skew(4 * q)); });
+                return;
+            }
+        }
         block.copy(used, [&](int q) { return T(convert(from[q])); }, [&](int q, T value) { to[at.skew(q)] = value; });
     }
 
     MMFAST_INLINE void stage() const {
         const Framing& f = job.p.framing;
-        const int64_t begin = f.first + frame * f.hop;
+        const int64_t begin = f.first + frame() * f.hop, length = job.row_length(row);
         const int used = (frames - 1) * at.step + window();
         if (f.hop <= f.window && begin >= 0 && begin + used <= length && job.sample_stride == 1 &&
             job.signal_preemphasis == 0 && sizeof(T) == 4) {
@@ -101,37 +118,42 @@ struct Tile {
         });
     }
 
-    // Sample n of frame f as staged; frames past the last one read its samples.
-    MMFAST_INLINE T staged(int f, int n) const {
-        const int lane = f < frames ? f : frames - 1;
-        return x()[lane * (at.step + at.pad) + n + (at.pad ? quotient(n, at.reciprocal) * at.pad : 0)];
-    }
-    // The same with scale, dither and without its mean.
-    MMFAST_INLINE T centred(int f, int n) const {
+    // Where frame f begins in x; frames past the last one read its samples.
+    MMFAST_INLINE const T* begin_of(int f) const { return x() + (f < frames ? f : frames - 1) * (at.step + at.pad); }
+    // Sample n of frame f as staged.
+    MMFAST_INLINE T staged(int f, int n) const { return begin_of(f)[at.skew(n)]; }
+    // The same with scale and dither.
+    MMFAST_INLINE T scaled(int f, int n) const {
         T y = staged(f, n) * job.p.input_scale;
         if constexpr (!Shape::tuned)
-            if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame + f, n);
-        return y - memory[at.mean + f];
+            if (job.p.dither != 0) y += job.p.dither * dither_noise<T>(job.p.seed, row, frame() + f, n);
+        return y;
     }
+    MMFAST_INLINE T centred(int f, int n) const { return scaled(f, n) - memory[at.mean + f]; }
     MMFAST_INLINE T conditioned(int f, int n) const {
         const T y = centred(f, n);
         return job.p.preemphasis == 0 ? y : y - centred(f, n ? n - 1 : 0) * job.p.preemphasis;
     }
 
-    // to[f] = sum over n < count of value(f, n) for every frame, in parts.
+    // to[f] = last(sum over n < count of value(f, n)) for every frame, in parts. Frames and samples of a warp as in columns().
     template <class Value>
     MMFAST_INLINE void sum_frames(int count, T* to, const Value& value) const {
-        const int F = shape.frames();
+        sum_frames(count, to, value, [](T sum) { return sum; });
+    }
+    template <class Value, class Last>
+    MMFAST_INLINE void sum_frames(int count, T* to, const Value& value, const Last& last) const {
+        const int F = shape.frames(), G = shape.together();
         T* const parts = part();
         block.each(kParts * F, [&](int i) {
+            const int f = i / (G * kParts) * G + i % G, first = i / G % kParts;
             T sum = 0;
-            for (int n = i / F; n < count; n += kParts) sum += value(i % F, n);
-            parts[i] = sum;
+            for (int n = first; n < count; n += kParts) sum += value(f, n);
+            parts[first * F + f] = sum;
         });
         block.each(F, [&](int f) {
             T sum = 0;
             for (int i = 0; i < kParts; ++i) sum += parts[i * F + f];
-            to[f] = sum;
+            to[f] = last(sum);
         });
     }
 
@@ -140,11 +162,11 @@ struct Tile {
         const MelParams<T>& p = job.p;
         const int F = shape.frames();
         T* const mean = memory + at.mean;
-        block.each(F, [&](int f) { mean[f] = 0; });
         if (p.remove_dc) {
-            T* const sum = memory + at.energy;
-            sum_frames(window(), sum, [&](int f, int n) { return centred(f, n); });
-            block.each(F, [&](int f) { mean[f] = sum[f] / T(window()); });
+            sum_frames(
+                window(), mean, [&](int f, int n) { return scaled(f, n); }, [&](T sum) { return sum / T(window()); });
+        } else {
+            block.each(F, [&](int f) { mean[f] = 0; });
         }
         if (p.energy == Energy::none) return;
         if (p.raw_energy) {
@@ -169,16 +191,19 @@ struct Tile {
     // ---- Transform --------------------------------------------------------------------------------------------------
 
     // Samples to z; no frame is spoilt yet.
-    template <int R, class Load>
-    MMFAST_INLINE void columns(const Load& load) const;
-    template <class Load>
-    MMFAST_INLINE void all_columns(const Load& load) const;
+    template <int R>
+    MMFAST_INLINE void columns() const;
+    template <bool kConditions>
+    MMFAST_INLINE void tuned_columns() const;
 
-    // Bin of output k2 of row k1, -1 where another output gives it too.
-    MMFAST_INLINE int bin_of(int k1, int k2) const {
-        const int bin = k1 + shape.radix() * k2, n = shape.n();
-        if (2 * bin <= n) return bin;
-        return k1 == 0 || 2 * k1 == shape.radix() ? -1 : n - bin;
+    // Output j of row k1 of the second step of a TunedShape is this bin, or its conjugate. Where another output gives it too,
+    // only one of them is its `source`.
+    static MMFAST_INLINE constexpr int bin_of(int k1, int a, int j) {
+        const int bin = k1 + 16 * (a + Shape::A * j);
+        return 2 * j < Shape::P ? bin : Shape::n() - bin;
+    }
+    static MMFAST_INLINE constexpr bool source(int k1, int a, int j) {
+        return 2 * j < Shape::P || k1 % 8 != 0 || (2 * j == Shape::P && k1 == 0 && a == 0);
     }
     // Where z holds a bin (or its conjugate).
     MMFAST_INLINE int place_of(int bin) const {
@@ -189,6 +214,11 @@ struct Tile {
             k1 = R - k1;
         }
         return k1 * shape.stride() + shape.slot(bin / R);
+    }
+    // Where frame f of a place of z stands.
+    MMFAST_INLINE int spot(int place, int f) const {
+        const int G = shape.together();
+        return f / G * shape.group_stride() + place * G + f % G;
     }
 
     template <bool kKeep>
@@ -202,31 +232,38 @@ struct Tile {
     template <bool kKeep>
     MMFAST_INLINE void analyse();
 
-    // to[i][f] = m, band i of frame f, or v of it.
+    // to[i][f] = m, band i of frame f, or v of it. A thread takes V frames, so that weights and places are read once for them.
     template <bool kCompress>
     MMFAST_INLINE void filter(T* to) const {
-        const int F = shape.frames(), bins = int(job.bins()), lane_stride = at.lane_stride;
+        constexpr int V = Shape::V;
+        const int F = shape.frames(), items = F / V, lane_stride = at.lane_stride;
         const SparseFilters<T>& filters = job.filters;
-        const T* const from = power();
-        block.each(int(job.bands()) * F, [&](int i) {
-            const int f = i % F, band = i / F;
-            T m;
+        const T *const from = power(), *const poison = memory + at.poison;
+        block.each(int(job.bands()) * items, [&](int i) {
+            using Frames = Together<V, T>;
+            const int f = i % items * V, band = i / items;
+            Frames a = Frames::of(poison + f), b{};
             if (filters.rows) {
-                const T* const w = filters.weights + int64_t(band) * bins;
-                const T* const in = from + filters.row_first[band] * F + f;
-                const int count = filters.row_count[band];
-                T a = memory[at.poison + f], b = 0;
-                int j = 0;
-                for (; j + 2 <= count; j += 2) {
-                    a += in[j * F] * w[j];
-                    b += in[(j + 1) * F] * w[j + 1];
+                const T* in = from + filters.row_first[band] * F + f;
+                const T* w = filters.weights + 2 * band;
+                MMFAST_ROLLED
+                for (int j = filters.row_count[band]; j > 0; j -= 2, in += 2 * F, w += 2 * filters.rows) {
+                    const Together<2, T> two = Together<2, T>::of(w);
+                    const Frames p0 = Frames::of(in), p1 = Frames::of(in + F);
+                    MMFAST_UNROLL
+                    for (int v = 0; v < V; ++v) {
+                        a.value[v] += p0.value[v] * two.value[0];
+                        b.value[v] += p1.value[v] * two.value[1];
+                    }
                 }
-                if (j < count) a += in[j * F] * w[j];
-                m = a + b;
             } else {
-                m = from[i];
+                a = Frames::of(from + band * F + f);
             }
-            to[band * lane_stride + f] = kCompress ? compress_value(job.p, m) : m;
+            MMFAST_UNROLL
+            for (int v = 0; v < V; ++v) {
+                const T m = a.value[v] + b.value[v];
+                to[band * lane_stride + f + v] = kCompress ? compress_value(job.p, m) : m;
+            }
         });
     }
 
@@ -266,11 +303,14 @@ struct Tile {
         const int n = int(job.feature_count);
         const int64_t base = row * job.feature_count * job.frames;
         if (job.p.time_major) {
-            block.each(n * here, [&](int i) { f(i / n, i % n, base + frame * n + i); });
+            block.each(n * here(), [&](int i) {
+                const int q = n > 1 ? quotient(i, at.feature_reciprocal) : i;
+                f(q, i - q * n, base + frame() * n + i);
+            });
         } else {
             const int L = shape.frames();
             block.each(n * L, [&](int i) {
-                if (i % L < here) f(i % L, i / L, base + (i / L) * job.frames + frame + i % L);
+                if (i % L < here()) f(i % L, i / L, base + (i / L) * job.frames + frame() + i % L);
             });
         }
     }
@@ -305,24 +345,23 @@ struct Tile {
     // Waveform to features. With job.clip it is the second round: the maxima are known.
     MMFAST_INLINE void forward() {
         const MelParams<T>& p = job.p;
-        const int lane_stride = at.lane_stride;
-        if (tile == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
-        const T threshold = job.clip ? maximum - p.top_db : T(0);
-        if (job.clip && (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold)) return;
+        if (tile() == 0 && job.counts) block.each(1, [&](int) { job.counts[row] = job.count(row); });
+        const auto threshold = [&] { return maximum - p.top_db; };  // anew each time: registers are dear
+        if (job.clip && (frames == 0 || job.extrema[index].lowest >= threshold())) return;
         if (frames > 0) {
             analyse<false>();
             T* const v = memory + at.v;
             if (p.has_top_db && !job.clip) {
                 filter<true>(v);
-                extrema([&](int band, int f) { return v[band * lane_stride + f]; });
+                extrema([&](int band, int f) { return v[band * at.lane_stride + f]; });
             } else {
                 filter<true>(v);
             }
             if (job.clip || p.output_offset != 0 || p.output_scale != 1) {
                 const int F = shape.frames();
                 block.each(int(job.bands()) * F, [&](int i) {
-                    T& value = v[i / F * lane_stride + i % F];
-                    value = ((job.clip ? clip_value(value, threshold) : value) + p.output_offset) * p.output_scale;
+                    T& value = v[i / F * at.lane_stride + i % F];
+                    value = ((job.clip ? clip_value(value, threshold()) : value) + p.output_offset) * p.output_scale;
                 });
             }
             if (p.cepstra) dct();
@@ -331,23 +370,44 @@ struct Tile {
             block.each(1, [&](int) {
                 Extrema<T> e{infinity_of<T>(), -infinity_of<T>()};
                 if (frames > 0) e = {part()[0], part()[kParts * shape.frames()]};
-                job.extrema[row * job.tiles + tile] = e;
+                job.extrema[index] = e;
             });
         }
-        const T* const from = memory + (p.cepstra ? at.cepstra : at.v);
-        const int shift = p.energy == Energy::prepend;
-        each_feature([&](int f, int c, int64_t index) {
-            T value = job.fill;
-            if (f < frames) value = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
-            store_as(job.features, job.out_type, index, value);
-        });
+        switch (job.out_type) {
+            case ScalarType::float16: store<uint16_t>([](T x) { return float_to_half(float(x)); }); break;
+            case ScalarType::bfloat16: store<uint16_t>([](T x) { return float_to_bfloat(float(x)); }); break;
+            case ScalarType::float64: store<double>([](T x) { return double(x); }); break;
+            default: store<float>([](T x) { return float(x); });
+        }
+    }
+
+    template <class Out, class Convert>
+    MMFAST_INLINE void store(const Convert& convert) const {
+        const int n = int(job.feature_count), L = shape.frames(), lane_stride = at.lane_stride;
+        const int shift = job.p.energy == Energy::prepend;
+        const T* const from = memory + (job.p.cepstra ? at.cepstra : at.v);
+        const auto value = [&](int f, int c) {
+            T x = job.fill;
+            if (f < frames) x = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
+            return convert(x);
+        };
+        Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames;
+        if (job.p.time_major) {
+            each_feature([&](int f, int c, int64_t) { to[(frame() + f) * n + c] = value(f, c); });
+        } else {
+            block.lanes(L, n, [&](int f, int first, int step) {
+                if (f >= here()) return;
+                Out* place = to + first * job.frames + frame() + f;
+                for (int c = first; c < n; c += step, place += step * job.frames) *place = value(f, c);
+            });
+        }
     }
 
     // Second round without a DCT: the features that lie below the threshold are raised in place.
     MMFAST_INLINE void clip_features() const {
         const MelParams<T>& p = job.p;
         const T threshold = maximum - p.top_db;
-        if (frames == 0 || job.extrema[row * job.tiles + tile].lowest >= threshold) return;
+        if (frames == 0 || job.extrema[index].lowest >= threshold) return;
         const T raised = (threshold + p.output_offset) * p.output_scale;
         each_feature([&](int f, int c, int64_t index) {
             if (f >= frames || is_energy(c)) return;
@@ -360,10 +420,19 @@ struct Tile {
     MMFAST_INLINE void band_gradients() const;
     MMFAST_INLINE void filter_gradients(int64_t slot) const;
     MMFAST_INLINE void tuned_rows_adjoint() const;
+    MMFAST_INLINE void tuned_columns_adjoint() const;
     template <int R>
     MMFAST_INLINE void columns_adjoint() const;
     MMFAST_INLINE void spectrum_adjoint();
+    // Gradient of sample n of frame f after the window, from z.
+    MMFAST_INLINE T windowed_gradient(int f, int n) const {
+        const int r = n / shape.columns();
+        const T* const from = r % 2 ? z.im : z.re;
+        return from[spot(r / 2 * shape.stride() + n % shape.columns(), f)];
+    }
     MMFAST_INLINE T sample_gradient(int f, int n) const;
+    template <class Put>
+    MMFAST_INLINE void tuned_overlap_add(const Put& put) const;
     MMFAST_INLINE void overlap_add() const;
 };
 

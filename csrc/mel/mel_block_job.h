@@ -23,13 +23,15 @@ struct BlockPlan {
     const T* row_twiddle = nullptr;  // [A][P][cos, sin] of a TunedShape
 };
 
-// Filters by row, packed from the first non-zero weight to the last one, and the filters that each bin feeds.
+// Filters by row, from the first non-zero weight to the last one, and the filters that each bin feeds. Weights go in pairs,
+// those of neighbouring filters beside each other: weight j of filter i stands at (j / 2 rows + i) 2 + j % 2, a zero after an
+// odd number.
 template <class T>
 struct SparseFilters {
     int64_t rows = 0;                                          // 0: the bare spectrum
     const int32_t *row_first = nullptr, *row_count = nullptr;  // [rows]
     const int32_t *bin_first = nullptr, *bin_count = nullptr;  // [K]
-    const T* weights = nullptr;                                // [rows][K]
+    const T* weights = nullptr;                                // [(K + 1) / 2][rows][2]
     const T* dense = nullptr;                                  // [K][rows]
 };
 
@@ -61,9 +63,10 @@ struct BlockJob {
     const T* maxima = nullptr;                         // [groups]
     bool clip = false;                                 // second round: the maximum is known
 
-    // Backward. grad: laid out as the features. spans: [rows][tiles][span], the gradient of the staged samples of a tile.
+    // Backward. grad: laid out as the features. grad_wave: [rows][length]. spans: [rows][tiles][span], the gradient of the staged
+    // samples of a tile, where it is not all that there is for a sample (OwnSamples).
     const T* grad = nullptr;
-    T* spans = nullptr;
+    T *grad_wave = nullptr, *spans = nullptr;
     T* filter_sums = nullptr;  // [slots][K][rows], added to
     T* raised = nullptr;       // [rows][tiles]: gradient of values that top_db raised
     T* highest = nullptr;      // [rows][tiles]: largest v, as this kernel computes it
@@ -80,6 +83,7 @@ struct BlockJob {
         return n < 0 ? 0 : n > length ? length : n;
     }
     MMFAST_INLINE int64_t count(int64_t row) const {
+        if (!lengths) return frames;
         const int64_t n = p.framing.count(row_length(row));
         return n < frames ? n : frames;
     }

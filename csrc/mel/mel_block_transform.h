@@ -7,10 +7,11 @@ namespace mmfast {
 namespace mel {
 
 template <class T, class Shape, class Block>
-template <int R, class Load>
-MMFAST_INLINE void Tile<T, Shape, Block>::columns(const Load& load) const {
+template <int R>
+MMFAST_INLINE void Tile<T, Shape, Block>::columns() const {
     const int S = shape.columns(), F = shape.frames(), stride = shape.stride(), length_ = window();
     const T *const tw = job.plan.fft.twiddle, *const w = job.p.window;
+    const bool conditions = job.p.conditions();
     block.each(S * F, [&](int i) {
         const int f = i % F, s = i / F;
         if (s == 0) memory[at.poison + f] = 0;
@@ -18,7 +19,7 @@ MMFAST_INLINE void Tile<T, Shape, Block>::columns(const Load& load) const {
         MMFAST_UNROLL
         for (int r = 0; r < R; ++r) {
             const int n = s + S * r;
-            v[r] = n < length_ ? load(f, n) * w[n] : T(0);
+            v[r] = n < length_ ? (conditions ? conditioned(f, n) : staged(f, n)) * w[n] : T(0);
         }
         RealDft<R, T, T>::run(v, re, im);
         z.re[s * F + f] = re[0];
@@ -33,71 +34,110 @@ MMFAST_INLINE void Tile<T, Shape, Block>::columns(const Load& load) const {
     });
 }
 
+// The same for a TunedShape. An item takes kEach frames of a column: what depends on the column alone, most of all addresses, is
+// found once. Samples past the window have the weight 0 and the place of one that is in the frame anyway.
 template <class T, class Shape, class Block>
-template <class Load>
-MMFAST_INLINE void Tile<T, Shape, Block>::all_columns(const Load& load) const {
-    if constexpr (Shape::tuned) {
-        columns<16>(load);
-    } else {
-        switch (shape.radix()) {
-            case 16: columns<16>(load); break;
-            case 8: columns<8>(load); break;
-            case 5: columns<5>(load); break;
-            case 4: columns<4>(load); break;
-            case 3: columns<3>(load); break;
-            case 2: columns<2>(load); break;
-            default: columns<1>(load);
+template <bool kConditions>
+MMFAST_INLINE void Tile<T, Shape, Block>::tuned_columns() const {
+    constexpr int S = Shape::columns(), G = Shape::G, stride = Shape::stride();
+    const int length_ = window();
+    const T *const tw = job.plan.fft.twiddle, *const w = job.p.window;
+    block.each(S * G, [&](int i) {
+        const int s = i / G;
+        T* to = z.re + spot(s, i % G);
+        T weight[16], c[8], d[8];
+        int place[16];
+        MMFAST_UNROLL
+        for (int r = 0; r < 16; ++r) {
+            const int n = s + S * r;
+            weight[r] = n < length_ ? w[n] : T(0);
+            place[r] = at.skew(n < length_ ? n : 0);
+            if (kConditions) place[r] |= at.skew(n && n < length_ ? n - 1 : 0) << 16;  // no place reaches 2^16
         }
-    }
+        MMFAST_UNROLL
+        for (int k = 0; k < 8; ++k) {
+            const Together<2, T> turn = Together<2, T>::of(tw + 2 * (k * S + s));
+            c[k] = turn.value[0];
+            d[k] = turn.value[1];
+        }
+        const T scale = job.p.input_scale, emphasis = job.p.preemphasis;
+        MMFAST_ROLLED
+        for (int f = i % G; f < Shape::F; f += G, to += Shape::group_stride()) {
+            const T* const from = begin_of(f);
+            const T mean = kConditions ? memory[at.mean + f] : T(0);
+            if (s == 0) memory[at.poison + f] = 0;
+            T v[16], re[9], im[9];
+            MMFAST_UNROLL
+            for (int r = 0; r < 16; ++r) {
+                if constexpr (kConditions) {  // as conditioned()
+                    const T own = from[place[r] & 0xffff] * scale - mean, before = from[place[r] >> 16] * scale - mean;
+                    v[r] = (own - before * emphasis) * weight[r];
+                } else {
+                    v[r] = from[place[r]] * weight[r];
+                }
+            }
+            RealDft<16, T, T>::run(v, re, im);
+            to[0] = re[0];
+            MMFAST_UNROLL
+            for (int k = 1; k <= 8; ++k) {
+                twist(re[k], im[k], c[k - 1], d[k - 1]);
+                to[k * stride * G] = re[k];
+                to[Shape::plane() + k * stride * G] = im[k];
+            }
+        }
+    });
 }
 
-// The rows of a TunedShape, to squared magnitudes.
+// The rows of a TunedShape, to squared magnitudes. The imaginary part of row 0 is not stored before: it is 0.
 template <class T, class Shape, class Block>
 template <bool kKeep>
 MMFAST_INLINE void Tile<T, Shape, Block>::tuned_rows() const {
-    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, stride = Shape::stride();
+    constexpr int A = Shape::A, P = Shape::P, F = Shape::F, G = Shape::G, stride = Shape::stride(), n = Shape::n();
     if constexpr (A > 1) {
         const T* const tw = job.plan.row_twiddle;
         block.each(9 * P * F, [&](int i) {
-            const int f = i % F, p = i / F % P, base = (i / (F * P) * stride + p) * F + f;
+            const int f = i % F, p = i / F % P, k1 = i / (F * P), base = spot(k1 * stride + p, f);
             T re[A], im[A];
             MMFAST_UNROLL
             for (int a = 0; a < A; ++a) {
-                re[a] = z.re[base + a * P * F];
-                im[a] = z.im[base + a * P * F];
+                re[a] = z.re[base + a * P * G];
+                im[a] = k1 ? z.im[base + a * P * G] : T(0);
             }
             register_dft<A>(re, im);
             MMFAST_UNROLL
             for (int a = 0; a < A; ++a) {
                 if (a) twist(re[a], im[a], tw[2 * (a * P + p)], tw[2 * (a * P + p) + 1]);
-                z.re[base + a * P * F] = re[a];
-                z.im[base + a * P * F] = im[a];
+                z.re[base + a * P * G] = re[a];
+                z.im[base + a * P * G] = im[a];
             }
         });
     }
     T* const out = power();
     block.each(9 * A * F, [&](int i) {
-        const int f = i % F, k1 = i / F % 9, a = i / (9 * F), base = (k1 * stride + a * P) * F + f;
+        const int f = i % F, k1 = i / F % 9, a = i / (9 * F), base = spot(k1 * stride + a * P, f);
         T re[P], im[P];
         MMFAST_UNROLL
         for (int j = 0; j < P; ++j) {
-            re[j] = z.re[base + j * F];
-            im[j] = z.im[base + j * F];
+            re[j] = z.re[base + j * G];
+            im[j] = A > 1 || k1 ? z.im[base + j * G] : T(0);
         }
         register_dft<P>(re, im);
+        T *const up = out + bin_of(k1, a, 0) * F + f, *const down = out + bin_of(k1, a, P - 1) * F + f;
+        const bool pairs = source(k1, a, P - 1);
         T nothing = 0;  // or NaN
         MMFAST_UNROLL
         for (int j = 0; j < P; ++j) {
-            const int bin = bin_of(k1, a + A * j);
             const T square = re[j] * re[j] + im[j] * im[j];
             nothing += square * T(0);
-            if (bin >= 0) out[bin * F + f] = square;
+            if (2 * j < P) up[16 * A * F * j] = square;
+            else if (2 * j == P ? source(k1, a, j) : pairs) down[16 * A * F * (P - 1 - j)] = square;
             if (kKeep) {
-                z.re[base + j * F] = re[j];
-                z.im[base + j * F] = im[j];
+                z.re[base + j * G] = re[j];
+                z.im[base + j * G] = im[j];
             }
         }
         if (nothing != 0) spoil(f);
+        if (i < F) out[(n / 2 + 1) * F + f] = 0;  // what stands after the last bin is read with the weight 0
     });
 }
 
@@ -225,19 +265,28 @@ template <bool kKeep>
 MMFAST_INLINE void Tile<T, Shape, Block>::analyse() {
     const MelParams<T>& p = job.p;
     stage();
-    if (p.conditions()) {
-        condition();
-        all_columns([&](int f, int n) { return conditioned(f, n); });
-    } else {
-        all_columns([&](int f, int n) { return staged(f, n); });
-    }
+    if (p.conditions()) condition();
     const int F = shape.frames(), bins = int(job.bins());
     T* const out = power();
     if constexpr (Shape::tuned) {
+        p.conditions() ? tuned_columns<true>() : tuned_columns<false>();
         tuned_rows<kKeep>();
     } else {
+        switch (shape.radix()) {
+            case 16: columns<16>(); break;
+            case 8: columns<8>(); break;
+            case 5: columns<5>(); break;
+            case 4: columns<4>(); break;
+            case 3: columns<3>(); break;
+            case 2: columns<2>(); break;
+            default: columns<1>();
+        }
         general_rows();
-        block.each(bins * F, [&](int i) {
+        block.each((bins + 1) * F, [&](int i) {
+            if (i >= bins * F) {  // read with the weight 0
+                out[i] = 0;
+                return;
+            }
             const int k = place_of(i / F) * F + i % F;
             const T square = z.re[k] * z.re[k] + z.im[k] * z.im[k];
             out[i] = square;

@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const T* window, int6
         }
         __syncthreads();
         const int first = high < 0 ? 0 : low, count = high < 0 ? 0 : high - low + 1;
-        for (int j = thread; j < count; j += kThreads)
-            to.weights[int64_t(block) * bins + j] = dense[int64_t(first + j) * rows + block];
+        for (int j = thread; j < (count + 1) / 2 * 2; j += kThreads)
+            to.weights[(int64_t(j / 2) * rows + block) * 2 + j % 2] =
+                j < count ? dense[int64_t(first + j) * rows + block] : T(0);
         if (thread == 0) {
             to.row_first[block] = first;
             to.row_count[block] = count;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
         if (maxima) {
             const int64_t first = tile.group() * job.group, last = min(first + job.group, job.rows);
             tile.maximum = group_maximum(job.extrema, first * job.tiles, last * job.tiles);
-            if (tile.row == first && tile.tile == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
+            if (tile.row == first && tile.tile() == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
         }
         tile.clip_features();
     }

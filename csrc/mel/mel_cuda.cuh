@@ -30,15 +30,21 @@ struct CudaBlock {
         for (int i = int(threadIdx.x); i < n; i += kThreads) f(i);
         __syncthreads();
     }
-    // Eight loads are on their way before the first value is stored.
+    // f(lane, first, step) for the items first, first + step, … < n of each of L lanes, of which the threads are a multiple.
+    template <class F>
+    __device__ __forceinline__ void lanes(int L, int, const F& f) const {
+        f(int(threadIdx.x) % L, int(threadIdx.x) / L, kThreads / L);
+        __syncthreads();
+    }
+    // Eight loads, or five of four values each, are on their way before the first value is stored.
     template <class Load, class Store>
     __device__ __forceinline__ void copy(int n, const Load& load, const Store& store) const {
-        constexpr int kAhead = 8;
+        constexpr int kAhead = sizeof(load(0)) > 8 ? 5 : 8;
         for (int i = int(threadIdx.x); i < n; i += kAhead * kThreads) {
             decltype(load(0)) value[kAhead];
 #pragma unroll
             for (int j = 0; j < kAhead; ++j)
-                if (i + j * kThreads < n) value[j] = load(i + j * kThreads);
+                value[j] = load(min(i + j * kThreads, n - 1));  // a condition would send them by way of the stack
 #pragma unroll
             for (int j = 0; j < kAhead; ++j)
                 if (i + j * kThreads < n) store(i + j * kThreads, value[j]);
@@ -70,9 +76,15 @@ using Tuned1024 = TunedShape<8, 8, 16>;
 using Tuned2048 = TunedShape<8, 16, 8>;
 using Tuned4096 = TunedShape<16, 16, 4>;
 
-// Blocks that shall share a multiprocessor, which limits their registers. One where shared memory has room for no more.
+// Blocks that shall share a multiprocessor, which limits their registers. One where shared memory has room for no more, as on
+// all GPUs before sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostTogether = 1;
+#else
+constexpr int kMostTogether = 2;
+#endif
 template <bool kBackward, class Shape>
-constexpr int kTogether = 2;
+constexpr int kTogether = kMostTogether;
 template <bool kBackward>
 constexpr int kTogether<kBackward, GeneralShape> = 1;
 template <>
@@ -87,10 +99,13 @@ template <bool kBackward, class T, class Shape>
 __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
     tile_kernel(const __grid_constant__ BlockJob<T> job, const __grid_constant__ Layout layout, const Shape shape,
                 int64_t total, T* scratch, T* maxima) {
-    extern __shared__ double shared[];
+    extern __shared__ __align__(16) double shared[];
     T* const memory = Shape::tuned || !scratch ? reinterpret_cast<T*>(shared) : scratch + blockIdx.x * layout.size;
     const CudaBlock block;
-    for (int64_t i = blockIdx.x; i < total; i += gridDim.x) {
+    // A tuned forward kernel has a block for each tile: what a loop needs would cost it registers.
+    constexpr bool kOne = Shape::tuned && !kBackward;
+    using Index = typename Tile<T, Shape, CudaBlock>::Index;
+    for (Index i = blockIdx.x; kOne || i < total;) {
         Tile<T, Shape, CudaBlock> tile(job, shape, block, layout, memory, i);
         if constexpr (kBackward) {
             tile.backward(blockIdx.x);
@@ -98,10 +113,12 @@ __global__ void __launch_bounds__(kThreads, kTogether<kBackward, Shape>)
             if (maxima) {
                 const int64_t first = tile.group() * job.group, last = min(first + job.group, job.rows);
                 tile.maximum = group_maximum(job.extrema, first * job.tiles, last * job.tiles);
-                if (tile.row == first && tile.tile == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
+                if (tile.row == first && tile.tile() == 0 && threadIdx.x == 0) maxima[tile.group()] = tile.maximum;
             }
             tile.forward();
         }
+        if constexpr (kOne) return;
+        i = tile.index + Index(gridDim.x);
     }
 }
 
@@ -177,7 +194,7 @@ struct Prepared {
         DeviceArena arena{static_cast<char*>(base)};
         const int64_t bins = spec.n_fft / 2 + 1;
         window = arena.take<T>(spec.framing.window);
-        weights = arena.take<T>(bins * n_filters);
+        weights = arena.take<T>((bins + 1) / 2 * 2 * n_filters);
         row_first = arena.take<int32_t>(n_filters);
         row_count = arena.take<int32_t>(n_filters);
         bin_first = arena.take<int32_t>(n_filters ? bins : 0);
@@ -185,6 +202,8 @@ struct Prepared {
         bytes = n_filters || spec.normalized ? arena.used : 0;
     }
 };
+
+constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
 // A job and how it is launched.
 template <class T>
@@ -214,7 +233,8 @@ struct Launch {
             if (job.p.dither == 0) {  // the noise would cost the tuned kernels their registers
                 with_tuned(spec.n_fft, [&](auto shape) {
                     const int64_t need = Layout(shape, job, backward).size * int64_t(sizeof(T));
-                    tuned = need <= most_shared;
+                    const int64_t tiles = (job.frames + shape.frames() - 1) / shape.frames();
+                    tuned = need <= most_shared && job.rows * tiles <= kMostBlocks;
                     if (tuned) frames = shape.frames(), bytes = need;
                 });
             }
@@ -223,8 +243,8 @@ struct Launch {
         job.tiles = (job.frames + frames - 1) / frames;
         total = job.rows * job.tiles;
         constexpr int64_t kMostScratch = int64_t(1) << 29;
-        blocks = std::min(total, in_shared ? int64_t(1) << 30
-                                           : std::clamp<int64_t>(kMostScratch / bytes, 1, 2 * on_device.processors));
+        blocks = std::min(
+            total, in_shared ? kMostBlocks : std::clamp<int64_t>(kMostScratch / bytes, 1, 2 * on_device.processors));
     }
 
     // As many frames as leave room for several blocks on a multiprocessor, then as fit at all, then device memory.

@@ -1,7 +1,8 @@
 // Backward pass of the mel slice on a GPU; see mel_block_backward.h for the kernels themselves.
 //
-// Every tile leaves the gradient of its samples in a span of its own; then each sample gathers what belongs to it, in an order
-// that depends on the shapes alone. The same holds for the filters: a fixed number of blocks sums a fixed share of the tiles.
+// Every tile writes the gradient of the samples that nobody else reads, and leaves that of the others in a span of its own;
+// these samples then gather what belongs to them, in an order that depends on the shapes alone. The same holds for the
+// filters: a fixed number of blocks sums a fixed share of the tiles.
 #include "mel/mel_cuda.cuh"
 
 namespace mmfast {
@@ -13,11 +14,10 @@ constexpr int64_t kSlots = 128;  // not the number of multiprocessors: sums shal
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __grid_constant__ BlockJob<T> job, int tile_frames, int span, T* grad_wave) {
-    const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (t >= job.length) return;
+    gather_kernel(const __grid_constant__ BlockJob<T> job, int tile_frames, int span) {
     for (int64_t row = blockIdx.y; row < job.rows; row += gridDim.y)
-        grad_wave[row * job.length + t] = gather_sample(job, tile_frames, span, row, t);
+        for (int64_t tile = blockIdx.x; tile <= job.tiles; tile += gridDim.x)
+            gather_between(job, tile_frames, span, row, tile, threadIdx.x, kThreads);
 }
 
 // The gradient that top_db takes from the values of a group, in equal parts for those that equal its maximum. A block a group.
@@ -113,6 +113,7 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
     BlockJob<T>& job = launch.job;
     job.maxima = job.p.has_top_db ? maxima : nullptr;
     job.grad = grad;
+    job.grad_wave = grad_wave;
     job.spans = grad_wave ? memory.spans : nullptr;
     job.filter_sums = grad_filters ? memory.sums : nullptr;
     job.raised = memory.raised;
@@ -132,9 +133,8 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
         launch.template run<true>(memory.scratch, nullptr, stream);
     }
     if (grad_wave && job.rows > 0 && job.length > 0) {
-        const dim3 blocks(unsigned((job.length + kThreads - 1) / kThreads),
-                          unsigned(std::min<int64_t>(job.rows, 65535)));
-        gather_kernel<T><<<blocks, kThreads, 0, stream>>>(job, launch.frames, span, grad_wave);
+        const dim3 blocks(unsigned(std::min(job.tiles + 1, kMostBlocks)), unsigned(std::min<int64_t>(job.rows, 65535)));
+        gather_kernel<T><<<blocks, kThreads, 0, stream>>>(job, launch.frames, span);
         check_cuda(cudaGetLastError(), "mel: launch");
     }
     if (grad_filters && memory.filter_size) {

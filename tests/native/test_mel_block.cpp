@@ -27,6 +27,10 @@ struct HostBlock {
         ++phase;
         for (int i = 0; i < n; ++i) f(phase % 3 == 0 ? i : phase % 3 == 1 ? n - 1 - i : (i + n / 2) % n);
     }
+    template <class F>
+    void lanes(int lanes, int n, const F& f) const {
+        each(lanes * n, [&](int i) { f(i % lanes, i / lanes, n); });
+    }
     template <class Load, class Store>
     void copy(int n, const Load& load, const Store& store) const {
         each(n, [&](int i) { store(i, load(i)); });
@@ -205,7 +209,7 @@ struct Problem {
         for (T w : window) sum += w * w;
         for (T w : window)
             scaled.push_back(c.spec.normalized ? w / std::sqrt(c.spec.normalized == 1 ? sum : T(c.spec.n_fft)) : w);
-        weights.assign(bins * M, T(0));
+        weights.assign((bins + 1) / 2 * 2 * M, T(NAN));
         const auto range = [](int64_t n, auto some, std::vector<int32_t>& first, std::vector<int32_t>& count) {
             int64_t low = 0, high = -1;
             for (int64_t i = n - 1; i >= 0; --i)
@@ -217,7 +221,8 @@ struct Problem {
         };
         for (int64_t m = 0; m < M; ++m) {
             range(bins, [&](int64_t k) { return filters[k * M + m] != 0; }, row_first, row_count);
-            for (int j = 0; j < row_count[m]; ++j) weights[m * bins + j] = filters[(row_first[m] + j) * M + m];
+            for (int j = 0; j < (row_count[m] + 1) / 2 * 2; ++j)
+                weights[(j / 2 * M + m) * 2 + j % 2] = j < row_count[m] ? filters[(row_first[m] + j) * M + m] : T(0);
         }
         for (int64_t k = 0; M && k < bins; ++k)
             range(M, [&](int64_t m) { return filters[k * M + m] != 0; }, bin_first, bin_count);
@@ -334,6 +339,7 @@ void check(const Problem<T>& problem, const Shape& shape, int steps) {
     std::vector<int32_t> hits(total);
     job.grad = grad.data();
     job.spans = spans.data();
+    job.grad_wave = grad_wave.data();
     job.filter_sums = c.filters ? sums.data() : nullptr;
     job.raised = raised.data();
     job.highest = highest.data();
@@ -354,8 +360,8 @@ void check(const Problem<T>& problem, const Shape& shape, int steps) {
         over_tiles(true, [](auto& tile, int64_t i) { tile.backward(i % slots); });
     }
     for (int64_t b = 0; b < c.rows; ++b)
-        for (int64_t t = 0; t < c.length; ++t)
-            grad_wave[b * c.length + t] = gather_sample(job, shape.frames(), span, b, t);
+        for (int64_t tile = job.tiles; tile >= 0; --tile)
+            for (int thread = 0; thread < 3; ++thread) gather_between(job, shape.frames(), span, b, tile, thread, 3);
     for (int64_t i = 0; i < bins * c.filters; ++i)
         for (int s = 0; s < slots; ++s) grad_filters[i] += sums[s * bins * c.filters + i];
     backward_cpu<T>(problem.plan, problem.waveform(), problem.tables(), c.group, 77, expected_maxima.data(),
@@ -395,14 +401,19 @@ void check_bins(const Shape& shape) {
     job.p.framing = {1, 1, 0, 0, 0, 0, PadMode::constant};
     const Layout layout(shape, job, false);
     const HostBlock block;
-    Tile<float, Shape, HostBlock> tile(job, shape, block, layout, nullptr, 0);
+    using Bins = Tile<float, Shape, HostBlock>;
+    const Bins tile(job, shape, block, layout, nullptr, 0);
     std::vector<int> seen(shape.n() / 2 + 1);
     for (int k1 = 0; k1 < shape.rows(); ++k1) {
-        for (int k2 = 0; k2 < shape.columns(); ++k2) {
-            const int bin = tile.bin_of(k1, k2);
-            if (bin < 0) continue;
-            ++seen[bin];
-            assert(tile.place_of(bin) == k1 * shape.stride() + shape.slot(k2));
+        for (int a = 0; a < Shape::A; ++a) {
+            for (int j = 0; j < Shape::P; ++j) {
+                const int k2 = a + Shape::A * j, bin = Bins::bin_of(k1, a, j);
+                assert(bin == k1 + 16 * k2 || bin == shape.n() - k1 - 16 * k2);
+                assert(bin >= 0 && 2 * bin <= shape.n());
+                if (!Bins::source(k1, a, j)) continue;
+                ++seen[bin];
+                assert(tile.place_of(bin) == k1 * shape.stride() + shape.slot(k2));
+            }
         }
     }
     for (int count : seen) assert(count == 1);
