@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from fusion_cases import excluding, inputs, randn, replaced
@@ -280,6 +282,20 @@ def test_skip_in_half_precision(dtype):
     mask = torch.where(images(None)[:, :, :, :60], 0.0, torch.finfo(dtype).min).to(dtype)
     query, source = randn(2, 2, 70, 16), Source(*kv(2, 1, 60, 16), mask=mask)
     check(by_skipping, query, [source, Source(*kv(1, 1, 130, 16))], {"scale": -0.3}, dtype, with_lse=False)
+
+
+@pytest.mark.parametrize("engine", ["short", "split", "skip"])
+def test_lengths_that_say_too_much(engine):
+    """On a device nobody checks them: what lies behind the keys must not be read as keys."""
+    query = torch.randn(2, 2, 5, 16)
+    key, value = (torch.randn(2, 2, 40, 16)[:, :, :20] for _ in range(2))
+    results = []
+    for lengths in ([33, 20], [20, 20]):
+        sources = [Source(key, value, lengths=torch.tensor(lengths))]
+        run = fused.short if engine == "short" else functools.partial(fused.long, engine=engine)
+        got = run(query, sources, fusion="joint", scale=0.25)
+        results.append((got.out, got.lses[0]))
+    torch.testing.assert_close(*results, atol=0, rtol=0)
 
 
 def test_merge():
