@@ -197,7 +197,6 @@ class MelConfig:
         # is as in MelConfig() is left out.
         parts = [f'"{n}": {_json(getattr(self, n))}' for n, default in _DEFAULTS if getattr(self, n) != default]
         put("_key", "{" + ", ".join(parts) + "}")
-        put("_hash", hash(self._key))
         put("_min_length", self._find_min_length())
 
     def _check_window(self) -> None:
@@ -321,10 +320,7 @@ class MelConfig:
         return self._key == other._key if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        return self._hash
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _hash=hash(state["_key"]))  # the hash of a text differs from process to process
+        return hash(self._key)  # which a text keeps
 
     def replace(self, **changes: Any) -> MelConfig:
         """Copy with fields changed; sizes that followed from a changed field by default must be given anew."""

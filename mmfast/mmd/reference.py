@@ -61,7 +61,7 @@ def _in_full(function):
 @_in_full
 def matrix(x: Layers, y: Layers, terms: Terms) -> Tensor:
     """K(x, y), ``(b, n, m)``, in the compute dtype. Pass ``x`` itself as ``y`` for the points' own matrix."""
-    same = y is x or all(a is b for a, b in zip(x, y, strict=True))
+    same = all(a is b for a, b in zip(x, y, strict=True))
     product = None
     for layer, (a, b) in enumerate(zip(x, y, strict=True)):
         values = _values(terms, layer, *_measure(a, b, same, _families(terms, layer)))
