@@ -59,13 +59,14 @@ def test_few_queries(dtype, shared, rows):
 @pytest.mark.parametrize("dims", [(3, 1), (8, 20), (40, 24), (72, 100), (36, 130)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_few_queries_and_keys(rows, dims, keys, by_columns):
-    """Whole vectors of features and the rest of them, keys that fill no vector, features that are not neighbours."""
+    """Whole vectors of features and the rest of them, keys that fill no vector, features that are not neighbours; masks
+    of numbers for each key, for all keys alike, and by columns."""
     tensors = [torch.randn(2, 4, rows, dims[0])]
     for n in keys:
         tensors += [torch.randn(2, 2, n, d) for d in dims]
+    mask = torch.randn(2, 1, rows, 1 if dims[0] == 8 else keys[1])
     if by_columns:
-        tensors = [x.mT.contiguous().mT for x in tensors]
-    mask = torch.randn(2, 1, rows, keys[1])
+        *tensors, mask = (x.mT.contiguous().mT for x in (*tensors, mask))
     weights = torch.randn(2, 4, rows, dims[1]).double(), torch.randn(2, 4, rows).double()
 
     close_to_gold(torch.float32, tensors, torch.tensor([keys[0], keys[0] - 1]), mask, weights)

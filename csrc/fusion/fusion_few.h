@@ -155,16 +155,33 @@ void few_output(int64_t dim, const View& value, const From* from, int64_t first,
     for (; d < dim; d += N) few_output_chunk<T, R, 1, false>(dim, value, from, first, last, tile, d, out);
 }
 
+// Adds `count` elements of a mask, `step` apart, to the scores of one row.
+template <class T, class From>
+MMFAST_INLINE void few_mask(const From* from, int64_t step, int64_t count, T* row) {
+    constexpr int64_t N = Simd<T>::lanes;
+    if (step > 1) {
+        for (int64_t k = 0; k < count; ++k) row[k] = masked<T>(row[k], T(from[k * step]));
+        return;
+    }
+    const Vec<T> same = Simd<T>::splat(T(*from));
+    for (int64_t k = 0; k < count; k += N) {  // what lies behind the keys is there to be overwritten
+        const Vec<T> added = step ? load_columns<T>(from + k, count - k) : same;
+        Simd<T>::store(row + k, masked<T>(Simd<T>::load(row + k), added));
+    }
+}
+
 template <class T>
 void few_masks(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, T* tile) {
+    if (!s.count) return;
     for (int64_t r = 0; r < rows.n; ++r) {
         T* const row = tile + r * kFewKeys;
         for (const View& mask : p.sources[s.source].added)
             if (mask.data)
-                for (int64_t k = 0; k < s.count; ++k) {
-                    const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + (s.first + k) * mask.column;
-                    row[k] = masked<T>(row[k], value_at<T>(mask, at));
-                }
+                dispatch_mask(mask, [&](auto* kind) __attribute__((always_inline)) {
+                    using From = std::remove_pointer_t<decltype(kind)>;
+                    const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + s.first * mask.column;
+                    few_mask<T>(static_cast<const From*>(mask.data) + at, mask.column, s.count, row);
+                });
         if (p.causal)
             for (int64_t k = larger(0, rows.row[r] + 1 - s.first); k < s.count; ++k) row[k] = -infinity<T>();
     }
