@@ -158,9 +158,13 @@ def prepare(query: Tensor, sources: Sources, fusion: str) -> tuple[Tensor, list[
     return query, [_prepare(f"sources[{i}]", query, s, batch, fusion) for i, s in enumerate(sources)]
 
 
+def keys_and_values(sources: Sequence[Source]) -> list[Tensor]:
+    return [x for s in sources for x in (s.key, s.value)]
+
+
 def batch_of(query: Tensor, sources: list[Source]) -> int:
     """What query, keys and values broadcast to: the one size that is not 1."""
-    sizes = [query.shape[0], *(x.shape[0] for s in sources for x in (s.key, s.value))]
+    sizes = [query.shape[0], *(x.shape[0] for x in keys_and_values(sources))]
     return next((size for size in sizes if size != 1), 1)
 
 

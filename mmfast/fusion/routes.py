@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source
+from mmfast.fusion._inputs import Source, keys_and_values
 
 FEW_QUERIES = 8
 LONG_KEYS = 512
@@ -30,7 +30,7 @@ def choose(query: Tensor, sources: Sequence[Source], fusion: str, weights: bool 
     together = query.shape[2] * min(query.shape[1] // s.key.shape[1] for s in sources)
     keys = max(s.key.shape[2] for s in sources)
     full = query.dtype.itemsize >= 4
-    tensors = (query, *[x for s in sources for x in (s.key, s.value)])
+    tensors = (query, *keys_and_values(sources))
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     fewest = 1 if gradients else 2  # of one query ours is faster forward
     return "torch" if full and fewest <= together <= FEW_QUERIES and keys >= LONG_KEYS else "cpu"

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source, batch_of
+from mmfast.fusion._inputs import Source, batch_of, keys_and_values
 
 RESIDENT = (
     36864  # elements of keys and values in their tiles: 144 accumulators for each of 256 threads, 144 KB in float32
@@ -263,7 +263,7 @@ def measure(case: Case, half: bool, gradients: bool, engine: str, rounds: int = 
         sources[1:] = [s._replace(gate=0.5) for s in sources[1:]]
     if not able(engine, query, sources, case.fusion, False):
         return None
-    tensors = [query, *(x for s in sources for x in (s.key, s.value))]
+    tensors = [query, *keys_and_values(sources)]
     incoming = torch.randn_like(query)
 
     def call() -> None:

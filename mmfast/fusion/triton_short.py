@@ -29,31 +29,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source
+from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside, sum_batch
 from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     BIAS,
     GATE,
     GATE_WIDE,
-    LN2,
     LOG2E,
     MASK,
     aligned,
     capability,
     dot_options,
-    inverse,
     keys_there,
     load_keys,
     load_tile,
     load_values,
-    log2,
     multiprocessors,
     refs,
     roomy,
     scores,
     softmax_end,
     softmax_step,
+    softmax_sum,
     start_of,
     store_tile,
     strides,
@@ -188,14 +186,12 @@ def _forward(
                             p = tl.exp2(kept[u - t] - shift[:, None])
                         total += tl.sum(p, 1)
                         weights = weights + (p,)
-                    nothing = total == 0.0
-                    factor = tl.where(nothing, 0.0, inverse(total))
+                    factor, one = softmax_sum(top, total)
                     to = lse + b * lse_strides[1] + h * lse_strides[2]
                     if not JOINT:
                         to += OF[t] * lse_strides[0]
                         if FOLD:
                             factor *= _factor(sources[OF[t]], b, h, rows, row_limit, HAS[OF[t]])
-                    one = tl.where(nothing, float("-inf"), (top + log2(total)) * LN2)
                     tl.store(to + rows, one, mask=rows < row_limit)
                     for u in tl.static_range(t, LAST[t] + 1):
                         columns = START[u] + tl.arange(0, WIDE[u])
@@ -273,10 +269,6 @@ def _hold(query: Tensor, block: int) -> bool:
     return query.dtype != torch.float32 and block >= 64 and capability(query.device) >= (9, 0)
 
 
-def _keys_and_values(sources: Sequence[Source]) -> list[Tensor]:
-    return [x for s in sources for x in (s.key, s.value)]
-
-
 def _block(query: Tensor, largest: int) -> int:
     return min(largest, power_of_two(query.shape[2]))
 
@@ -315,7 +307,7 @@ def forward(
         HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
         FOLD=query.dtype != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
         HOLD=_hold(query, block), BM=block,
-        BY=aligned(query, *_keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
+        BY=aligned(query, *keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
         **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
@@ -565,7 +557,7 @@ def backward(
         blocks, scale, scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal,
         GRAD_LSE=grad_lse is not None, GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
         KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
-        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *_keys_and_values(sources)),
+        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *keys_and_values(sources)),
         TOTAL=total, num_warps=8 if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     if not direct:

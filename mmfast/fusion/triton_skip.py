@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source
+from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.routes_cuda import power_of_two
 from mmfast.fusion.triton_tiles import (
@@ -181,7 +181,7 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     _attend[(batch * heads * row_blocks,)](
         query, strides(query), source_refs, lists, out, out.stride(), lse, heads, rows, dim, value_dim, row_blocks,
         scale * LOG2E.value, HAS=has, CAUSAL=causal, POSITIVE=scale > 0, BM=block, BN=width, BD=wide, BV=wide_value,
-        BY=aligned(query, *(x for s in sources for x in (s.key, s.value))), num_warps=8 if block == 128 else 4,
+        BY=aligned(query, *keys_and_values(sources)), num_warps=8 if block == 128 else 4,
         num_stages=2, **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source
+from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
@@ -186,7 +186,7 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     _split[(items * row_blocks, splits)](
         query, strides(query), source_refs, tuple(first), part, part_lse, batch, heads, length, dim, value_dim, folded,
         group, heads // group, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, TILES=tiles, BM=block, BN=width,
-        BD=wide, BV=wide_value, BY=aligned(*(x for s in sources for x in (s.key, s.value))), num_warps=4, num_stages=3,
+        BD=wide, BV=wide_value, BY=aligned(*keys_and_values(sources)), num_warps=4, num_stages=3,
         **dot_options(query.dtype),
     )  # fmt: skip
     parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)

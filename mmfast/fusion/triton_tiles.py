@@ -279,8 +279,15 @@ def log2(x):
 
 
 @triton.jit
+def softmax_sum(top, total):
+    """What the output is to be multiplied by, and the natural log-sum-exp; see `softmax_end`."""
+    nothing = total == 0.0
+    lse = tl.where(nothing, float("-inf"), (top + log2(total)) * LN2)
+    return tl.where(nothing, 0.0, inverse(total)), lse
+
+
+@triton.jit
 def softmax_end(top, total, out):
     """Normalised, and the natural log-sum-exp; 0 and −inf where there was nothing to attend to."""
-    nothing = total == 0.0
-    out = out * tl.where(nothing, 0.0, inverse(total))[:, None]
-    return out, tl.where(nothing, float("-inf"), (top + log2(total)) * LN2)
+    factor, lse = softmax_sum(top, total)
+    return out * factor[:, None], lse

@@ -73,7 +73,7 @@ def mean_weights(
         row_blocks = triton.cdiv(rows, block)
         _mean_weights[(batch * row_blocks, triton.cdiv(keys, width))](
             query, strides(query), source_refs, lse, strides(lse), out, rows, dim, row_blocks, scale * LOG2E.value,
-            HAS=has[0], CAUSAL=causal, HEADS=heads, BM=block, BN=width, BD=wide, BY=aligned(query, source.key), 
+            HAS=has[0], CAUSAL=causal, HEADS=heads, BM=block, BN=width, BD=wide, BY=aligned(query, source.key),
             num_warps=4, num_stages=2, **dot_options(query.dtype),
         )  # fmt: skip
     return outs

@@ -69,7 +69,6 @@ def matrix(x: Layers, y: Layers, terms: Terms) -> Tensor:
     return product
 
 
-@_in_full
 def aligned(x: Layers, y: Layers, terms: Terms) -> Tensor:
     """k(x_i, y_i), ``(b, n)``, in the compute dtype."""
     return aligned_each([(x, y)], terms)[0]

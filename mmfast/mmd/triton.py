@@ -120,8 +120,7 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
     if narrow:
         value, sums, grad = triton_narrow.quadratic(problem, coefs, need[0] or need[1], need[5])
         by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
-        nothing = _nothing(x, double)
-        return value, sums, by_x, by_y, nothing, nothing.clone(), _nothing(params, double)
+        return value, sums, by_x, by_y, _nothing(x, double), _nothing(x, double), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None
