@@ -126,7 +126,7 @@ def _settings(args: argparse.Namespace, **other):
 def _measure(args: argparse.Namespace) -> int:
     from benchmarks import cases, providers, report, stages, suite, sweeps
 
-    chosen = [] if args.sweeps and args.cases is None else cases.select(args.slices, args.cases)
+    chosen = [] if args.sweeps and args.cases is None else cases.select(args.slices, args.cases, args.device)
     chosen += sweeps.select(args.slices) if args.sweeps else []
     available, missing = providers.select(args.providers, args.device)
     for name, reason in missing.items():

@@ -27,6 +27,7 @@ class MelCase:
     Args:
         peers: names of the providers, besides mmfast's own, that compute the same numbers; the tests check it.
         default: part of a run that names no case.
+        gpu: of a GPU's size: part of such a run on one, and only there.
         same_shapes_as: a case in `CASES` with the same shapes and configuration, if this one is not there itself.
     """
 
@@ -36,6 +37,7 @@ class MelCase:
     config: MelConfig
     peers: tuple[str, ...]
     default: bool = True
+    gpu: bool = False
     same_shapes_as: str | None = None
     slice = "mel"
     modes = MODES
@@ -69,7 +71,9 @@ class MelCase:
     def inputs(self, seed: int, device: str = "cpu") -> torch.Tensor:
         """The waveforms, ``(batch, samples)`` float32."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{seed}".encode()))
-        return speech_like(self.batch, self.samples, self.config.sample_rate, generator).to(device)
+        different = min(self.batch, 32)  # a large batch repeats them: it would take longer to invent than to measure
+        signals = speech_like(different, self.samples, self.config.sample_rate, generator).to(device)
+        return signals.repeat(-(-self.batch // different), 1)[: self.batch]
 
     def upstream(self, seed: int, device: str = "cpu") -> torch.Tensor:
         """The gradient that arrives at the features."""
@@ -207,14 +211,23 @@ _MEL_CASES = (
         MelConfig(n_fft=4096, hop_length=1024, n_mels=128, log="ln", log_offset=1e-6),
         _TORCHAUDIO,
     ),
+    MelCase("gpu-logmel-512x30s", 512, 30, _LOGMEL, (*_TORCHAUDIO, "nnaudio"), gpu=True),
+    MelCase("gpu-whisper-64x30s", 64, 30, _WHISPER, _TORCHAUDIO, gpu=True),
+    MelCase("gpu-whisper-1x30s", 1, 30, _WHISPER, _TORCHAUDIO, gpu=True),
+    MelCase("gpu-logmel-1x1s", 1, 1, _LOGMEL, (*_TORCHAUDIO, "nnaudio"), gpu=True),
+    MelCase("gpu-mfcc-db-512x10s", 512, 10, _MFCC, _TORCHAUDIO, gpu=True),
+    MelCase("gpu-mel2048-128x30s", 128, 30, _MEL2048, (*_TORCHAUDIO, "nnaudio"), gpu=True),
+    MelCase("gpu-kaldi-fbank80-256x10s", 256, 10, _KALDI, ("torchaudio", "reference-compile"), gpu=True),
     MelCase("smoke-2x0.2s", 2, 0.2, _LOGMEL, (*_TORCHAUDIO, "librosa", "nnaudio"), default=False),
 )
 
 CASES = {case.name: case for case in (*_MEL_CASES, *MMD_CASES, *FUSION_CASES)}
 
 
-def select(slices: list[str] | None = None, glob: str | None = None) -> list:
+def select(slices: list[str] | None = None, glob: str | None = None, device: str = "cpu") -> list:
     """Cases of the ``slices`` (all without any) whose names match ``glob``: comma-separated shell patterns.
+
+    Without any, those that are meant for the ``device``.
 
     Raises:
         ValueError: a slice without cases, or a pattern without a match.
@@ -225,7 +238,7 @@ def select(slices: list[str] | None = None, glob: str | None = None) -> list:
             raise ValueError(f"slice must be one of {', '.join(sorted(known))}, got {name!r}")
     of_slices = [case for case in CASES.values() if not slices or case.slice in slices]
     if glob is None:
-        return [case for case in of_slices if case.default]
+        return [case for case in of_slices if case.default and case.gpu == device.startswith("cuda")]
     patterns = glob.split(",")
     for pattern in patterns:
         if not any(fnmatchcase(case.name, pattern) for case in of_slices):

@@ -26,6 +26,7 @@ class _Attention:
         peers: names of the providers, besides mmfast's own, that compute the same numbers; the tests check it.
         modes: of `MODES`, those that say something.
         default: part of a run that names no case.
+        gpu: of a GPU's size: part of such a run on one, and only there.
         reference: small enough for the reference.
     """
 
@@ -39,6 +40,7 @@ class _Attention:
     dtype: torch.dtype = torch.float32
     modes: tuple[str, ...] = MODES
     default: bool = True
+    gpu: bool = False
     reference: bool = True
     same_shapes_as: str | None = None
     slice = "fusion"
@@ -428,6 +430,26 @@ _MODELS = (
 )  # fmt: skip
 
 _LONG = AttentionCase("fusion-sd-16384x77", 1, 8, 40, 16384, (77,), _NO_FLEX).with_dtype(torch.bfloat16)
+# The same at the sizes that models have on a GPU, most of them in bfloat16.
+_ADAPTER = {"fusion": "decoupled", "gates": (None, 0.6)}
+_LTX = {"fusion": "decoupled", "gates": ("query",)}
+_GPU = tuple(
+    replace(case, dtype=torch.float32 if case.name in ("gpu-qformer", "gpu-mult") else torch.bfloat16, gpu=True)
+    for case in (
+        AttentionCase("gpu-sd15", 16, 8, 40, 4096, (77,), _ATTENTION),
+        AttentionCase("gpu-sd15-ip", 16, 8, 40, 4096, (77, 4), _ATTENTION, **_ADAPTER),
+        AttentionCase("gpu-sdxl-ip-plus", 16, 10, 64, 4096, (77, 16), _ATTENTION, **_ADAPTER),
+        AttentionCase("gpu-ltx-a2v", 1, 32, 64, 6144, (126,), _ATTENTION, **_LTX),
+        AttentionCase("gpu-ltx-v2a", 1, 32, 64, 126, (6144,), _ATTENTION, **_LTX),
+        AttentionCase("gpu-qformer", 64, 12, 64, 32, (257,), _ATTENTION, shared_query=True),
+        AttentionCase("gpu-mult", 24, 5, 6, 500, (500,), _ATTENTION),
+        AttentionCase("gpu-whisper-decoder", 8, 20, 64, 1, (1500,), _ATTENTION),
+        AttentionCase("gpu-siglip-pool", 256, 12, 64, 1, (729,), _ATTENTION),
+        AttentionCase("gpu-mllama", 4, 32, 128, 1024, (6404,), _NO_FLEX, kv_heads=8, mask="tiles"),
+        AttentionCase("gpu-joint-2048", 4, 16, 64, 2048, (4096, 1024), _ATTENTION),
+        AttentionCase("gpu-long-4096", 4, 16, 64, 4096, (4096,), _ATTENTION),
+    )
+)
 _SMOKE = AttentionCase(
     "fusion-smoke", 2, 2, 8, 20, (7, 5), _NO_FLEX, fusion="decoupled", gates=(None, "head"), default=False
 )
@@ -438,5 +460,6 @@ FUSION_CASES = (
     _LONG,
     *_MODELS,
     *(case.with_dtype(torch.bfloat16, default=False) for case in _MODELS),
+    *_GPU,
     _SMOKE,
 )

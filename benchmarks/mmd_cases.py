@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mmfast
-from mmfast.kernels import Gaussian, Kernel, MultiGaussian
+from mmfast.kernels import Gaussian, Kernel, MultiGaussian, Polynomial
 
 _EXACT = 512  # rows of a float64 tile
 
@@ -25,6 +25,7 @@ class _TwoSamples:
         peers: names of the providers, besides mmfast's own, that compute the same numbers; the tests check it.
         modes: of `benchmarks.cases.MODES`, those that say something.
         default: part of a run that names no case.
+        gpu: of a GPU's size: part of such a run on one, and only there.
         reference: small enough for the reference.
     """
 
@@ -34,6 +35,7 @@ class _TwoSamples:
     peers: tuple[str, ...]
     modes: tuple[str, ...] = ("forward", "backward")
     default: bool = True
+    gpu: bool = False
     reference: bool = True
     same_shapes_as: str | None = None
     slice = "mmd"
@@ -166,8 +168,8 @@ class PermutationCase(_TwoSamples):
         generator = self._generator(seed)
         z = torch.randn(2 * self.n, self.d, generator=generator) + 1
         z[self.n :, 0] += 0.05
-        order = torch.rand(self.permutations, 2 * self.n, generator=generator).argsort(1)
-        return z[: self.n].to(device), z[self.n :].to(device), order.to(device)
+        order = torch.rand(self.permutations, 2 * self.n, generator=generator).to(device).argsort(1)
+        return z[: self.n].to(device), z[self.n :].to(device), order
 
     def small(self):
         return replace(self, n=min(self.n, 96), permutations=50)
@@ -189,7 +191,9 @@ class PermutationCase(_TwoSamples):
         return torch.cat((test.statistic[None], test.null))
 
     def gold(self, inputs, upstream=None):
-        """The float64 statistics."""
+        """The float64 statistics, or ``None`` where the reference would not fit."""
+        if not self.reference:
+            return None
         x, y, members = self.prepare(inputs)
         return self.compute((x.double(), y.double(), members), "reference")
 
@@ -201,6 +205,40 @@ class PermutationCase(_TwoSamples):
         """As of `MMDCase`, and a multiplication and an addition for every pair and permutation."""
         flops = 2 * self.d + 8 + 2 * (1 + self.permutations)
         return float(flops * self.pairs), 8.0 * self.n * self.d + 2.0 * self.n * self.permutations
+
+
+@dataclass(frozen=True)
+class KIDCase(_TwoSamples):
+    """KID of all samples: unbiased MMD² with the cubic kernel (x·y / d + 1)³."""
+
+    modes: tuple[str, ...] = ("forward",)
+
+    @property
+    def shape(self) -> str:
+        """What a table prints."""
+        return f"{self.n} + {self.n} points × {self.d}, cubic"
+
+    def prepare(self, inputs):
+        """The inputs as mmfast takes them."""
+        return inputs
+
+    def compute(self, inputs, backend=None):
+        """KID from mmfast."""
+        return mmfast.mmd2(*inputs, Polynomial(3, None, 1.0), "unbiased", backend=backend)
+
+    def gold(self, inputs, upstream=None):
+        """The float64 value, of blocks of rows."""
+        x, y = (t.double() for t in inputs)
+
+        def total(a: Tensor, b: Tensor) -> Tensor:
+            return sum((rows @ b.T / self.d + 1).pow(3).sum() for rows in a.split(8 * _EXACT))
+
+        within = sum(total(z, z) - (z.square().sum(1) / self.d + 1).pow(3).sum() for z in (x, y))
+        return within / (self.n * (self.n - 1)) - 2 * total(x, y) / self.n**2
+
+    def work(self, mode):
+        """A product and the cube of its sum for each pair."""
+        return float((2 * self.d + 4) * self.pairs), 8.0 * self.n * self.d
 
 
 @dataclass(frozen=True)
@@ -293,5 +331,13 @@ MMD_CASES = (
     MMDCase("mmd-dan-65536x256", 65536, 256, (), modes=("backward",), reference=False, exact=False),
     PermutationCase("mmd-test-2048x64", 2048, 64, ("permutation-gather",)),
     CKACase("mmd-cka-8192", 8192, 64, ("cka-products", "cka-elementwise")),
+    MMDCase("gpu-dan-16384x64", 16384, 64, (*_MATRIX, "pykeops"), gpu=True),
+    MMDCase("gpu-dan-16384x768", 16384, 768, (*_MATRIX, "pykeops"), gpu=True),
+    MMDCase("gpu-gauss-16384x2", 16384, 2, (*_MATRIX, "pykeops", "geomloss-online"), sigma=1.0, gpu=True),
+    *(MMDCase(f"gpu-dan-{n}x{d}", n, d, _MATRIX, gpu=True) for n in (64, 256) for d in (256, 2048)),
+    MMDCase("gpu-dan-4096x256", 4096, 256, _MATRIX, gpu=True),
+    MMDCase("gpu-dan-65536x2048", 65536, 2048, (), gpu=True, modes=("backward",), reference=False, exact=False),
+    PermutationCase("gpu-test-16384x64", 16384, 64, (), gpu=True, reference=False),
+    KIDCase("gpu-kid-50000x2048", 50000, 2048, (), gpu=True, reference=False),
     MMDCase("mmd-smoke-64x8", 64, 8, ("gram", "blocked"), default=False),
 )

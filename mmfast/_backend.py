@@ -69,6 +69,7 @@ def _series(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
+_TRITON = importlib.util.find_spec("triton") is not None  # asked for once: a compiler cannot trace the question
 _C, LOAD_ERROR = _load()  # the error is kept: `mmfast info` and a request for backend="cpu" show it
 if _C is not None and _C.with_cuda:
     OPS["mel"]["cuda"] = ("cuda",)
@@ -117,7 +118,7 @@ def choose(op: str, device: torch.device, requested: str | None = None) -> tuple
 def _missing(backend: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
     if backend == "triton":
-        return None if importlib.util.find_spec("triton") else "triton is not installed"
+        return None if _TRITON else "triton is not installed"
     return None if _C is not None else f"no native extension: {LOAD_ERROR}"
 
 

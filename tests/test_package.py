@@ -257,7 +257,7 @@ def test_best_of_several_backends(installed, monkeypatch):
     monkeypatch.delenv("MMFAST_BACKEND", raising=False)
     monkeypatch.setattr(_backend, "OPS", {"mel": {"cuda": ("triton",), "xpu": ("triton", "cpu")}})
     monkeypatch.setattr(_backend, "_C", object())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(_backend, "_TRITON", installed)
     best, second = (("triton", "Triton kernels for xpu tensors"), ("cpu", "native kernels for xpu tensors"))
     assert _backend.choose("mel", torch.device("xpu")) == (best if installed else second)
     if installed:

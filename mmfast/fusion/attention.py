@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.fusion import direct, op, reference, routes, streamed
+from mmfast.fusion import direct, op, reference, routes, streamed, triton_direct
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import Source, Sources, check_choice, check_options, check_tensor, prepare
 from mmfast.fusion.reference import Attention
@@ -92,6 +92,16 @@ def cross_attention(
         result = direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), return_weights)
         if result is not None:
             return _returned(result, fusion, return_lse, return_weights)
+    if (
+        not return_weights
+        and softcap is None
+        and backend in (None, "triton")
+        and type(dropout_p) is float
+        and not dropout_p
+    ):
+        result = triton_direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), backend)
+        if result is not None:
+            return _returned(result, fusion, return_lse, False)
     if _any_nested(query, sources):
         from mmfast.fusion import packed
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mmfast.fusion import reference
 from mmfast.fusion._inputs import Source, compute_dtype
+from mmfast.fusion.recording import room, spoil
 
 ENGINES = ("flash", "efficient", "cudnn", "cpu")
 _aten = torch.ops.aten
@@ -39,7 +40,7 @@ _aten = torch.ops.aten
 def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
     batch, heads, rows, dim = shape
-    return query.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
+    return room(query, (batch, rows, heads, dim), dtype).transpose(1, 2)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -67,6 +68,7 @@ def forward(
     query: Tensor, sources: Sequence[Source], causal: bool, scale: float, batch: int, wish: str
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all sources: output ``(B, H, L, D_v)`` and log-sum-exp ``(B, H, L)``."""
+    spoil()
     query = _expand(query, batch)
     parts = []
     for source in sources:
@@ -228,8 +230,12 @@ def _one_backward(engine, grad_out, grad_lse, query, key, value, added, out, lse
     parts = []
     for heads in _slices(query, key, engine):
         b = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
-        args = do[:, heads], q[:, heads], k, v
-        parts.append(_call_backward(engine, args, b, o[:, heads], lse[:, heads], rows, keys, causal, scale))
+        args, own = (do[:, heads], q[:, heads], k, v), o[:, heads]
+        if (
+            engine == "efficient"
+        ):  # its kernels for half precisions read the output by a stride of their own: (B, L, H, D)
+            own = own.transpose(1, 2).contiguous().transpose(1, 2)
+        parts.append(_call_backward(engine, args, b, own, lse[:, heads], rows, keys, causal, scale))
     dqs, dks, dvs = zip(*parts, strict=True)
     dk, dv = (x[0] if len(x) == 1 else torch.stack(x).sum(0, dtype=torch.float32) for x in (dks, dvs))
     return _together(list(dqs))[..., :dim], dk[..., :dim], dv[..., :value_dim]
@@ -335,6 +341,7 @@ def _ragged_backward(grad_out, grad_lse, query, source, out, lse, scale) -> tupl
 
 def sum_batch(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Over the batch where that was broadcast; in the layout that operators here promise."""
+    spoil()
     if x.shape[0] != shape[0]:
         x = x.sum(0, keepdim=True, dtype=torch.float32)
     return heads_inside(x, shape, dtype).copy_(x)

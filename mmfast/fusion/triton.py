@@ -82,7 +82,7 @@ def attention(
 
     Without ``lse`` perhaps without log-sum-exps. ``weights``: their means over the heads, ``(B, L, S_j)``.
     """
-    if _nothing(query, sources):
+    if nothing(query, sources):
         mean = "mean" if weights else False
         return reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=mean)
     engine = routes_cuda.choose(query, sources, fusion, lse or weights)
@@ -94,7 +94,7 @@ def mean_weights(
     query: Tensor, sources: Sequence[Source], lses: Sequence[Tensor], scale: float, is_causal: bool
 ) -> tuple[Tensor, ...]:
     """Weights averaged over the heads, of which no gradient is asked for; ``lses`` as in `Attention`."""
-    (keys, _, masks, biases, lengths, _), (has, _) = _pack([s._replace(gate=None) for s in sources])
+    (keys, _, masks, biases, lengths, _), (has, _) = pack([s._replace(gate=None) for s in sources])
     if len(lses) != len(sources):
         lses = [lses[0]] * len(sources)
     return tuple(
@@ -104,7 +104,7 @@ def mean_weights(
     )
 
 
-def _nothing(query: Tensor, sources: Sequence[Source]) -> bool:
+def nothing(query: Tensor, sources: Sequence[Source]) -> bool:
     return not query.numel() or not any(s.key.numel() for s in sources)
 
 
@@ -132,7 +132,7 @@ def short(
     row_lengths: Tensor | None = None,
 ) -> Attention:
     """`mmfast.fusion.reference.attention` by the kernels for few keys; ``pool``: the output summed over the queries."""
-    packed = _pack(sources)
+    packed = pack(sources)
     out, lse = torch.ops.mmfast.fusion_device_forward(
         query, *packed[0], row_lengths, *packed[1], fusion == "joint", is_causal, pool, scale, "short"
     )
@@ -150,7 +150,7 @@ def pool(
     softcap: float | None,
 ) -> Tensor | None:
     """The sum of the outputs over the queries ``(B, H, D_v)``, float32; None where the kernels cannot sum at once."""
-    if can(query, sources, dropout_p, softcap, False) is not None or _nothing(query, sources):
+    if can(query, sources, dropout_p, softcap, False) is not None or nothing(query, sources):
         return None
     if routes_cuda.choose(query, sources, fusion, True) != "short":
         return None
@@ -171,7 +171,7 @@ def long(
     """The same by ``"split"``, ``"skip"`` or one of `merged.ENGINES`. Decoupled sources one by one."""
 
     def softmax(some: Sequence[Source]) -> tuple[Tensor, Tensor]:
-        packed = _pack([s._replace(gate=None) for s in some])
+        packed = pack([s._replace(gate=None) for s in some])
         out, lse = torch.ops.mmfast.fusion_device_forward(
             query, *packed[0], None, *packed[1], True, is_causal, False, scale, engine
         )
@@ -203,7 +203,7 @@ def _expand(x: Tensor, batch: int) -> Tensor:
 # ---- Sources to lists and back
 
 
-def _pack(sources: Sequence[Source]) -> tuple[tuple[list[Tensor], ...], tuple[list[int], list[float]]]:
+def pack(sources: Sequence[Source]) -> tuple[tuple[list[Tensor], ...], tuple[list[int], list[float]]]:
     gates = [s.gate if isinstance(s.gate, Tensor) else None for s in sources]
     optional = list(
         zip([s.mask for s in sources], [s.bias for s in sources], [s.lengths for s in sources], gates, strict=True)
@@ -226,7 +226,7 @@ def _unpack(keys, values, masks, biases, lengths, gates, has, factors) -> list[S
 # ---- The operators
 
 
-def _forward(
+def forward(
     query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal, pool, scale, engine
 ):
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
@@ -253,6 +253,18 @@ def _backward(
     grad_out, grad_lse, query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal,
     pool, scale, engine, out, lse, gate_gradients,
 ):  # fmt: skip
+    result = launched_backward(
+        grad_out, grad_lse, query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint,
+        causal, pool, scale, engine, out, lse, gate_gradients,
+    )  # fmt: skip
+    return reduced(engine, query, gates, *result)
+
+
+def launched_backward(
+    grad_out, grad_lse, query, keys, values, masks, biases, lengths, gates, row_lengths, has, factors, joint, causal,
+    pool, scale, engine, out, lse, gate_gradients,
+):  # fmt: skip
+    """``mmfast::fusion_device_backward`` before `reduced`."""
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     if engine != "short":
         of_lse = None if grad_lse is None else grad_lse[0]
@@ -264,10 +276,19 @@ def _backward(
     if pool:
         grad_out = grad_out[:, :, None].expand(-1, -1, query.shape[2], -1)
     with merged.on_device_of(query):
-        grad_query, grad_keys, grad_values, grad_gates = triton_short.backward(
+        *grads, grad_gates = triton_short.backward(
             grad_out, grad_lse, query, sources, None if pool else out, lse, joint, causal, scale, wanted, row_lengths
         )
-    return grad_query, grad_keys, grad_values, [g for g in grad_gates if g is not None]
+    return *grads, [g for g in grad_gates if g is not None]
+
+
+def reduced(engine, query, gates, grad_query, grad_keys, grad_values, grad_gates):
+    """Gradients summed over what query and gates were broadcast along."""
+    if engine == "short":
+        from mmfast.fusion import triton_short
+
+        grad_query, grad_gates = triton_short.reduced(query, gates, grad_query, grad_gates)
+    return grad_query, grad_keys, grad_values, grad_gates
 
 
 def _mean_weights(query, keys, masks, biases, lengths, has, lses, causal, scale):
@@ -279,7 +300,7 @@ def _mean_weights(query, keys, masks, biases, lengths, has, lses, causal, scale)
 
 
 for _device in ("cuda", "cpu"):  # on the CPU by Triton's interpreter
-    torch.library.impl("mmfast::fusion_device_forward", _device, _forward)
+    torch.library.impl("mmfast::fusion_device_forward", _device, forward)
     torch.library.impl("mmfast::fusion_device_backward", _device, _backward)
     torch.library.impl("mmfast::fusion_mean_weights", _device, _mean_weights)
 

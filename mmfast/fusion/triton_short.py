@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside, sum_batch
+from mmfast.fusion.recording import launch, room, spoil
 from mmfast.fusion.routes_cuda import power_of_two, tiles_of
 from mmfast.fusion.triton_tiles import (
     BIAS,
@@ -286,28 +287,29 @@ def forward(
     """Output ``(B, H, L, D_v)``, or its sum over the first ``row_lengths`` queries; log-sum-exps ``(N, B, H, L)``."""
     _, heads, rows, dim = query.shape
     value_dim = sources[0].value.shape[3]
-    lse = query.new_empty((1 if joint else len(sources), batch, heads, rows), dtype=torch.float32)
+    lse = room(query, (1 if joint else len(sources), batch, heads, rows), torch.float32)
     if any(not s.key.shape[2] for s in sources):
+        spoil()
         lse.fill_(-torch.inf)
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
     block = _block(query, 64)
     chunks, blocks = _grid(query, batch, block, 8 * multiprocessors(query.device))
     if pool:
-        out = query.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
+        spoil()
+        out = room(query, (batch, heads, chunks, value_dim), torch.float32)
     else:
-        out = query.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
+        out = heads_inside(query, (batch, heads, rows, value_dim))
     keep = [
         width <= KEPT and not has[of] & GATE_WIDE.value
         for width, of in zip(_together(layout), layout["OF"], strict=True)
     ]
-    _forward[(batch * heads * chunks,)](
-        query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
+    launch(
+        _forward, (batch * heads * chunks,), query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, blocks, scale * LOG2E.value,
-        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
-        FOLD=query.dtype != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
-        HOLD=_hold(query, block), BM=block,
-        BY=aligned(query, *keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
+        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep), FOLD=query.dtype
+        != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has), HOLD=_hold(query,
+        block), BM=block, BY=aligned(query, *keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
         **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
@@ -511,7 +513,8 @@ def backward(
     gates: Sequence[bool],
     row_lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
-    """Gradients of query, keys, values and of the gates that ``gates`` asks for. ``out`` saves work, if joint."""
+    """Gradients of query, keys, values and the gates that ``gates`` asks for, before `reduced`. ``out`` saves work, if
+    joint."""
     out = out if joint else None  # decoupled, it is a sum of what belongs to different softmaxes
     _, batch, heads, rows = lse.shape
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
@@ -537,41 +540,52 @@ def backward(
     # Where one program has all queries of the only head and item that see a key, there is nothing to add up.
     direct = chunks == 1 and all(x.shape[:2] == (batch, heads) for x in (*grad_keys, *grad_values))
     shape = (0,) if direct else (chunks, batch, heads, total, pitch)
-    partial = query.new_empty(shape, dtype=torch.float32)
+    partial = room(query, shape, torch.float32)
     shared = query.shape[0] != batch
     grad_query = heads_inside(query, (batch, heads, rows, dim), torch.float32 if shared else None)
     grad_gates = [
-        query.new_empty((batch, heads, rows, value_dim if h & GATE_WIDE.value else 1), dtype=torch.float32)
-        if wanted
-        else query
-        for wanted, h in zip(gates, has, strict=True)
+        _room_for(query, s.gate, (batch, heads, rows, value_dim if h & GATE_WIDE.value else 1)) if wanted else query
+        for wanted, s, h in zip(gates, sources, has, strict=True)
     ]
     for grad, source, wanted in zip(grad_gates, sources, gates, strict=True):
         if wanted and not source.key.shape[2]:
+            spoil()
             grad.zero_()
     saved = query if out is None else out
-    _backward[(batch * heads * chunks,)](
-        grad_out, grad_out.stride(), query if grad_lse is None else grad_lse.contiguous(), query, strides(query),
-        source_refs, saved, strides(saved), lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates),
-        outs, partial, query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks,
-        blocks, scale, scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal,
-        GRAD_LSE=grad_lse is not None, GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
-        KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
-        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *keys_and_values(sources)),
-        TOTAL=total, num_warps=8 if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
+    launch(
+        _backward, (batch * heads * chunks,), grad_out, grad_out.stride(), query if grad_lse is None else
+        grad_lse.contiguous(), query, strides(query), source_refs, saved, strides(saved), lse, lse.stride(), grad_query,
+        grad_query.stride(), tuple(grad_gates), outs, partial, query if row_lengths is None else row_lengths, batch,
+        heads, rows, dim, value_dim, chunks, blocks, scale, scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not
+        None, CAUSAL=causal, GRAD_LSE=grad_lse is not None, GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is
+        not None, KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
+        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *keys_and_values(sources)), TOTAL=total, num_warps=8
+        if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     if not direct:
         _sum_up(partial, outs, layout)
-    if shared:
+    return (
+        grad_query,
+        grad_keys,
+        grad_values,
+        [g if wanted else None for g, wanted in zip(grad_gates, gates, strict=True)],
+    )
+
+
+def _room_for(query: Tensor, gate: Tensor, full: tuple[int, ...]) -> Tensor:
+    return room(query, full, gate.dtype if gate.shape == full else torch.float32)
+
+
+def reduced(
+    query: Tensor, gates: Sequence[Tensor], grad_query: Tensor, grad_gates: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the query and of gates, if there are any, summed over what these were broadcast along."""
+    if query.shape[0] != grad_query.shape[0]:
         grad_query = sum_batch(grad_query, query.shape, query.dtype)
-    of_gates = [
-        _sum_to(full, s.gate) if wanted else None for full, s, wanted in zip(grad_gates, sources, gates, strict=True)
-    ]
-    return grad_query, grad_keys, grad_values, of_gates
+    return grad_query, [_sum_to(g, gate) for g, gate in zip(grad_gates, gates, strict=False)]
 
 
 def _sum_to(full: Tensor, gate: Tensor) -> Tensor:
-    """Over what the gate was broadcast along."""
     along = [d for d in range(4) if gate.shape[d] == 1 and full.shape[d] != 1]
     return (full.sum(along, keepdim=True) if along else full).to(gate.dtype)
 
@@ -588,8 +602,8 @@ def _sum_up(partial: Tensor, outs: tuple[_Sum, ...], layout: dict) -> None:
     row_blocks = triton.cdiv(max(o.rows for o in outs), rows)
     grid = (row_blocks * max(o.batch * heads // g for o, g in zip(outs, group, strict=True)), len(outs))
     counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
-    _add_up[grid](
-        partial, outs, batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column), ITEMS=tuple(items),
-        GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"], layout["BV"]),
-        num_warps=4,
+    launch(
+        _add_up, grid, partial, outs, batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column),
+        ITEMS=tuple(items), GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"],
+        layout["BV"]), num_warps=4,
     )  # fmt: skip

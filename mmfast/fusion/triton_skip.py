@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
+from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import power_of_two
 from mmfast.fusion.triton_tiles import (
     BIAS,
@@ -176,13 +177,13 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     block, width = min(128 if large else 64, power_of_two(rows)), 128 if large else 64 if half else 32
     lists = tuple(_lists(query, s, causal, batch, block, width) for s in sources)
     out = heads_inside(query, (batch, heads, rows, value_dim))
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    lse = room(query, (batch, heads, rows), torch.float32)
     row_blocks = triton.cdiv(rows, block)
-    _attend[(batch * heads * row_blocks,)](
-        query, strides(query), source_refs, lists, out, out.stride(), lse, heads, rows, dim, value_dim, row_blocks,
-        scale * LOG2E.value, HAS=has, CAUSAL=causal, POSITIVE=scale > 0, BM=block, BN=width, BD=wide, BV=wide_value,
-        BY=aligned(query, *keys_and_values(sources)), num_warps=8 if block == 128 else 4,
-        num_stages=2, **dot_options(query.dtype),
+    launch(
+        _attend, (batch * heads * row_blocks,), query, strides(query), source_refs, lists, out, out.stride(), lse,
+        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, POSITIVE=scale > 0,
+        BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(query, *keys_and_values(sources)), num_warps=8 if block
+        == 128 else 4, num_stages=2, **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse
 
@@ -201,16 +202,17 @@ def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, 
     # A key that others are excluded by must be one that the query may attend to, by as much as the mask says.
     near = bool(has & MASK.value) and not has & BIAS.value and not causal
     count = items * heads * row_blocks
-    states = query.new_empty((count, key_blocks), dtype=torch.int8)
-    rows_near = query.new_empty((count, key_blocks, block) if near else (1,), dtype=torch.int8)
-    tiles = query.new_empty((count, 2, key_blocks), dtype=torch.int32)
-    counts = query.new_empty((count, 2), dtype=torch.int32)
-    _survey[(count, key_blocks)](
-        (ref,), states, rows_near, rows, heads, row_blocks, torch.finfo(mask.dtype).min if near else 0.0, HAS=has,
-        CAUSAL=causal, NEAR=near, BM=block, BN=width, num_warps=4,
+    states = room(query, (count, key_blocks), torch.int8)
+    rows_near = room(query, (count, key_blocks, block) if near else (1,), torch.int8)
+    tiles = room(query, (count, 2, key_blocks), torch.int32)
+    counts = room(query, (count, 2), torch.int32)
+    launch(
+        _survey, (count, key_blocks), (ref,), states, rows_near, rows, heads, row_blocks, torch.finfo(mask.dtype).min if
+        near else 0.0, HAS=has, CAUSAL=causal, NEAR=near, BM=block, BN=width, num_warps=4,
     )  # fmt: skip
-    _list[(count,)](
-        states, rows_near, tiles, counts, key_blocks, NEAR=near, BLOCKS=power_of_two(key_blocks), BM=block, num_warps=4
-    )
+    launch(
+        _list, (count,), states, rows_near, tiles, counts, key_blocks, NEAR=near, BLOCKS=power_of_two(key_blocks),
+        BM=block, num_warps=4,
+    )  # fmt: skip
     of = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
     return Lists(tiles, counts, key_blocks, of)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
+from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
     LOG2E,
@@ -146,12 +147,12 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], dtype: torch.dtype) ->
 def _merged(parts, like, shape, dtype, splits, split_stride) -> tuple[Tensor, Tensor]:
     batch, heads, length, value_dim = shape
     out = heads_inside(like, shape, dtype)
-    lse = like.new_empty((batch, heads, length), dtype=torch.float32)
+    lse = room(like, (batch, heads, length), torch.float32)
     rows, wide = batch * heads * length, power_of_two(value_dim)
     block = min(max(1, 4096 // wide), power_of_two(triton.cdiv(rows, 2 * multiprocessors(like.device)), 1))
-    _merge[(triton.cdiv(rows, block),)](
-        parts, out, out.stride(), lse, batch * heads, heads, length, value_dim, split_stride, SPLITS=splits, BM=block,
-        BV=wide, num_warps=4,
+    launch(
+        _merge, (triton.cdiv(rows, block),), parts, out, out.stride(), lse, batch * heads, heads, length, value_dim,
+        split_stride, SPLITS=splits, BM=block, BV=wide, num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -165,8 +166,8 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     folded, group = folds(query, sources, batch)
     rows, items = folded * group * length, batch // folded * (heads // group)
     wide, wide_value = power_of_two(dim), power_of_two(value_dim)
-    room = 4 // query.element_size() * (2 if wide + wide_value <= 256 else 1)
-    block, width = min(64, power_of_two(rows)), max(16, min(128, 16 * room))
+    fit = 4 // query.element_size() * (2 if wide + wide_value <= 256 else 1)
+    block, width = min(64, power_of_two(rows)), max(16, min(128, 16 * fit))
     # Tiles to a split: the most that leave two programs for each multiprocessor.
     tiles = 1
     while tiles < 64 and _programs(sources, rows, block, items, width, 2 * tiles) >= 2 * multiprocessors(query.device):
@@ -180,14 +181,14 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     for source in sources:
         first.append(first[-1] + triton.cdiv(source.key.shape[2], width * tiles))
     splits = first[-1]
-    part = query.new_empty((splits, batch, heads, length, value_dim), dtype=torch.float32)
-    part_lse = query.new_empty((splits, batch, heads, length), dtype=torch.float32)
+    part = room(query, (splits, batch, heads, length, value_dim), torch.float32)
+    part_lse = room(query, (splits, batch, heads, length), torch.float32)
     row_blocks = triton.cdiv(rows, block)
-    _split[(items * row_blocks, splits)](
-        query, strides(query), source_refs, tuple(first), part, part_lse, batch, heads, length, dim, value_dim, folded,
-        group, heads // group, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, TILES=tiles, BM=block, BN=width,
-        BD=wide, BV=wide_value, BY=aligned(*keys_and_values(sources)), num_warps=4, num_stages=3,
-        **dot_options(query.dtype),
+    launch(
+        _split, (items * row_blocks, splits), query, strides(query), source_refs, tuple(first), part, part_lse, batch,
+        heads, length, dim, value_dim, folded, group, heads // group, row_blocks, scale * LOG2E.value, HAS=has,
+        CAUSAL=causal, TILES=tiles, BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(*keys_and_values(sources)),
+        num_warps=4, num_stages=3, **dot_options(query.dtype),
     )  # fmt: skip
     parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)
     return _merged(parts, query, part.shape[1:], query.dtype, splits, batch * heads * length)

@@ -1,0 +1,259 @@
+"""Attention on the GPU with few checks around the kernels: `mmfast.fusion.direct` for the device.
+
+Of a call that is seen for the first time everything is checked and chosen as for any other; what came of it is kept
+under all that it depends on: shapes, strides, dtypes, alignments, options. A call that is like one before goes straight
+to the kernels, and those of Triton by their recorded launches (`mmfast.fusion.recording`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmfast import _backend
+from mmfast.fusion import routes_cuda, triton
+from mmfast.fusion._inputs import FUSIONS, Source, batch_of, check_options, prepare
+from mmfast.fusion.recording import Recording, record
+from mmfast.fusion.reference import Attention
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MOST_PLANS = 4096  # then all are forgotten: shapes that never come again must not fill the memory
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int, type(None))
+_plans: dict[tuple, _Plan | _Composed | None] = {}
+
+
+def attention(
+    query: Tensor, sources: Sequence, fusion: str, scale: float | None, is_causal: bool, lse: bool, backend: str | None
+) -> Attention | None:
+    """`mmfast.cross_attention` of these arguments, without dropout, softcap and weights, the lses only if asked for.
+    None where there is more to do, or where a check fails, for others to say why."""
+    if type(query) not in _PLAIN or not (query.is_cuda or (_INTERPRETED and backend == "triton")):
+        return None
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on():
+        return None
+    if torch.is_autocast_enabled(query.device.type) or (backend is None and os.environ.get("MMFAST_BACKEND")):
+        return None
+    if isinstance(sources, Source) or (type(sources) is tuple and len(sources) == 2 and type(sources[0]) in _PLAIN):
+        sources = (sources,)
+    device, gradients = query.get_device(), torch.is_grad_enabled()
+    if type(sources) not in (list, tuple) or fusion not in FUSIONS or type(scale) not in _NUMBERS:
+        return None
+    if device >= 0 and device != torch._C._cuda_getDevice():
+        return None
+    key = [fusion, scale, bool(is_causal), lse, device, gradients]
+    tensors = [query]
+    for source in sources:
+        if type(source) is not Source:
+            if type(source) not in (list, tuple) or len(source) != 2:
+                return None
+            source = Source(*source)
+        for part in source:
+            if isinstance(part, Tensor):
+                key.append("tensor")
+                tensors.append(part if part is source.lengths else _in_four(part, part is source.gate))
+            elif type(part) in _NUMBERS:
+                key.append(part)
+            else:
+                return None
+    addresses = []
+    for x in tensors:
+        if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested or x.get_device() != device:
+            return None
+        address = x.data_ptr()
+        addresses.append(address)
+        key += (x.shape, x.stride(), x.dtype, x.requires_grad, x.is_neg(), address % 16)
+    if len(set(addresses)) != len(addresses):  # a recording tells tensors from each other by their addresses
+        key += map(addresses.index, addresses)
+    key = tuple(key)
+    plan = _plans.get(key, False)
+    if plan is False:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(tensors, sources, fusion, scale, bool(is_causal), lse)
+    return None if plan is None else plan(tensors, addresses)
+
+
+def _in_four(x: Tensor, gate: bool) -> Tensor:
+    """Masks, biases and gates in the four dimensions that kernels take."""
+    if x.dim() == 4:
+        return x
+    return x[None, :, None, None] if gate and x.dim() == 1 else x[(None,) * (4 - x.dim())]
+
+
+# ---- What is kept of a call
+
+
+def _plan(
+    tensors: Sequence[Tensor], sources: Sequence, fusion: str, scale: float | None, causal: bool, lse: bool
+) -> _Plan | _Composed | None:
+    query, *rest = tensors
+    rest = iter(rest)
+    own = [Source(*(next(rest) if isinstance(x, Tensor) else x for x in Source(*source))) for source in sources]
+    try:
+        scale = check_options(fusion, scale, 0.0, None, query.shape[3])[0]
+        same, prepared = prepare(query, own, fusion)
+    except (TypeError, ValueError, IndexError):
+        return None
+    parts = [x for s in prepared for x in s if isinstance(x, Tensor)]
+    if any(a is not b for a, b in zip((same, *parts), tensors, strict=True)) or query.is_neg():
+        return None  # something had to be converted
+    if triton.can(query, prepared, 0.0, None, False) is not None or triton.nothing(query, prepared):
+        return None
+    engine = routes_cuda.choose(query, prepared, fusion, lse)
+    decoupled = fusion == "decoupled" and (len(prepared) > 1 or prepared[0].gate is not None)
+    bare = query.is_cuda and all(s.mask is s.bias is s.lengths is None and s.key.shape[2] for s in prepared)
+    if engine == "sdpa" or (engine != "short" and decoupled):
+        return _Composed(query, prepared, scale, causal) if bare and not lse else None
+    return (
+        None
+        if engine == "reference"
+        else _Plan(tensors, prepared, engine == "short" and fusion, causal, scale, engine, lse)
+    )
+
+
+class _Composed:
+    """scaled_dot_product_attention of each source, and their sum with its gates, as one would write it."""
+
+    def __init__(self, query: Tensor, sources: list[Source], scale: float, causal: bool) -> None:
+        batch = batch_of(query, sources)
+        self.batch = None if all(x.shape[0] == batch for s in sources for x in (query, s.key, s.value)) else batch
+        self.options = {"is_causal": causal, "scale": scale, "enable_gqa": query.shape[1] != sources[0].key.shape[1]}
+        self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
+
+    def __call__(self, tensors: Sequence[Tensor], _addresses: Sequence[int]) -> Attention:
+        query, *rest = tensors
+        rest, total = iter(rest), None
+        for gate in self.gates:
+            three = query, next(rest), next(rest)
+            if self.batch is not None:
+                three = (x.expand(self.batch, -1, -1, -1) for x in three)
+            out = F.scaled_dot_product_attention(*three, **self.options)
+            if gate is not None:
+                out = out * (next(rest).to(out.dtype) if gate == "tensor" else gate)
+            total = out if total is None else total + out
+        return Attention(total, (), None)
+
+
+class _Plan:
+    """A call of one of the engines of `mmfast.fusion.triton`, and its recordings."""
+
+    def __init__(self, tensors, sources, fusion, causal, scale, engine, lse) -> None:
+        packed, options = triton.pack(sources)
+        self.joint, self.engine, self.lse = fusion != "decoupled", engine, lse
+        self.options = (*options, self.joint, causal, False, scale, engine)
+        places = iter(range(1, len(tensors)))
+        of_parts = [[next(places) if isinstance(x, Tensor) else None for x in source] for source in sources]
+        order = map(Source._fields.index, ("key", "value", "mask", "bias", "lengths", "gate"))
+        self.lists = [[of[i] for of in of_parts if of[i] is not None] for i in order]
+        self.counts = [len(part) for part in packed]
+        self.count = len(tensors)
+        self.tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        self.gate_gradients = any(x.requires_grad for x in packed[5])
+        self.forward: Recording | bool = True  # not made yet; or False: not to be had
+        self.backward: dict[tuple, Recording | bool] = {}
+
+    def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
+        if self.tracked:
+            out, lse = _Tracked.apply(self, addresses, *tensors)
+        else:
+            out, lse = self.compute(tensors, addresses)
+        return Attention(out, lse.unbind(0) if self.lse else (), None)
+
+    def _inputs(self, tensors: Sequence[Tensor]) -> tuple:
+        """Query, lists and row lengths, as the operators take them."""
+        return tensors[0], *([tensors[i] for i in part] for part in self.lists), None
+
+    def compute(self, tensors: Sequence[Tensor], addresses: list[int]) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exps ``(N, B, H, L)``."""
+        if type(self.forward) is bool:
+            with torch.no_grad():
+                run = partial(triton.forward, *self._inputs(tensors), *self.options)
+                if not self.forward:
+                    return run()
+                result, self.forward = record(run, tensors)
+                return result
+        return self.forward.again(tensors, addresses)
+
+    def gradients(self, grad_out: Tensor, grad_lse: Tensor | None, tensors, out, lse) -> list[Tensor | None]:
+        """Of each of ``tensors``, without a graph."""
+        given = [*tensors, lse, *(x for x in (grad_out, grad_lse, out) if x is not None)]
+        addresses = [x.data_ptr() for x in given]
+        key = (
+            grad_out.stride(),
+            grad_out.dtype,
+            grad_lse is not None and grad_lse.stride(),
+            *(address % 16 for address in addresses),
+            *(() if len(set(addresses)) == len(addresses) else map(addresses.index, addresses)),
+        )
+        recording = self.backward.get(key, True)
+        if type(recording) is bool:
+            run = partial(
+                triton.launched_backward, grad_out, grad_lse, *self._inputs(tensors), *self.options, out, lse,
+                self.gate_gradients,
+            )  # fmt: skip
+            if recording:
+                result, self.backward[key] = record(run, given)
+            else:
+                result = run()
+        else:
+            result = recording.again(given, addresses)
+        gates = [tensors[i] for i in self.lists[5]]
+        return self._by_tensor(*triton.reduced(self.engine, tensors[0], gates, *result))
+
+    def gradients_with_graph(self, grad_out: Tensor, grad_lse: Tensor | None, tensors, out, lse) -> list[Tensor | None]:
+        """`gradients` that are differentiable themselves."""
+        return self._by_tensor(
+            *torch.ops.mmfast.fusion_device_backward(
+                grad_out, grad_lse, *self._inputs(tensors), *self.options, out, lse, self.gate_gradients
+            )
+        )
+
+    def gradients_of_batch(self, grad_out: Tensor | None, grad_lse: Tensor | None, tensors) -> list[Tensor | None]:
+        """`gradients` for ``is_grads_batched``."""
+        rest = [tensors[i] for part in self.lists for i in part]
+        of_query, of_keys, of_values, _, _, _, of_gates, *_ = triton._differentiate_batch(
+            self, grad_out, grad_lse, tensors[0], None, rest
+        )
+        return self._by_tensor(of_query, of_keys, of_values, of_gates)
+
+    def _by_tensor(self, of_query, of_keys, of_values, of_gates) -> list[Tensor | None]:
+        result: list[Tensor | None] = [None] * self.count
+        result[0] = of_query
+        keys, values, *_, gates = self.lists
+        for part, grads in ((keys, of_keys), (values, of_values), (gates, of_gates)):
+            for i, grad in zip(part, grads, strict=False):  # without gradients of gates there are none
+                result[i] = grad
+        return result
+
+
+class _Tracked(torch.autograd.Function):
+    """``mmfast::fusion_device_forward`` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, plan: _Plan, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = plan.compute(tensors, addresses)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors, out if plan.joint else None, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+        plan: _Plan = ctx.plan
+        if grad_out is None and grad_lse is None:
+            return (None,) * (2 + plan.count)
+        *tensors, out, lse = ctx.saved_tensors
+        if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
+            return None, None, *plan.gradients_of_batch(grad_out, grad_lse, tensors)
+        if grad_out is None:
+            grad_out = tensors[0].new_zeros((*lse.shape[1:], tensors[plan.lists[1][0]].shape[3]))
+        graph = torch.is_grad_enabled() or not _backend.nobody_looks_on() or type(grad_out) is not Tensor
+        gradients = plan.gradients_with_graph if graph else plan.gradients
+        return None, None, *gradients(grad_out, grad_lse, tensors, out, lse)
