@@ -44,30 +44,30 @@ def _counting(t, whole, i, j, n, second, m, GRAD: tl.constexpr):
 
 
 @triton.jit
-def _gaussian_rows(z, params, whole, i, j, n, second, m, COUNT: tl.constexpr, GRAD: tl.constexpr):
+def _gaussian_rows(z, table, whole, i, j, n, second, m, COUNT: tl.constexpr, GRAD: tl.constexpr):
     """Rows' sums of Σ w exp(-γ z), and its derivative; see `mmfast.mmd.triton_terms`.
 
     Each term is added up by itself: a tile of values beside that of derivatives would take too many registers.
     """
-    if _doubles(params, 0, COUNT, tl.float32):
-        last = params + (COUNT - 1) * 4
+    if _doubles(table, 0, COUNT, tl.float32):
+        last = table + (COUNT - 1) * 4
         w, g = tl.load(last).to(tl.float32), tl.load(last + 1).to(tl.float32)
         u = _counting(tl.exp2(z * _rate(last, tl.float32)), whole, i, j, n, second, m, GRAD)
         sums = w * tl.sum(u, 1)
         h = (-g * w) * u
         for t in tl.static_range(COUNT - 1):
-            at = params + (COUNT - 2 - t) * 4
+            at = table + (COUNT - 2 - t) * 4
             w, g = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32)
             u = u * u
             sums += w * tl.sum(u, 1)
             h += (-g * w) * u
     else:
-        w, g = tl.load(params).to(tl.float32), tl.load(params + 1).to(tl.float32)
-        u = _counting(tl.exp2(z * _rate(params, tl.float32)), whole, i, j, n, second, m, GRAD)
+        w, g = tl.load(table).to(tl.float32), tl.load(table + 1).to(tl.float32)
+        u = _counting(tl.exp2(z * _rate(table, tl.float32)), whole, i, j, n, second, m, GRAD)
         sums = w * tl.sum(u, 1)
         h = (-g * w) * u
         for t in tl.static_range(1, COUNT):
-            at = params + t * 4
+            at = table + t * 4
             w, g = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32)
             u = _counting(tl.exp2(z * _rate(at, tl.float32)), whole, i, j, n, second, m, GRAD)
             sums += w * tl.sum(u, 1)
@@ -76,7 +76,7 @@ def _gaussian_rows(z, params, whole, i, j, n, second, m, COUNT: tl.constexpr, GR
 
 
 @triton.jit
-def narrow(hi, lo, norms, factors, params, coefs, inverses, totals, grads,
+def narrow(hi, lo, norms, factors, table, coefs, inverses, totals, grads,
            rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, first_strips, items, STRIP,
            FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
            OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -143,9 +143,9 @@ def narrow(hi, lo, norms, factors, params, coefs, inverses, totals, grads,
         whole = row_whole & _inside(start, COLS, n, second, m)
         whole = whole & ((start + COLS <= first) | (GRAD & (start >= first + ROWS)))
         if LADDER:
-            sums, h = _gaussian_rows(z, params, whole, i, j, n, second, m, len(FAMILIES), GRAD)
+            sums, h = _gaussian_rows(z, table, whole, i, j, n, second, m, len(FAMILIES), GRAD)
         else:
-            v, h = _terms(z, params, FAMILIES, 0, len(FAMILIES), False, tl.float32)
+            v, h = _terms(z, table, FAMILIES, 0, len(FAMILIES), False, tl.float32)
             h = _counting(h, whole, i, j, n, second, m, GRAD)
             sums = tl.sum(_counting(v, whole, i, j, n, second, m, GRAD), 1)
         total += sums.to(tl.float64)

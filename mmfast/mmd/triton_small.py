@@ -125,7 +125,7 @@ def distances(x, y, partial, sums, ticket, n, m, width, tiles_x, x_item, x_strid
 
 
 @triton.jit
-def values(partial, sums, ticket, params, coefs, value, length, weights, n, m, tiles_x, tiles, shares, divisor,
+def values(partial, sums, ticket, table, coefs, value, length, weights, n, m, tiles_x, tiles, shares, divisor,
            FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, FIND: tl.constexpr, LEAST: tl.constexpr,
            DIAGONAL: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``value`` (b), and with `KEEP` its derivatives by the measures, ``weights`` (b, rows, rows).
@@ -159,7 +159,7 @@ def values(partial, sums, ticket, params, coefs, value, length, weights, n, m, t
         if t == 0:
             tl.store(length + item, found)
         inverse = (1 / found).to(tl.float32)
-    v, h = _terms(z * inverse, params, FAMILIES, 0, len(FAMILIES), LADDER, tl.float32)
+    v, h = _terms(z * inverse, table, FAMILIES, 0, len(FAMILIES), LADDER, tl.float32)
 
     c_xx, c_yy, c_xy = tl.load(coefs), tl.load(coefs + 1), tl.load(coefs + 2)
     scalar = tl.where(a_of_y, tl.where(b_of_y, 2 * c_yy, c_xy), 2 * c_xx)

@@ -129,7 +129,7 @@ def _split(value, hi, lo, scales, at, scale_at, SPLIT: tl.constexpr, TYPE: tl.co
 
 
 @triton.jit
-def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, params,
+def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, table,
           coefs, x_weights, y_weights, up_rows, up_cols, up_products, u_hi, u_lo, v_hi, v_lo, u_factor,
           totals, row_sums, col_sums, by_params, kept_hi, kept_lo, kept_scales,
           rows_x, rows_y, width, u_width, n_x, second_x, m_x, n_y, second_y, m_y,
@@ -228,7 +228,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
             z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x, second_x, m_x,
                          n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC, layer, DIMS, WIDTHS, HOW, NEAR, SPLIT,
                          BLOCK, STEP, UPCAST, ACC)  # fmt: skip
-            v, h = _terms(z, params, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer], LADDERS[layer], ACC)
+            v, h = _terms(z, table, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer], LADDERS[layer], ACC)
             if layer < SECOND:
                 k = k * v
             else:
@@ -316,13 +316,13 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                             z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j,
                                          n_x, second_x, m_x, n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC,
                                          other, DIMS, WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
-                            v, h = _terms(z, params, FAMILIES, BEGINS[other], BEGINS[other + 1] - BEGINS[other],
+                            v, h = _terms(z, table, FAMILIES, BEGINS[other], BEGINS[other + 1] - BEGINS[other],
                                           LADDERS[other], ACC)  # fmt: skip
                             w = w * v
                     z = _measure(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, i, j, n_x,
                                  second_x, m_x, n_y, second_y, m_y, rows_x, rows_y, width, SYMMETRIC, layer, DIMS,
                                  WIDTHS, HOW, NEAR, SPLIT, BLOCK, STEP, UPCAST, ACC)  # fmt: skip
-                    v, h = _terms(z, params, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer],
+                    v, h = _terms(z, table, FAMILIES, BEGINS[layer], BEGINS[layer + 1] - BEGINS[layer],
                                   LADDERS[layer], ACC)  # fmt: skip
                     g = w * h
                     if not whole:
@@ -334,7 +334,7 @@ def sweep(x_hi, x_lo, x_norms, x_cols, y_hi, y_lo, y_norms, y_cols, factors, par
                 if PARAMS > 1:
                     for t in tl.static_range(len(FAMILIES)):
                         if t >= BEGINS[layer] and t < BEGINS[layer + 1]:
-                            param_sums += _parameter_sums(z, w, params, place, t, FAMILIES[t], ACC)
+                            param_sums += _parameter_sums(z, w, table, place, t, FAMILIES[t], ACC)
                 if KEEP == "gradient":
                     _split(g, kept_hi, kept_lo, kept_scales, (item * layers + layer) * panel + inside,
                            (item * layers + layer) * tile_count + tile_at, KEEP_SPLIT, TYPE, ACC)  # fmt: skip

@@ -7,6 +7,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# No kernel may have an argument ``params``: the function that Triton writes to look at the arguments of a launch has a
+# variable of that name. So ``table`` is what `mmfast.mmd.terms.Terms` calls ``params``.
+
 
 @triton.jit
 def _not_negative(z, ACC: tl.constexpr):
@@ -21,34 +24,34 @@ def _rate(at, ACC: tl.constexpr):
 
 
 @triton.jit
-def _doubles(params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+def _doubles(table, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
     """Is each γ twice the next one's?"""
     doubles = tl.full((), 1, tl.int1)
     for t in tl.static_range(COUNT - 1):
-        at = params + (FIRST + t) * 4 + 1
+        at = table + (FIRST + t) * 4 + 1
         doubles = doubles & (tl.load(at).to(ACC) == 2 * tl.load(at + 4).to(ACC))
     return doubles
 
 
 @triton.jit
-def _gaussians(z, params, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+def _gaussians(z, table, FIRST: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
     """Σ w exp(-γ z) and its derivative: one exponential and squarings where each γ is twice the next one's."""
-    last = params + (FIRST + COUNT - 1) * 4
+    last = table + (FIRST + COUNT - 1) * 4
     w, g = tl.load(last).to(ACC), tl.load(last + 1).to(ACC)
     u = tl.exp2(z * _rate(last, ACC))
     v = w * u
     h = (-g * w) * u
     if COUNT > 1:
-        if _doubles(params, FIRST, COUNT, ACC):
+        if _doubles(table, FIRST, COUNT, ACC):
             for i in tl.static_range(COUNT - 1):
-                at = params + (FIRST + COUNT - 2 - i) * 4
+                at = table + (FIRST + COUNT - 2 - i) * 4
                 w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
                 u = u * u
                 v += w * u
                 h += (-g * w) * u
         else:
             for i in tl.static_range(COUNT - 1):
-                at = params + (FIRST + i) * 4
+                at = table + (FIRST + i) * 4
                 w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
                 u = tl.exp2(z * _rate(at, ACC))
                 v += w * u
@@ -107,15 +110,15 @@ def _term(z, at, FAMILY: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _terms(z, params, FAMILIES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.constexpr,
+def _terms(z, table, FAMILIES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.constexpr,
            ACC: tl.constexpr):  # fmt: skip
     """Σ of a layer's terms, and its derivative by the measure."""
     if LADDER:
-        v, h = _gaussians(z, params, FIRST, COUNT, ACC)
+        v, h = _gaussians(z, table, FIRST, COUNT, ACC)
     else:
-        v, h = _term(z, params + FIRST * 4, FAMILIES[FIRST], ACC)
+        v, h = _term(z, table + FIRST * 4, FAMILIES[FIRST], ACC)
         for t in tl.static_range(1, COUNT):
-            more, by = _term(z, params + (FIRST + t) * 4, FAMILIES[FIRST + t], ACC)
+            more, by = _term(z, table + (FIRST + t) * 4, FAMILIES[FIRST + t], ACC)
             v += more
             h += by
     return v, h
@@ -128,9 +131,9 @@ def _total(x):
 
 
 @triton.jit
-def _parameter_sums(z, u, params, place, T, FAMILY: tl.constexpr, ACC: tl.constexpr):
+def _parameter_sums(z, u, table, place, T, FAMILY: tl.constexpr, ACC: tl.constexpr):
     """Σ u · (derivatives of term ``T`` by weight, γ, offset and exponent) where those stand in ``place``, else 0."""
-    at = params + T * 4
+    at = table + T * 4
     w, g = tl.load(at).to(ACC), tl.load(at + 1).to(ACC)
     found = tl.zeros_like(place).to(tl.float64)
     if FAMILY == 0 or FAMILY == 6:

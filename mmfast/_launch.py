@@ -1,0 +1,112 @@
+"""Launches of Triton kernels whose compiled form is found once: from then on a launch costs little more than a call.
+
+Triton's ``kernel[grid](...)`` looks at each argument before each launch to find what it has compiled for such ones: 20
+to 40 µs for a kernel with 20 arguments, where a small batch keeps the device busy for 3. Here the caller says by a key
+which launches are alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import BuiltinFunctionType
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
+
+_MOST = 4096  # launches that are remembered
+_found: dict[tuple, tuple] = {}
+_VERSION = triton.__version__.split(".")[:2]
+
+
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    args: Sequence,
+    constants: Mapping[str, object],
+    key: Hashable,
+    placed: Sequence | None = None,
+) -> None:
+    """``kernel[grid](*args, **constants)`` on the current stream of the current device.
+
+    Args:
+        kernel: of ``triton.jit``.
+        grid: up to three numbers.
+        args: what the kernel's first parameters are.
+        constants: the parameters behind them, by name, and options such as ``num_warps``.
+        key: equal where the launches have the same constants and their arguments are alike to Triton: the dtypes of
+            tensors and whether they begin at a multiple of 16 bytes (`places`), and of whole numbers which are 1, which
+            are multiples of 16 and which take more than 32 bits. It need not name the kernel or the device.
+        placed: ``args`` with addresses in place of the tensors, which a launch takes faster.
+    """
+    if type(kernel) is not JITFunction:  # the interpreter's
+        kernel[grid](*args, **constants)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    known = id(kernel), device, key
+    found = _found.get(known)
+    if found is None or _is_watched(kernel):
+        compiled = kernel[grid](*args, **constants)
+        if found is None:
+            if len(_found) >= _MOST:
+                _found.clear()
+            behind = kernel.arg_names[len(args) :]
+            last = tuple(constants[n] if n in constants else kernel.signature.parameters[n].default for n in behind)
+            # What was compiled is held, and the kernel too: its id must not become another one's.
+            _found[known] = *_without_scratch(compiled), last, (kernel, compiled)
+        return
+    run, before, packed, last, _ = found
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    args = args if placed is None else placed
+    if packed:
+        run(x, y, z, stream, *before, (*args, *last))
+    else:
+        run(x, y, z, stream, *before, *args, *last)
+
+
+def _without_scratch(compiled) -> tuple[Callable, tuple, bool]:
+    """What to launch with, what stands between the stream and the arguments, and whether these are one tuple.
+
+    Triton's launcher is a function in C, and around it one in Python that brings memory for kernels that need it. Where
+    this one does not, and the function in C takes what it is known to take, it is called itself.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    inner, hooks = getattr(run, "launch", None), (None, None, None)
+    if type(run).__name__ == "CudaLauncher" and isinstance(inner, BuiltinFunctionType):
+        scratch = run.global_scratch_size or run.profile_scratch_size
+        how = function, run.launch_cooperative_grid, run.launch_pdl
+        if _VERSION == ["3", "6"] and not scratch:
+            return inner, (*how, None, None, metadata, *hooks), False
+        if _VERSION == ["3", "9"] and not scratch and not run.gsan_enabled:
+            types = run.arg_annotations, run.kernel_signature
+            return inner, (*how, metadata, *hooks, None, None, *types), True
+    return run, (function, metadata, *hooks), False
+
+
+def _is_watched(kernel) -> bool:
+    """True where somebody is to be told of launches, which Triton does."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks)
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[list[int], tuple[bool, ...] | None]:
+    """The addresses of tensors, and which are multiples of 16: None where all are. The latter belongs into a key."""
+    addresses = [t.data_ptr() for t in tensors]
+    if functools.reduce(operator.or_, addresses, 0) & 15:
+        return addresses, tuple(a & 15 == 0 for a in addresses)
+    return addresses, None
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
