@@ -120,27 +120,21 @@ class _Call:
         self.kernel, self.given, self.constants, self.compiled = kernel, grid, constants, compiled
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.fill = _filler(tuple(args), slots)
-        names = kernel.arg_names[len(args) :]
-        self.tail = tuple(constants[name] for name in names)
+        self.tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if compiled is not None:
+            from mmfast import _launch  # here: on the CPU `merged` does without Triton
+
+            self.run, self.before, self.packed = _launch._without_scratch(compiled)
+            self.is_watched = _launch._is_watched
 
     def __call__(self, stream: int, addresses: list[int], tensors: tuple) -> None:
-        compiled = self.compiled
-        if compiled is None or _hooked():
+        if self.compiled is None or self.is_watched(self.kernel):
             inputs, made = tensors
             self.kernel[self.given](*self.fill([*inputs, *made]), **self.constants)
-            return
-        compiled.run(
-            *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *self.fill(addresses), *self.tail,
-        )  # fmt: skip
-
-
-def _hooked() -> bool:
-    """Whether a profiler wants to hear of launches."""
-    from triton import knobs
-
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+        elif self.packed:
+            self.run(*self.grid, stream, *self.before, (*self.fill(addresses), *self.tail))
+        else:
+            self.run(*self.grid, stream, *self.before, *self.fill(addresses), *self.tail)
 
 
 def _filler(args: tuple, slots: dict[int, int]) -> Callable[[Sequence], tuple]:

@@ -274,6 +274,23 @@ def _block(query: Tensor, largest: int) -> int:
     return min(largest, power_of_two(query.shape[2]))
 
 
+def _forward_sizes(query: Tensor) -> tuple[int, int, int, int]:
+    """Rows of a block, programs in all, warps and stages."""
+    return _block(query, 64), 8 * multiprocessors(query.device), 4, 2
+
+
+def _backward_sizes(query: Tensor, layout: dict) -> tuple[int, int, int, int]:
+    """The same, of programs those that run at once."""
+    # Eight warps only where both products of a tile, by queries and by keys, have 128 rows: of 64, one group of four
+    # warps would compute what the other does.
+    wide = layout["BD"] + layout["BV"]
+    block = 64 if wide <= (256 if query.dtype != torch.float32 else 128) else 32
+    if block == 64 and max(layout["WIDE"], default=0) == 128 and roomy(query.device):
+        block = 128
+    block = _block(query, block)
+    return block, multiprocessors(query.device) * (1 if block == 128 else 2), 8 if block == 128 else 4, 1
+
+
 def forward(
     query: Tensor,
     sources: Sequence[Source],
@@ -293,8 +310,8 @@ def forward(
         lse.fill_(-torch.inf)
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    block = _block(query, 64)
-    chunks, blocks = _grid(query, batch, block, 8 * multiprocessors(query.device))
+    block, programs, warps, stages = _forward_sizes(query)
+    chunks, blocks = _grid(query, batch, block, programs)
     if pool:
         spoil()
         out = room(query, (batch, heads, chunks, value_dim), torch.float32)
@@ -307,10 +324,10 @@ def forward(
     launch(
         _forward, (batch * heads * chunks,), query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, blocks, scale * LOG2E.value,
-        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep), FOLD=query.dtype
-        != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has), HOLD=_hold(query,
-        block), BM=block, BY=aligned(query, *keys_and_values(sources)), num_warps=4, num_stages=2, **layout,
-        **dot_options(query.dtype),
+        HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
+        FOLD=query.dtype != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
+        HOLD=_hold(query, block), BM=block, BY=aligned(query, *keys_and_values(sources)), num_warps=warps,
+        num_stages=stages, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
 
@@ -520,14 +537,7 @@ def backward(
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    # Eight warps only where both products of a tile, by queries and by keys, have 128 rows: of 64, one group of four
-    # warps would compute what the other does.
-    wide = layout["BD"] + layout["BV"]
-    block = 64 if wide <= (256 if query.dtype != torch.float32 else 128) else 32
-    if block == 64 and max(layout["WIDE"], default=0) == 128 and roomy(query.device):
-        block = 128
-    block = _block(query, block)
-    programs = multiprocessors(query.device) * (1 if block == 128 else 2)
+    block, programs, warps, stages = _backward_sizes(query, layout)
     chunks, blocks = _grid_of_sums(query, batch, block, programs)
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
@@ -553,14 +563,15 @@ def backward(
             grad.zero_()
     saved = query if out is None else out
     launch(
-        _backward, (batch * heads * chunks,), grad_out, grad_out.stride(), query if grad_lse is None else
-        grad_lse.contiguous(), query, strides(query), source_refs, saved, strides(saved), lse, lse.stride(), grad_query,
-        grad_query.stride(), tuple(grad_gates), outs, partial, query if row_lengths is None else row_lengths, batch,
-        heads, rows, dim, value_dim, chunks, blocks, scale, scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not
-        None, CAUSAL=causal, GRAD_LSE=grad_lse is not None, GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is
-        not None, KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
-        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *keys_and_values(sources)), TOTAL=total, num_warps=8
-        if block == 128 else 4, num_stages=1, **layout, **dot_options(query.dtype),
+        _backward, (batch * heads * chunks,), grad_out, grad_out.stride(),
+        query if grad_lse is None else grad_lse.contiguous(), query, strides(query), source_refs, saved, strides(saved),
+        lse, lse.stride(), grad_query, grad_query.stride(), tuple(grad_gates), outs, partial,
+        query if row_lengths is None else row_lengths, batch, heads, rows, dim, value_dim, chunks, blocks, scale,
+        scale * LOG2E.value, HAS=has, JOINT=joint, OUT=out is not None, CAUSAL=causal, GRAD_LSE=grad_lse is not None,
+        GRAD_GATE=tuple(bool(g) for g in gates), ROWS=row_lengths is not None,
+        KEEP=tuple(out is None and width <= KEPT for width in _together(layout)), HOLD=_hold(query, block),
+        DIRECT=direct, BM=block, BY=aligned(query, grad_out, saved, *keys_and_values(sources)), TOTAL=total,
+        num_warps=warps, num_stages=stages, **layout, **dot_options(query.dtype),
     )  # fmt: skip
     if not direct:
         _sum_up(partial, outs, layout)
@@ -604,6 +615,6 @@ def _sum_up(partial: Tensor, outs: tuple[_Sum, ...], layout: dict) -> None:
     counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
     launch(
         _add_up, grid, partial, outs, batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column),
-        ITEMS=tuple(items), GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"],
-        layout["BV"]), num_warps=4,
+        ITEMS=tuple(items), GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows,
+        BW=max(layout["BD"], layout["BV"]), num_warps=4,
     )  # fmt: skip

@@ -351,7 +351,7 @@ def test_opcheck():
     query, sources, _ = _groups_shared_keys()
     query, sources = query.float().requires_grad_(), replaced(sources, [x.float() for x in inputs(query, sources)[1:]])
     query, sources = prepare(query, sources, "joint")
-    packed = fused._pack(sources)
+    packed = fused.pack(sources)
     args = (query, *packed[0], None, *packed[1], True, False, False, 0.25)
     for engine in ("short", "split", "skip"):
         torch.library.opcheck(
