@@ -48,6 +48,18 @@ def resolve_locally(rule: Rule, x: Layers, y: Layers | None) -> Tensor:
     return rule(x[0][0], None if y is None else y[0][0])
 
 
+def fixed_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Terms | None:
+    """The terms of a kernel of one layer ``(n, d)`` that are the same in every call, with lengths in a rule's means."""
+    if kernel.n_layers != 1:
+        return None
+    terms = kernel.in_means([x])
+    if terms is None and kernel.constant:
+        parts = kernel.parts([x], [y])
+        if len(parts) == 1 and parts[0][0] is None:
+            terms = parts[0][1]
+    return terms
+
+
 class Kernel(nn.Module):
     """A kernel k(x, y); ``kernel(x, y)`` is the matrix of `mmfast.kernel_matrix`.
 
