@@ -7,6 +7,7 @@ everything else goes to the operators of `mmfast.mmd.op`, which take any number 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -241,7 +242,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | No
     like = estimator, n, m, d, dtype, device, keep, _precision.current()
     way = kernel._cache.get(like)
     if way is None:
-        way = _way(x, y, kernel, estimator, keep)
+        way = _find_way(x, y, kernel, like)
         if way is None:
             return None
         if len(kernel._cache) < _MOST_KEPT:
@@ -267,16 +268,15 @@ def _is_matrix(t: Tensor) -> bool:
 class _Way:
     """How the MMD² of some shape is computed: its launches, and the constants that they read."""
 
-    def __init__(self, x: Tensor, y: Tensor, coefs: Tensor, terms: Terms, estimator: str, keep: bool) -> None:
+    def __init__(self, like: tuple, params: Tensor, families: tuple[int, ...], rule: MeanDistance | None) -> None:
         from mmfast.mmd import triton_small_launch
 
-        (n, d), m = x.shape, y.shape[0]
-        self.shape, self.strides, self.dtype, self.device = (1, n, m, d), (n * d, d, m * d, d), x.dtype, x.device
-        self.launches, self.coefs, self.params = triton_small_launch, coefs, terms.params
-        self.dot = METRIC[terms.families[0]] == DOT
-        self.problem = (
-            terms.families, tuple(_counts(terms.rule, n, m)), estimator == "biased", estimator == "one_sample_u"
-        )  # fmt: skip
+        estimator, n, m, d, self.dtype, self.device, keep, _ = like
+        self.shape, self.strides = (1, n, m, d), (n * d, d, m * d, d)
+        self.launches, self.params = triton_small_launch, params
+        self.coefs = constant(coefficients(estimator, n, m), self.device)
+        self.dot = METRIC[families[0]] == DOT
+        self.problem = families, tuple(_counts(rule, n, m)), estimator == "biased", estimator == "one_sample_u"
         self.plan = triton_small_launch.plan(self.shape, self.strides, self.dtype, *self.problem, keep)
         self.gradients = {}
 
@@ -306,14 +306,17 @@ class _Way:
         return by_x[0] if need_x else None, by_y[0] if need_y else None
 
 
-def _way(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, keep: bool) -> _Way | None:
-    n, m = x.shape[0], y.shape[0]
+_way = functools.lru_cache(maxsize=1024)(_Way)  # for kernels that are built anew with the same numbers
+
+
+def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | None:
+    estimator, n, m = like[:3]
     if min(n, m) < 2 or estimator not in _ESTIMATORS or (estimator == "one_sample_u" and n != m):
         return None
     terms = fixed_terms(kernel, x, y)
     if terms is None or not takes([x[None]], [y[None]], terms):
         return None
-    return _Way(x, y, constant(coefficients(estimator, n, m), x.device), terms, estimator, keep)
+    return _way(like, terms.params, terms.families, terms.rule)
 
 
 class _Matrices(torch.autograd.Function):
