@@ -27,7 +27,7 @@ _VERSION = triton.__version__.split(".")[:2]
 def launch(
     kernel,
     grid: tuple[int, ...],
-    args: Sequence,
+    args: Sequence | Callable[[], Sequence],
     constants: Mapping[str, object],
     key: Hashable,
     placed: Sequence | None = None,
@@ -37,7 +37,8 @@ def launch(
     Args:
         kernel: of ``triton.jit``.
         grid: up to three numbers.
-        args: what the kernel's first parameters are.
+        args: what the kernel's first parameters are, or a function that gives them, which a known launch that is
+            ``placed`` does not call.
         constants: the parameters behind them, by name, and options such as ``num_warps``.
         key: equal where the launches have the same constants and their arguments are alike to Triton: the dtypes of
             tensors and whether they begin at a multiple of 16 bytes (`places`), and of whole numbers which are 1, which
@@ -45,13 +46,14 @@ def launch(
         placed: ``args`` with addresses in place of the tensors, which a launch takes faster.
     """
     if type(kernel) is not JITFunction:  # the interpreter's
-        kernel[grid](*args, **constants)
+        kernel[grid](*(args() if callable(args) else args), **constants)
         return
     active = driver.active
     device = active.get_current_device()
     known = id(kernel), device, key
     found = _found.get(known)
     if found is None or _is_watched(kernel):
+        args = args() if callable(args) else args
         compiled = kernel[grid](*args, **constants)
         if found is None:
             if len(_found) >= _MOST:
@@ -64,7 +66,10 @@ def launch(
     run, before, packed, last, _ = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
-    args = args if placed is None else placed
+    if placed is not None:
+        args = placed
+    elif callable(args):
+        args = args()
     if packed:
         run(x, y, z, stream, *before, (*args, *last))
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast.mmd import op
 from mmfast.mmd.bandwidth import MeanDistance, least_length
-from mmfast.mmd.kernels import Kernel
+from mmfast.mmd.kernels import Kernel, fixed_terms
 from mmfast.mmd.terms import L2, METRIC, Terms
 
 _POINTS = {"x": 1, "y": 2, "pooled": 3}
@@ -32,7 +32,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool, backend: str | No
     (n, d), (m, other) = x.shape, y.shape
     if d != other or min(n, m) < 2 or not _backend.nobody_looks_on():
         return None
-    if kernel.n_layers != 1 or _backend.choose("mmd", x.device, backend)[0] != "cpu":
+    if _backend.choose("mmd", x.device, backend)[0] != "cpu":
         return None
     terms = _terms(kernel, x, y)
     if terms is None:
@@ -49,15 +49,8 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _terms(kernel: Kernel, x: Tensor, y: Tensor) -> Terms | None:
-    terms = kernel.in_means([x])
-    if terms is None:
-        if not kernel.constant:
-            return None
-        parts = kernel.parts([x], [y])
-        if len(parts) != 1 or parts[0][0] is not None:
-            return None
-        terms = parts[0][1]
-    elif terms.rule.points not in _POINTS:
+    terms = fixed_terms(kernel, x, y)
+    if terms is None or (terms.rule is not None and terms.rule.points not in _POINTS):
         return None
     few = len(terms.families) <= _MOST_TERMS and METRIC[terms.families[0]] == L2 and not any(terms.layers)
     return terms if few and terms.params.is_cpu else None

@@ -80,8 +80,8 @@ def mmd2(
     kernel = check_kernel(kernel)
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
-    if estimator in ("unbiased", "biased") and weights_x is weights_y is block_size is None:
-        value = _direct(x, y, kernel, estimator == "unbiased", backend)
+    if weights_x is weights_y is block_size is None:
+        value = _direct(x, y, kernel, estimator, backend)
         if value is not None:
             return value
     xs, ys, single = two_samples(x, y, kernel.n_layers)
@@ -113,19 +113,30 @@ def mmd2(
     return value.squeeze(0) if single else value
 
 
-def _direct(x, y, kernel: Kernel, unbiased: bool, backend: str | None) -> Tensor | None:
-    """`mmfast.mmd.direct.mmd2`, where there are kernels to call."""
-    if _backend._C is None:
+def _direct(x, y, kernel: Kernel, estimator: str, backend: str | None) -> Tensor | None:
+    """`mmfast.mmd.small.mmd2` or `mmfast.mmd.direct.mmd2`, where there are kernels to call."""
+    if isinstance(x, Tensor) and (x.is_cuda or backend == "triton"):
+        from mmfast.mmd import small
+
+        return small.mmd2(x, y, kernel, estimator, backend)
+    if _backend._C is None or estimator not in ("unbiased", "biased"):
         return None
     from mmfast.mmd import direct
 
-    return direct.mmd2(x, y, kernel, unbiased, backend)
+    return direct.mmd2(x, y, kernel, estimator == "unbiased", backend)
 
 
 @_backend.kept(maxsize=256)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float64 tensor on the device, made once."""
     return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def coefficients(estimator: str, n: int, m: int) -> tuple[float, float, float]:
+    """What the sums over pairs of x, of y and of both are multiplied by."""
+    if estimator == "biased":
+        return 1 / n**2, 1 / m**2, -2 / (n * m)
+    return 1 / (n * (n - 1)), 1 / (m * (m - 1)), -2 / (n * m if estimator == "unbiased" else n * (n - 1))
 
 
 def _parts(xs: Layers, ys: Layers, kernel: Kernel, backend: str | None) -> list[tuple[Layers, Layers, Terms]]:
@@ -191,14 +202,14 @@ def _biased(xs, ys, kernel, chosen, backend) -> Tensor:
     need_rows("x", xs, 1, "estimator='biased'")
     need_rows("y", ys, 1, "estimator='biased'")
     n, m = xs[0].shape[1], ys[0].shape[1]
-    return _estimate(xs, ys, (1 / n**2, 1 / m**2, -2 / (n * m)), kernel, chosen, backend, self_pairs=True)
+    return _estimate(xs, ys, coefficients("biased", n, m), kernel, chosen, backend, self_pairs=True)
 
 
 def _unbiased(xs, ys, kernel, chosen, backend) -> Tensor:
     need_rows("x", xs, 2, "estimator='unbiased'")
     need_rows("y", ys, 2, "estimator='unbiased'")
     n, m = xs[0].shape[1], ys[0].shape[1]
-    return _estimate(xs, ys, (1 / (n * (n - 1)), 1 / (m * (m - 1)), -2 / (n * m)), kernel, chosen, backend)
+    return _estimate(xs, ys, coefficients("unbiased", n, m), kernel, chosen, backend)
 
 
 def weighted(xs, ys, wx, wy, kernel, chosen, backend, unbiased: bool) -> Tensor:
@@ -241,11 +252,7 @@ def _need_equal(xs: Layers, ys: Layers, estimator: str) -> int:
 
 def _one_sample_u(xs, ys, kernel, chosen, backend) -> Tensor:
     n = _need_equal(xs, ys, "one_sample_u")
-    return _estimate(xs, ys, _one_sample_coefs(n), kernel, chosen, backend, skip_aligned=True)
-
-
-def _one_sample_coefs(n: int) -> tuple[float, ...]:
-    return 1 / (n * (n - 1)), 1 / (n * (n - 1)), -2 / (n * (n - 1))
+    return _estimate(xs, ys, coefficients("one_sample_u", n, n), kernel, chosen, backend, skip_aligned=True)
 
 
 def _linear(xs, ys, kernel, chosen, backend) -> Tensor:
@@ -283,7 +290,7 @@ def _block(xs, ys, kernel, chosen, backend, block_size: int | None) -> Tensor:
         return [t[:, : blocks * size].reshape(batch * blocks, size, t.shape[2]) for t in layers]
 
     parts = [(split(a), split(b), terms) for a, b, terms in _parts(xs, ys, kernel, backend)]
-    return _form(parts, _one_sample_coefs(size), chosen, skip_aligned=True).view(batch, blocks).mean(1)
+    return _form(parts, coefficients("one_sample_u", size, size), chosen, skip_aligned=True).view(batch, blocks).mean(1)
 
 
 _ESTIMATES = {

@@ -37,6 +37,10 @@ Resolve = Callable[[Rule, Layers, "Layers | None"], Tensor]
 
 Part = tuple["Transform | None", Terms]
 
+# For what is no tensor and no module: a module's own looks through its parameters and buffers first, so that a kernel
+# that a training step builds would cost as much as the step.
+_set = object.__setattr__
+
 
 def apply(transform: Transform | None, layers: Layers) -> Layers:
     """The layers that a part's terms are about."""
@@ -46,6 +50,18 @@ def apply(transform: Transform | None, layers: Layers) -> Layers:
 def resolve_locally(rule: Rule, x: Layers, y: Layers | None) -> Tensor:
     """The squared length that ``rule`` finds in the first item of each batch."""
     return rule(x[0][0], None if y is None else y[0][0])
+
+
+def fixed_terms(kernel: Kernel, x: Tensor, y: Tensor) -> Terms | None:
+    """The terms of a kernel of one layer ``(n, d)`` that are the same in every call, with lengths in a rule's means."""
+    if kernel.n_layers != 1:
+        return None
+    terms = kernel.in_means([x])
+    if terms is None and kernel.constant:
+        parts = kernel.parts([x], [y])
+        if len(parts) == 1 and parts[0][0] is None:
+            terms = parts[0][1]
+    return terms
 
 
 class Kernel(nn.Module):
@@ -60,7 +76,7 @@ class Kernel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache: dict[object, object] = {}
+        _set(self, "_cache", {})
 
     def parts(self, x: Layers, y: Layers | None = None, resolve: Resolve = resolve_locally) -> list[Part]:
         """Terms by metric and transform of the features: the kernel is the sum of its parts.
@@ -108,12 +124,13 @@ class Kernel(nn.Module):
 
     def _own(self, name: str, value: object) -> None:
         """Sets an attribute; tensors become parameters or buffers of the module, numpy's numbers Python's."""
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value, persistent=False)
-        elif isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
-            setattr(self, name, float(value))
-        else:
+        if isinstance(value, nn.Parameter):
             setattr(self, name, value)
+        elif isinstance(value, Tensor):
+            self.register_buffer(name, value, persistent=False)
+        else:
+            number = isinstance(value, numbers.Real) and not isinstance(value, (int, float))
+            _set(self, name, float(value) if number else value)
 
     def _cached(self, key: object, make: Callable[[], object]) -> object:
         if not _backend.keeps():
@@ -408,28 +425,32 @@ class MultiGaussian(Kernel):
             raise ValueError(f"reduce must be 'sum' or 'mean', got {reduce!r}")
         if bandwidths is not None and bandwidth is not None:
             raise ValueError("give either bandwidths or bandwidth, not both")
-        self.reduce, self.rule = reduce, None
+        rule = None
         if bandwidths is None:
             if isinstance(kernel_num, bool) or kernel_num != int(kernel_num) or kernel_num < 1:
                 raise ValueError(f"kernel_num must be an integer >= 1, got {kernel_num!r}")
             check_scalar("kernel_mul", kernel_mul)
             bandwidth = "dan" if bandwidth is None else bandwidth
-            self.rule = as_rule(bandwidth, "bandwidth")
-            if self.rule is None:
+            rule = as_rule(bandwidth, "bandwidth")
+            if rule is None:
                 check_scalar("bandwidth", bandwidth)
-            self.kernel_num = int(kernel_num)
+            kernel_num = int(kernel_num)
         else:
             bandwidths = vector("bandwidths", bandwidths, positive=True)
-            self.kernel_num = len(bandwidths)
-        self.kernel_mul = float(kernel_mul)
+            kernel_num = len(bandwidths)
         if weights is not None:
             weights = vector("weights", weights)
-            if len(weights) != self.kernel_num:
-                raise ValueError(f"weights must be {self.kernel_num}, one for each bandwidth, got {len(weights)}")
+            if len(weights) != kernel_num:
+                raise ValueError(f"weights must be {kernel_num}, one for each bandwidth, got {len(weights)}")
+        _set(self, "reduce", reduce)
+        _set(self, "rule", rule)
+        _set(self, "kernel_num", kernel_num)
+        _set(self, "kernel_mul", float(kernel_mul))
         self._own("bandwidths", bandwidths)
         self._own("bandwidth", bandwidth)
         self._own("weights", weights)
-        self._families, self._layers = (GAUSSIAN,) * self.kernel_num, (0,) * self.kernel_num
+        _set(self, "_families", (GAUSSIAN,) * kernel_num)
+        _set(self, "_layers", (0,) * kernel_num)
 
     @property
     def data_dependent(self) -> bool:
@@ -458,7 +479,7 @@ class MultiGaussian(Kernel):
         else:
             values = self.bandwidths or [bandwidth * step for step in self._steps()]
             rows = [[w, 1 / b, 0.0, 0.0] for w, b in zip(self._weights(), values, strict=True)]
-            params = torch.tensor(rows, dtype=torch.float64, device=device)
+            params = table(rows, device)
         return Terms(self._families, self._layers, params)
 
     def _steps(self) -> list[float]:

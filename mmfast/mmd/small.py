@@ -7,13 +7,17 @@ everything else goes to the operators of `mmfast.mmd.op`, which take any number 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.mmd import _precision, op, reference
 from mmfast.mmd.bandwidth import MeanDistance
+from mmfast.mmd.estimators import coefficients, constant
+from mmfast.mmd.kernels import Kernel, fixed_terms
 from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS, Terms
 
 MOST_ROWS = 256  # of each sample
@@ -94,13 +98,13 @@ def _counts(rule: MeanDistance | None, n: int, m: int) -> list[int]:
 def _forward(x, y, coefs, params, families, counts, diagonal, aligned, keep):
     from mmfast.mmd import triton_small_launch  # where it is asked for: Triton may not be installed
 
-    return triton_small_launch.forward(x, y, coefs, params, families, counts, diagonal, aligned, keep)
+    return triton_small_launch.of_batch(x, y, coefs, params, families, counts, diagonal, aligned, keep)
 
 
 def _backward(grad, x, y, weights, length, coefs, params, families, counts, diagonal, aligned, need):
     from mmfast.mmd import triton_small_launch
 
-    return triton_small_launch.backward(grad, x, y, weights, METRIC[families[0]] == DOT, need)
+    return triton_small_launch.backward_of_batch(grad, x, y, weights, METRIC[families[0]] == DOT, need)
 
 
 torch.library.impl("mmfast::mmd_small", ("cpu", "cuda"), _forward)
@@ -144,9 +148,7 @@ def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-    backward = _ops.mmd_small_backward.default
-    if not torch.is_grad_enabled() and type(grad) is Tensor and not torch.compiler.is_compiling():
-        backward = _backward
+    backward = _backward if _is_alone(grad) else _ops.mmd_small_backward.default
     by = backward(grad, *ctx.saved_tensors, *ctx.problem, need)
     return *(g if n else None for g, n in zip(by, need, strict=True)), *(None,) * 7
 
@@ -163,6 +165,17 @@ class _Small(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _differentiate(ctx, grad)[:8]
+
+
+def _is_alone(grad: Tensor) -> bool:
+    """True where only the values of a gradient count: no second derivative, no batch of them, no compilation."""
+    return (
+        not torch.is_grad_enabled()
+        and type(grad) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _backend.is_batch_of_gradients(grad)
+    )
 
 
 def _save_backward(ctx, inputs, output):
@@ -201,6 +214,126 @@ def _definition(x, y, length, coefs, params, families, diagonal, aligned) -> Ten
             value = value - reference.aligned(a, b, terms).sum(1, dtype=torch.float64) * coefs[2]
         values.append(value)
     return torch.cat(values)
+
+
+# ---- Two matrices
+
+_ESTIMATORS = ("unbiased", "biased", "one_sample_u")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_KEPT = 512  # ways of a kernel's batches
+
+
+def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | None) -> Tensor | None:
+    """`mmfast.mmd2` of ``(n, d)`` and ``(m, d)`` with as little done on the host as there can be, or None.
+
+    None where a check fails, for others to say why, for what `takes` would not, for what is not dense, and where
+    anything but autograd looks on.
+    """
+    if torch.compiler.is_compiling() or not (_is_matrix(x) and _is_matrix(y)) or not _backend.nobody_looks_on():
+        return None
+    (n, d), (m, other) = x.shape, y.shape
+    dtype, device = x.dtype, x.device
+    if other != d or n > MOST_ROWS or m > MOST_ROWS or y.dtype != dtype or y.device != device:
+        return None
+    if _backend.choose("mmd", device, backend)[0] not in ("cuda", "triton"):
+        return None
+    keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    # What a batch is like, of which the kernel remembers how it is computed.
+    like = estimator, n, m, d, dtype, device, keep, _precision.current()
+    way = kernel._cache.get(like)
+    if way is None:
+        way = _find_way(x, y, kernel, like)
+        if way is None:
+            return None
+        if len(kernel._cache) < _MOST_KEPT:
+            kernel._cache[like] = way
+    if keep:
+        return _Matrices.apply(x, y, way)
+    return way.compute(x, y)[0]
+
+
+def _is_matrix(t: Tensor) -> bool:
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.dim() == 2
+        and t.dtype in _DTYPES
+        and t.layout is torch.strided
+        and t.is_contiguous()
+        and not t.is_neg()
+        and not t._is_zerotensor()
+        and not _backend.is_batch_of_gradients(t)
+    )
+
+
+class _Way:
+    """How the MMD² of some shape is computed: its launches, and the constants that they read."""
+
+    def __init__(self, like: tuple, params: Tensor, families: tuple[int, ...], rule: MeanDistance | None) -> None:
+        from mmfast.mmd import triton_small_launch
+
+        estimator, n, m, d, self.dtype, self.device, keep, _ = like
+        self.shape, self.strides = (1, n, m, d), (n * d, d, m * d, d)
+        self.launches, self.params = triton_small_launch, params
+        self.coefs = constant(coefficients(estimator, n, m), self.device)
+        self.dot = METRIC[families[0]] == DOT
+        self.problem = families, tuple(_counts(rule, n, m)), estimator == "biased", estimator == "one_sample_u"
+        self.plan = triton_small_launch.plan(self.shape, self.strides, self.dtype, *self.problem, keep)
+        self.gradients = {}
+
+    def compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, without dimensions, and the room where what the gradient needs lies."""
+        value = torch.empty((), dtype=torch.float32, device=self.device)
+        with self.launches.on_device_of(x):
+            return value, self.launches.forward(self.plan, x, y, self.params, self.coefs, value)
+
+    def differentiate(self, grad: Tensor, x: Tensor, y: Tensor, room: Tensor, need_x: bool, need_y: bool):
+        p = self.gradients.get((need_x, need_y))
+        if p is None:
+            like = self.shape, self.strides, self.dtype, (torch.float32, 0), self.dot
+            p = self.gradients[need_x, need_y] = self.launches.gradient_plan(*like, need_x, need_y)
+        by_x, by_y = torch.empty_like(x) if need_x else x, torch.empty_like(y) if need_y else y
+        weights = room.data_ptr() + self.plan.weights
+        with self.launches.on_device_of(x):
+            self.launches.backward(p, grad, x, y, weights, lambda: self.plan.kept(room)[1], by_x, by_y)
+        return by_x if need_x else None, by_y if need_y else None
+
+    def differentiate_twice(self, grad: Tensor, x: Tensor, y: Tensor, room: Tensor, need_x: bool, need_y: bool):
+        """The gradients, by the operator that has derivatives itself."""
+        length, weights = self.plan.kept(room)
+        families, counts, *pairs = self.problem
+        problem = self.coefs, self.params, list(families), list(counts), *pairs, [need_x, need_y]
+        by_x, by_y = _ops.mmd_small_backward.default(grad[None], x[None], y[None], weights, length, *problem)
+        return by_x[0] if need_x else None, by_y[0] if need_y else None
+
+
+_way = functools.lru_cache(maxsize=1024)(_Way)  # for kernels that are built anew with the same numbers
+
+
+def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | None:
+    estimator, n, m = like[:3]
+    if min(n, m) < 2 or estimator not in _ESTIMATORS or (estimator == "one_sample_u" and n != m):
+        return None
+    terms = fixed_terms(kernel, x, y)
+    if terms is None or not takes([x[None]], [y[None]], terms):
+        return None
+    return _way(like, terms.params, terms.families, terms.rule)
+
+
+class _Matrices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, way):
+        value, room = way.compute(x, y)
+        ctx.save_for_backward(x, y, room)
+        ctx.way = way
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None
+        differentiate = ctx.way.differentiate if _is_alone(grad) else ctx.way.differentiate_twice
+        return *differentiate(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2]), None
 
 
 torch.library.register_autograd("mmfast::mmd_small", _differentiate, setup_context=_save)

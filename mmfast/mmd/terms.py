@@ -68,7 +68,7 @@ def check_scalar(name: str, value: object, positive: bool = True) -> None:
 def table(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
     """``(T, 4)`` float64 from numbers and tensors without dimensions."""
     if not any(isinstance(value, Tensor) for row in rows for value in row):
-        return torch.tensor(rows, dtype=torch.float64, device=device)
+        return _numbers(tuple(map(tuple, rows)), device)
 
     def column(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -76,6 +76,11 @@ def table(rows: Sequence[Sequence[float | Tensor]], device: torch.device) -> Ten
         return torch.full((), value, dtype=torch.float64, device=device)  # a copy from the host would wait for it
 
     return torch.stack([torch.stack([column(value) for value in row]) for row in rows])
+
+
+@_backend.kept(maxsize=1024)  # a copy from the host would wait for the device, where each step builds its kernel anew
+def _numbers(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64, device=device)
 
 
 def vector(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> list[float] | Tensor:

@@ -113,7 +113,9 @@ def sweep(
     if not row_tiles or not col_tiles or not b:
         return
     layers = problem.layout.layers
-    stages = max(1, sizes.stages // layers)  # each layer's loop has its own in shared memory
+    # Each loop over features has its own stages in shared memory: each layer's, and those of u and v in both roles.
+    loops = layers + ((1 + problem.symmetric) if upstream.mode == "matmul" else 0)
+    stages = max(1, sizes.stages // loops)
     kernels = 1 + (problem.layout.second < layers)
     kept_layers = {"none": 0, "kernel": 1, "gradient": layers}[keep]
     # Kept tiles take no more than the points do, or a fixed size where these are few.

@@ -194,7 +194,7 @@ def values(partial, sums, ticket, table, coefs, value, length, weights, n, m, ti
 
 
 @triton.jit
-def gradient(grad, grad_item, x, y, weights, grad_x, grad_y, n, m, width, tiles_x, tiles, first_tile, x_item, x_stride,
+def gradient(grad, x, y, weights, grad_x, grad_y, grad_item, n, m, width, tiles_x, tiles, first_tile, x_item, x_stride,
              y_item, y_stride, DOT: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """Rows of ``grad_x`` (b, n, width) and ``grad_y`` (b, m, width) from tile ``first_tile`` on: a program a tile."""
     tile, item = tl.program_id(0) + first_tile, tl.program_id(2).to(tl.int64)

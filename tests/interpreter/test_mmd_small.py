@@ -190,7 +190,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        if name.split("_")[0] not in self.quiet and not name.endswith(("view", "squeeze")):
+        if not name.startswith(self.quiet) and not name.endswith(("view", "squeeze")):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
