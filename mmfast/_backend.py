@@ -297,11 +297,15 @@ def is_differentiated_by_formula() -> bool:
 
 
 def is_plain(t: torch.Tensor) -> bool:
-    """True where the memory of ``t`` holds its values: strided, on the CPU, no other subclass than
-    a parameter, nothing still to be done, no batch of gradients (``is_grads_batched``)."""
+    """True where the memory of ``t``, on the CPU, holds its values (`holds_its_values`)."""
+    return t.is_cpu and holds_its_values(t)
+
+
+def holds_its_values(t: torch.Tensor) -> bool:
+    """True where the memory of ``t`` holds its values: strided, no other subclass than a parameter, nothing still to be
+    done, no batch of gradients (``is_grads_batched``)."""
     ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not is_batch_of_gradients(t)
-    strided = ours and t.is_cpu and t.layout is torch.strided
-    return strided and not t.is_neg() and not t._is_zerotensor()
+    return ours and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()
 
 
 def is_batch_of_gradients(x: torch.Tensor | None) -> bool:

@@ -1,8 +1,6 @@
 // Binds the fusion slice: attention as Python has it, and its node in autograd's graph.
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -29,13 +27,6 @@ using std::optional;
 using std::vector;
 
 // ---- Gradients
-
-// As `_backend.nobody_looks_on`.
-bool nobody_looks_on() {
-    const auto included = c10::impl::tls_is_dispatch_key_included;
-    return c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
-           !included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !included(c10::DispatchKey::Tracer);
-}
 
 // Masks, biases and lengths there are, source by source, and gates; which there are: bit 0 mask, bit 1 bias, bit 2 lengths,
 // bit 3 gate. As in mmfast/fusion/op.py.

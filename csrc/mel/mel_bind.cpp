@@ -3,11 +3,19 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <atomic>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -41,11 +49,18 @@ ScalarType scalar_type(const Tensor& t) {
     }
 }
 
+#if defined(MMFAST_WITH_CUDA)
+// Rows and samples of a waveform.
+bool fits_gpu(at::IntArrayRef sizes) {
+    return sizes.back() < (int64_t(1) << 30) && (sizes.size() < 2 || sizes[0] < (int64_t(1) << 31));
+}
+#endif
+
 mel::Waveform waveform_of(const Tensor& x, const optional<Tensor>& lengths) {
     TORCH_CHECK_VALUE(x.dim() == 2, "waveform must be (B, T), got ", x.sizes());
 #if defined(MMFAST_WITH_CUDA)
     TORCH_CHECK_VALUE(x.device().is_cpu() || x.device().is_cuda(), "waveform has no kernel for ", x.device());
-    TORCH_CHECK_VALUE(x.device().is_cpu() || (x.size(1) < (int64_t(1) << 30) && x.size(0) < (int64_t(1) << 31)),
+    TORCH_CHECK_VALUE(x.device().is_cpu() || fits_gpu(x.sizes()),
                       "waveform on a GPU must have fewer than 2**30 samples in fewer than 2**31 rows");
 #else
     TORCH_CHECK_VALUE(x.device().is_cpu(), "waveform must be on the CPU, got ", x.device());
@@ -89,8 +104,15 @@ mel::Tables<T> tables_of(const mel::Plan& plan, const Tensor& window, const opti
             table<T>("dct", dct, {n_filters ? n_filters : bins, cepstra}, device), cepstra};
 }
 
-int64_t group_count(int64_t rows, int64_t group) {
+// Maxima of a call.
+int64_t groups_of(const mel::Plan& plan, int64_t rows, int64_t group) {
+    if (!plan.spec.has_top_db) return 0;
     return group > 0 ? (rows + group - 1) / group : rows > 0;
+}
+
+void check_maxima(const Tensor& maxima, at::ScalarType type, int64_t groups) {
+    TORCH_CHECK_VALUE(maxima.scalar_type() == type && maxima.is_contiguous() && maxima.numel() == groups,
+                      "maxima must be what the forward pass returned");
 }
 
 #if defined(MMFAST_WITH_CUDA)
@@ -108,9 +130,15 @@ struct PreparedCache {
     std::vector<PreparedTables> entries;  // the latest last
 };
 
-Tensor scratch(int64_t bytes, const Tensor& like) {
-    return at::empty({bytes}, like.options().dtype(at::kByte));
-}
+// Scratch of a call. Once launched, the kernels may go on with it: it is given to others of the same stream only.
+struct CallScratch {
+    const Tensor& like;
+    Tensor bytes{};
+    void* operator()(int64_t n) {
+        bytes = at::empty({n}, like.options().dtype(at::kByte));
+        return bytes.data_ptr();
+    }
+};
 
 bool capturing() {
     return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
@@ -125,7 +153,7 @@ Tensor prepared(const mel::Plan& plan, const mel::Tables<T>& tables, const Tenso
     const Tensor f = filters ? *filters : window;
     const bool cached = bytes && !window.is_inference() && !f.is_inference() && !f.requires_grad() && !capturing();
     const auto make = [&] {
-        Tensor made = scratch(bytes, window);
+        Tensor made = at::empty({bytes}, window.options().dtype(at::kByte));
         if (bytes) mel::prepare_cuda<T>(plan.spec, tables, made.data_ptr(), stream);
         return made;
     };
@@ -164,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tens
                                  : at::empty({wave.rows, features, frames}, options.dtype(out_type));
     Tensor counts = at::empty({wave.rows}, options.dtype(at::kLong));
     const auto compute = wave.type == ScalarType::float64 ? at::kDouble : at::kFloat;
-    Tensor maxima = at::empty({spec.has_top_db ? group_count(wave.rows, group) : 0}, options.dtype(compute));
+    Tensor maxima = at::empty({groups_of(plan, wave.rows, group)}, options.dtype(compute));
     const auto run = [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
         const auto tables = tables_of<T>(plan, window, filters, dct, waveform.device());
@@ -174,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tens
             const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
             const int device = waveform.get_device();
             const Tensor ready = prepared<T>(plan, tables, window, filters, stream);
-            const Tensor work = scratch(mel::forward_workspace<T>(plan, wave, tables, group, device), waveform);
+            CallScratch scratch{waveform};
             mel::forward_cuda<T>(plan, wave, tables, ready.data_ptr(), group, uint32_t(seed), out.data_ptr(),
-                                 scalar_type(out), counts.data_ptr<int64_t>(), maxima.data_ptr<T>(), work.data_ptr(),
+                                 scalar_type(out), counts.data_ptr<int64_t>(), maxima.data_ptr<T>(), std::ref(scratch),
                                  device, stream);
             return;
         }
@@ -187,40 +215,6 @@ std::tuple<Tensor, Tensor, Tensor> mel_forward(const mel::Plan& plan, const Tens
     if (compute == at::kDouble) run(static_cast<double*>(nullptr));
     else run(static_cast<float*>(nullptr));
     return {out, counts, maxima};
-}
-
-// A front end with its own tables, in float32.
-struct Direct {
-    std::shared_ptr<mel::Plan> plan;
-    Tensor window;
-    optional<Tensor> filters, dct;
-    bool by_item;  // a maximum for each row, not for all
-};
-
-// The features of (T,) or (B, T) samples on the CPU, the kernels' counts and maxima left aside; none for anything else.
-optional<Tensor> mel_direct(const Direct& direct, const Tensor& waveform) {
-    if (!is_plain(waveform) || is_tracked(waveform) || backend_is_asked_for()) return std::nullopt;
-    const py::gil_scoped_release unlocked;
-    const mel::Spec& spec = direct.plan->spec;
-    const auto type = waveform.scalar_type();
-    const bool known = type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kShort;
-    const int64_t dim = waveform.dim();
-    if (!known || dim < 1 || dim > 2 || waveform.size(dim - 1) < spec.framing.min_length) return std::nullopt;
-    const int64_t rows = dim == 1 ? 1 : waveform.size(0), length = waveform.size(dim - 1);
-    const mel::Waveform wave{waveform.const_data_ptr(),         scalar_type(waveform),    rows,   length,
-                             dim == 1 ? 0 : waveform.stride(0), waveform.stride(dim - 1), nullptr};
-    const auto tables = tables_of<float>(*direct.plan, direct.window, direct.filters, direct.dct, at::kCPU);
-    const int64_t frames = spec.framing.count(length);
-    const int64_t features = mel::feature_count(spec, tables.n_filters, tables.cepstra);
-    std::array<int64_t, 3> shape{rows, features, frames};
-    if (spec.time_major) std::swap(shape[1], shape[2]);
-    Tensor out = at::empty(at::IntArrayRef(shape).slice(dim == 1), type == at::kShort ? at::kFloat : type);
-    const int64_t groups = spec.has_top_db ? group_count(rows, direct.by_item) : 0;
-    std::vector<int64_t> counts(rows);
-    std::vector<float> maxima(groups);
-    mel::forward_cpu<float>(*direct.plan, wave, tables, direct.by_item, 0, out.data_ptr(), scalar_type(out),
-                            counts.data(), maxima.data());
-    return out;
 }
 
 std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& grad, const Tensor& waveform,
@@ -243,10 +237,8 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     Tensor grad_filters = need_filters && filters ? at::empty(filters->sizes(), options) : at::empty({0}, options);
     const auto run = [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        TORCH_CHECK_VALUE(maxima.scalar_type() == compute && maxima.is_contiguous() &&
-                              maxima.device() == waveform.device() &&
-                              maxima.numel() == (plan.spec.has_top_db ? group_count(wave.rows, group) : 0),
-                          "maxima must be what the forward pass returned");
+        TORCH_CHECK_VALUE(maxima.device() == waveform.device(), "maxima must be on ", waveform.device());
+        check_maxima(maxima, compute, groups_of(plan, wave.rows, group));
         const auto tables = tables_of<T>(plan, window, filters, dct, waveform.device());
         T* const to_wave = need_waveform ? grad_wave.data_ptr<T>() : nullptr;
         T* const to_filters = grad_filters.numel() ? grad_filters.data_ptr<T>() : nullptr;
@@ -256,12 +248,10 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
             const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
             const int device = waveform.get_device();
             const Tensor ready = prepared<T>(plan, tables, window, filters, stream);
-            const Tensor work = scratch(mel::backward_workspace<T>(plan, wave, tables, group, to_wave != nullptr,
-                                                                   to_filters != nullptr, device),
-                                        waveform);
+            CallScratch scratch{waveform};
             mel::backward_cuda<T>(plan, wave, tables, ready.data_ptr(), group, uint32_t(seed),
                                   maxima.const_data_ptr<T>(), g.const_data_ptr<T>(), to_wave, to_filters,
-                                  work.data_ptr(), device, stream);
+                                  std::ref(scratch), device, stream);
             return;
         }
 #endif
@@ -271,6 +261,204 @@ std::tuple<Tensor, Tensor> mel_backward(const mel::Plan& plan, const Tensor& gra
     if (is_double) run(static_cast<double*>(nullptr));
     else run(static_cast<float*>(nullptr));
     return {grad_wave.to(waveform.scalar_type()), grad_filters};
+}
+
+// ---- The short way ---------------------------------------------------------------------------------------------------
+
+// A front end with its own tables, in float32, on a device. Its text is that of the configuration.
+struct Direct {
+    Direct(std::shared_ptr<mel::Plan> plan_, Tensor window_, optional<Tensor> filters_, optional<Tensor> dct_,
+           bool by_item_, std::string key_)
+        : plan(std::move(plan_)), window(std::move(window_)), filters(std::move(filters_)), dct(std::move(dct_)),
+          by_item(by_item_), key(std::move(key_)), device(window.device()),
+          tables(tables_of<float>(*plan, window, filters, dct, device)) {}
+
+    const std::shared_ptr<mel::Plan> plan;
+    const Tensor window;
+    const optional<Tensor> filters, dct;
+    const bool by_item;  // a maximum for each row, not for all
+    const c10::IValue key;
+    const at::Device device;
+    const mel::Tables<float> tables;
+
+#if defined(MMFAST_WITH_CUDA)
+    // What the kernels make of the tables, or none while a graph is captured that would have to make it.
+    bool prepare() const {
+        if (ready_.load(std::memory_order_acquire)) return true;
+        if (capturing()) return false;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (ready_.load(std::memory_order_relaxed)) return true;
+        prepared_ = mel::keep_prepared<float>(plan->spec, tables, c10::cuda::getCurrentCUDAStream());
+        ready_.store(true, std::memory_order_release);
+        return true;
+    }
+    const void* prepared() const { return prepared_.get(); }
+
+private:
+    mutable std::mutex mutex_;
+    mutable std::atomic<bool> ready_{false};
+    mutable std::shared_ptr<void> prepared_;
+#endif
+};
+
+using DirectPtr = std::shared_ptr<const Direct>;
+
+// Those there are. A node of autograd keeps the text, which `torch._dynamo.compiled_autograd` can write down, and asks here.
+class Directs {
+public:
+    void add(const DirectPtr& direct) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (auto each = all_.begin(); each != all_.end();) {
+            std::erase_if(each->second, [](const auto& one) { return one.expired(); });
+            each = each->second.empty() ? all_.erase(each) : std::next(each);
+        }
+        all_[direct->key.toStringRef()].push_back(direct);
+    }
+    // None if it is gone since.
+    DirectPtr find(const std::string& key, at::Device device) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = all_.find(key);
+        if (found == all_.end()) return nullptr;
+        for (const auto& each : found->second) {
+            DirectPtr direct = each.lock();
+            if (direct && direct->device == device) return direct;
+        }
+        return nullptr;
+    }
+
+private:
+    std::mutex mutex_;
+    std::unordered_map<std::string, std::vector<std::weak_ptr<const Direct>>> all_;
+};
+
+Directs& directs() {
+    static Directs all;
+    return all;
+}
+
+// (T,) or (B, T) samples.
+mel::Waveform samples_of(const Tensor& x) {
+    const int64_t dim = x.dim();
+    return {x.const_data_ptr(),      scalar_type(x),    dim == 1 ? 1 : x.size(0), x.size(dim - 1),
+            dim == 1 ? 0 : x.stride(0), x.stride(dim - 1), nullptr};
+}
+
+std::array<int64_t, 3> shape_of(const Direct& direct, const mel::Waveform& wave) {
+    const mel::Spec& spec = direct.plan->spec;
+    const int64_t frames = spec.framing.count(wave.length);
+    const int64_t features = mel::feature_count(spec, direct.tables.n_filters, direct.tables.cepstra);
+    if (spec.time_major) return {wave.rows, frames, features};
+    return {wave.rows, features, frames};
+}
+
+// Their features. The maxima are kept where they are asked for.
+Tensor features_of(const Direct& direct, const Tensor& waveform, Tensor* maxima) {
+    const mel::Waveform wave = samples_of(waveform);
+    const auto shape = shape_of(direct, wave);
+    const auto options = waveform.options();
+    Tensor out = at::empty(at::IntArrayRef(shape).slice(waveform.dim() == 1),
+                           wave.type == ScalarType::int16 ? options.dtype(at::kFloat) : options);
+    const int64_t groups = groups_of(*direct.plan, wave.rows, direct.by_item);
+    if (maxima) *maxima = at::empty({groups}, options.dtype(at::kFloat));
+#if defined(MMFAST_WITH_CUDA)
+    if (direct.device.is_cuda()) {
+        CallScratch scratch{waveform};
+        mel::forward_cuda<float>(*direct.plan, wave, direct.tables, direct.prepared(), direct.by_item, 0,
+                                 out.data_ptr(), scalar_type(out), nullptr,
+                                 maxima ? maxima->data_ptr<float>() : nullptr, std::ref(scratch),
+                                 direct.device.index(), c10::cuda::getCurrentCUDAStream());
+        return out;
+    }
+#endif
+    std::vector<int64_t> counts(wave.rows);
+    std::vector<float> unseen(maxima ? 0 : groups);
+    mel::forward_cpu<float>(*direct.plan, wave, direct.tables, direct.by_item, 0, out.data_ptr(), scalar_type(out),
+                            counts.data(), maxima ? maxima->data_ptr<float>() : unseen.data());
+    return out;
+}
+
+// The gradient of the samples. What was saved may have been through hooks.
+Tensor gradient_of(const Direct& direct, const Tensor& grad, const Tensor& waveform, const Tensor& maxima) {
+    TORCH_CHECK_VALUE(waveform.dim() == 1 || waveform.dim() == 2, "waveform must be (T,) or (B, T), got ",
+                      waveform.sizes());
+    const mel::Waveform wave = samples_of(waveform);
+    const auto shape = shape_of(direct, wave);
+    const auto expected = at::IntArrayRef(shape).slice(waveform.dim() == 1);
+    TORCH_CHECK_VALUE(grad.sizes() == expected, "grad must be ", expected, ", got ", grad.sizes());
+    check_maxima(maxima, at::kFloat, groups_of(*direct.plan, wave.rows, direct.by_item));
+    const Tensor g = grad.to(at::kFloat).contiguous();
+    Tensor result = at::empty(waveform.sizes(), waveform.options().dtype(at::kFloat));
+#if defined(MMFAST_WITH_CUDA)
+    if (direct.device.is_cuda()) {
+        const c10::cuda::CUDAGuard guard(direct.device);
+        CallScratch scratch{waveform};
+        mel::backward_cuda<float>(*direct.plan, wave, direct.tables, direct.prepared(), direct.by_item, 0,
+                                  maxima.const_data_ptr<float>(), g.const_data_ptr<float>(), result.data_ptr<float>(),
+                                  nullptr, std::ref(scratch), direct.device.index(),
+                                  c10::cuda::getCurrentCUDAStream());
+        return result.to(waveform.scalar_type());
+    }
+#endif
+    mel::backward_cpu<float>(*direct.plan, wave, direct.tables, direct.by_item, 0, maxima.const_data_ptr<float>(),
+                             g.const_data_ptr<float>(), result.data_ptr<float>(), nullptr);
+    return result.to(waveform.scalar_type());
+}
+
+// Features that autograd follows. What the kernels cannot do, a gradient that is differentiated again or a batch of them,
+// mmfast.mel.op does.
+struct Follow : torch::autograd::Function<Follow> {
+    static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& waveform, const Direct& direct) {
+        Tensor maxima;
+        Tensor out = features_of(direct, waveform, &maxima);
+        ctx->save_for_backward({waveform, maxima});
+        ctx->set_materialize_grads(false);
+        ctx->saved_data["config"] = direct.key;
+        return out;
+    }
+
+    static std::vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<Tensor>& grads) {
+        std::vector<Tensor> result(2);  // forward had an argument more
+        const Tensor& grad = grads[0];
+        if (!grad.defined()) return result;
+        const std::string& key = ctx->saved_data["config"].toStringRef();
+        const std::vector<Tensor> saved = ctx->get_saved_variables();
+        const Tensor &waveform = saved[0], &maxima = saved[1];
+        const at::Device device = waveform.device();
+        const auto is_plain_there = [&](const Tensor& t) { return holds_its_values(t) && t.device() == device; };
+        if (nobody_looks_on() && !c10::GradMode::is_enabled() && is_plain_there(grad) && is_plain_there(waveform) &&
+            is_plain_there(maxima)) {
+            if (const DirectPtr direct = directs().find(key, device)) {
+                result[0] = gradient_of(*direct, grad, waveform, maxima);
+                return result;
+            }
+        }
+        const py::gil_scoped_acquire acquire;
+        result[0] = py::module_::import("mmfast.mel.op")
+                        .attr("differentiate")(grad, waveform, maxima, key)
+                        .cast<Tensor>();
+        return result;
+    }
+};
+
+// The features of (T,) or (B, T) samples; none for anything else. Not where somebody has to see what is done.
+optional<Tensor> mel_direct(const std::shared_ptr<Direct>& direct, const Tensor& waveform) {
+    if (!holds_its_values(waveform) || waveform.device() != direct->device || backend_is_asked_for())
+        return std::nullopt;
+    const py::gil_scoped_release unlocked;
+    const auto type = waveform.scalar_type();
+    const bool known = type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kShort;
+    const int64_t dim = waveform.dim();
+    if (!known || dim < 1 || dim > 2 || waveform.size(dim - 1) < direct->plan->spec.framing.min_length)
+        return std::nullopt;
+#if defined(MMFAST_WITH_CUDA)
+    c10::cuda::OptionalCUDAGuard guard;
+    if (direct->device.is_cuda()) {
+        if (!fits_gpu(waveform.sizes())) return std::nullopt;
+        guard.set_device(direct->device);
+        if (!direct->prepare()) return std::nullopt;
+    }
+#endif
+    return is_tracked(waveform) ? Follow::apply(waveform, *direct) : features_of(*direct, waveform, nullptr);
 }
 
 template <class E>
@@ -328,10 +516,13 @@ void bind_mel(py::module_& m) {
                 table<float>("filters", filters, {plan.spec.n_fft / 2 + 1, filters.size(-1)}, at::kCPU);
             plan.prepare(dense, filters.size(-1));
         });
-    py::class_<Direct>(m, "MelDirect")
+    py::class_<Direct, std::shared_ptr<Direct>>(m, "MelDirect")
         .def(py::init([](std::shared_ptr<mel::Plan> plan, Tensor window, optional<Tensor> filters, optional<Tensor> dct,
-                         bool by_item) {
-            return Direct{std::move(plan), std::move(window), std::move(filters), std::move(dct), by_item};
+                         bool by_item, std::string key) {
+            const auto direct = std::make_shared<Direct>(std::move(plan), std::move(window), std::move(filters),
+                                                         std::move(dct), by_item, std::move(key));
+            directs().add(direct);
+            return direct;
         }));
     m.def("mel_direct", &mel_direct);
     m.def("mel_forward", &mel_forward, py::call_guard<py::gil_scoped_release>());

@@ -409,11 +409,61 @@ struct Tile {
         const T threshold = maximum - p.top_db;
         if (frames == 0 || job.extrema[index].lowest >= threshold) return;
         const T raised = (threshold + p.output_offset) * p.output_scale;
-        each_feature([&](int f, int c, int64_t index) {
-            if (f >= frames || is_energy(c)) return;
-            if (raised != raised || load_as<T>(job.features, job.out_type, index) < raised)
-                store_as(job.features, job.out_type, index, raised);
-        });
+        switch (job.out_type) {
+            case ScalarType::float16:
+                raise_features<1, uint16_t>(
+                    raised, [](uint16_t bits) { return half_to_float(bits); },
+                    [](T x) { return float_to_half(float(x)); });
+                break;
+            case ScalarType::bfloat16:
+                raise_features<1, uint16_t>(
+                    raised, [](uint16_t bits) { return bfloat_to_float(bits); },
+                    [](T x) { return float_to_bfloat(float(x)); });
+                break;
+            case ScalarType::float64:
+                raise_features<1, double>(raised, [](double x) { return x; }, [](T x) { return double(x); });
+                break;
+            default:
+                const int64_t row_size = p.time_major ? job.feature_count * job.frames : job.frames;
+                const auto same = [](float x) { return x; };
+                const auto out = [](T x) { return float(x); };
+                if (row_size % 4 == 0 && shape.frames() % 4 == 0) raise_features<4, float>(raised, same, out);
+                else raise_features<1, float>(raised, same, out);
+        }
+    }
+
+    // N features that lie side by side at once: the memory is far away, and there is nothing to do until they come.
+    template <int N, class Out, class In, class Convert>
+    MMFAST_INLINE void raise_features(T raised, const In& in, const Convert& convert) const {
+        using Some = Together<N, Out>;
+        const int n = int(job.feature_count), each = shape.frames() / N;
+        const bool time_major = job.p.time_major, all = raised != raised;
+        const bool any_energy = job.p.energy != Energy::none;
+        Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames +
+                        frame() * (time_major ? n : 1);
+        const Out value = convert(raised);
+        // Past the last frame: read what is there already, and write nothing.
+        const int last = time_major ? 0 : (frames - 1) / N;
+        const auto place = [&](int i) {
+            if (time_major) return to + int64_t(i) * N;
+            return to + int64_t(i / each) * job.frames + (i % each < last ? i % each : last) * N;
+        };
+        const int items = time_major ? (n * frames + N - 1) / N : n * each;
+        block.copy(
+            items, [&](int i) { return Some::of(place(i)); },
+            [&](int i, Some some) {
+                bool changed = false;
+                MMFAST_UNROLL
+                for (int v = 0; v < N; ++v) {
+                    const int at_ = i * N + v, f = time_major ? 0 : i % each * N + v;
+                    if (time_major ? at_ >= n * frames : f >= frames) continue;
+                    if (any_energy && is_energy(time_major ? at_ % n : i / each)) continue;
+                    if (!all && !(T(in(some.value[v])) < raised)) continue;
+                    some.value[v] = value;
+                    changed = true;
+                }
+                if (changed) some.to(place(i));
+            });
     }
 
     MMFAST_INLINE void backward(int64_t slot);

@@ -136,16 +136,6 @@ MMFAST_INLINE T load_as(const void* data, ScalarType type, int64_t i) {
     }
 }
 
-template <class T>
-MMFAST_INLINE void store_as(void* data, ScalarType type, int64_t i, T x) {
-    switch (type) {
-        case ScalarType::float64: static_cast<double*>(data)[i] = double(x); break;
-        case ScalarType::float16: static_cast<uint16_t*>(data)[i] = float_to_half(float(x)); break;
-        case ScalarType::bfloat16: static_cast<uint16_t*>(data)[i] = float_to_bfloat(float(x)); break;
-        default: static_cast<float*>(data)[i] = float(x);
-    }
-}
-
 // Not the fast variants of CUDA: near 1 they have no relative accuracy.
 MMFAST_INLINE float log_of(float x) {
     return logf(x);

@@ -171,6 +171,15 @@ struct alignas(N * sizeof(T)) Together {
 #endif
             return *reinterpret_cast<const Together*>(from);
     }
+    MMFAST_INLINE void to(T* place) const {
+#if defined(__CUDA_ARCH__)
+        if constexpr (N == 4 && sizeof(T) == 4) {
+            *reinterpret_cast<float4*>(place) = make_float4(value[0], value[1], value[2], value[3]);
+            return;
+        }
+#endif
+        *reinterpret_cast<Together*>(place) = *this;
+    }
     MMFAST_INLINE void to_shared(T* place) const {
 #if defined(__CUDA_ARCH__)
         if constexpr (N == 4 && sizeof(T) == 4) {

@@ -87,11 +87,12 @@ constexpr int64_t kSearched = 4 * kThreads;
 template <class T>
 struct ForwardMemory {
     Extrema<T>* extrema;
-    T* scratch;
+    T *maxima, *scratch;
     int64_t bytes;
-    ForwardMemory(const Launch<T>& l, void* base) {
+    ForwardMemory(const Launch<T>& l, int64_t maxima_, void* base) {
         DeviceArena arena{static_cast<char*>(base)};
         extrema = arena.take<Extrema<T>>(l.job.p.has_top_db ? l.total : 0);
+        maxima = arena.take<T>(maxima_);
         scratch = arena.take<T>(l.in_shared ? 0 : l.blocks * (l.bytes / int64_t(sizeof(T))));
         bytes = arena.used;
     }
@@ -116,27 +117,37 @@ void prepare_cuda(const Spec& spec, const Tables<T>& tables, void* prepared, cud
 }
 
 template <class T>
-int64_t forward_workspace(const Plan& plan, const Waveform& wave, const Tables<T>& tables, int64_t group, int device) {
-    return ForwardMemory<T>(Launch<T>(plan, wave, tables, nullptr, group, 0, false, device), nullptr).bytes;
+std::shared_ptr<void> keep_prepared(const Spec& spec, const Tables<T>& tables, cudaStream_t stream) {
+    const int64_t bytes = prepared_bytes<T>(spec, tables.n_filters);
+    void* memory = nullptr;
+    if (bytes) check_cuda(cudaMalloc(&memory, bytes), "mel: memory for the filters");
+    std::shared_ptr<void> result(memory, cudaFree);
+    prepare_cuda<T>(spec, tables, memory, stream);
+    check_cuda(cudaStreamSynchronize(stream), "mel: filters");
+    return result;
 }
 
 template <class T>
 void forward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared, int64_t group,
-                  uint32_t seed, void* features, ScalarType out_type, int64_t* counts, T* maxima, void* workspace,
-                  int device, cudaStream_t stream) {
+                  uint32_t seed, void* features, ScalarType out_type, int64_t* counts, T* maxima,
+                  const Scratch& scratch, int device, cudaStream_t stream) {
     if (wave.rows == 0) return;
     Launch<T> launch(plan, wave, tables, prepared, group, seed, false, device);
-    const ForwardMemory<T> memory(launch, workspace);
+    const int64_t groups = (launch.job.rows + launch.job.group - 1) / launch.job.group;
+    const int64_t own_maxima = launch.job.p.has_top_db && !maxima ? groups : 0;
+    const int64_t bytes = ForwardMemory<T>(launch, own_maxima, nullptr).bytes;
+    const ForwardMemory<T> memory(launch, own_maxima, bytes ? scratch(bytes) : nullptr);
+    if (own_maxima) maxima = memory.maxima;
     BlockJob<T>& job = launch.job;
     job.features = features;
     job.out_type = out_type;
     job.counts = counts;
     job.extrema = job.p.has_top_db ? memory.extrema : nullptr;
-    if (launch.total == 0) check_cuda(cudaMemsetAsync(counts, 0, wave.rows * sizeof(int64_t), stream), "mel: counts");
+    if (counts && launch.total == 0)
+        check_cuda(cudaMemsetAsync(counts, 0, wave.rows * sizeof(int64_t), stream), "mel: counts");
     launch.template run<false>(memory.scratch, nullptr, stream);
     if (!job.p.has_top_db) return;
 
-    const int64_t groups = (job.rows + job.group - 1) / job.group;
     const bool searched = job.tiles > 0 && job.tiles * std::min(job.group, job.rows) <= kSearched;
     if (!searched) {
         maximum_kernel<T>
@@ -159,9 +170,9 @@ void forward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& table
 #define MMFAST_INSTANTIATE(T)                                                                                     \
     template int64_t prepared_bytes<T>(const Spec&, int64_t);                                                     \
     template void prepare_cuda<T>(const Spec&, const Tables<T>&, void*, cudaStream_t);                            \
-    template int64_t forward_workspace<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, int);          \
+    template std::shared_ptr<void> keep_prepared<T>(const Spec&, const Tables<T>&, cudaStream_t);                 \
     template void forward_cuda<T>(const Plan&, const Waveform&, const Tables<T>&, const void*, int64_t, uint32_t, \
-                                  void*, ScalarType, int64_t*, T*, void*, int, cudaStream_t);
+                                  void*, ScalarType, int64_t*, T*, const Scratch&, int, cudaStream_t);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)
 #undef MMFAST_INSTANTIATE

@@ -4,7 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -53,21 +55,41 @@ struct CudaBlock {
     }
 };
 
+constexpr int kWarps = kThreads / 32;
+
+// f over the values of all threads, which all receive it; in an order that is always the same.
+template <class X, class F>
+__device__ X over_block(X x, const F& f) {
+    __shared__ X parts[kWarps];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = f(x, __shfl_down_sync(0xffffffff, x, step));
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = parts[0];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) x = f(x, parts[i]);
+    __syncthreads();
+    return x;
+}
+
 // Bytes of shared memory that group_maximum declares: they count towards what a block may have.
 template <class T>
-constexpr int kStaticShared = kThreads * int(sizeof(T));
+constexpr int kStaticShared = kWarps * int(sizeof(T));
 
-// Maximum over the group of a tile, from what the first round wrote; every thread receives it. NaN stays NaN.
+// The larger one; NaN stays NaN.
+template <class T>
+__device__ T larger(T a, T b) {
+    Extrema<T> e{a, a};
+    widen(e, b, b);
+    return e.highest;
+}
+
+// Maximum over the group of a tile, from what the first round wrote; every thread receives it.
 template <class T>
 __device__ T group_maximum(const Extrema<T>* extrema, int64_t first, int64_t last) {
-    __shared__ T parts[kThreads];
-    Extrema<T> e{infinity_of<T>(), -infinity_of<T>()};
-    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) widen(e, extrema[i].highest, extrema[i].highest);
-    parts[threadIdx.x] = e.highest;
-    __syncthreads();
-    for (int i = 0; i < kThreads; ++i) widen(e, parts[i], parts[i]);
-    __syncthreads();
-    return e.highest;
+    T top = -infinity_of<T>();
+    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) top = larger(top, extrema[i].highest);
+    return over_block(top, [](T a, T b) { return larger(a, b); });
 }
 
 using Tuned400 = TunedShape<1, 25, 32>;
@@ -205,16 +227,37 @@ struct Prepared {
 
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
+// How much shared memory a kernel has been allowed on each device: asking CUDA takes as long as a short launch.
+class SharedLimit {
+public:
+    template <class Kernel>
+    void raise(Kernel kernel, int bytes, int device) {
+        if (device < kDevices && allowed_[device].load(std::memory_order_acquire) >= bytes) return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (device < kDevices && allowed_[device].load(std::memory_order_relaxed) >= bytes) return;
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                   "mel: shared memory");
+        if (device < kDevices) allowed_[device].store(bytes, std::memory_order_release);
+    }
+
+private:
+    static constexpr int kDevices = 64;
+    std::mutex mutex_;
+    std::atomic<int> allowed_[kDevices] = {};
+};
+
 // A job and how it is launched.
 template <class T>
 struct Launch {
     BlockJob<T> job;
     bool tuned = false, in_shared = true;
+    int device;
     int frames = 1;  // of a tile
     int64_t bytes = 0, total = 0, blocks = 0;
 
     Launch(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared, int64_t group,
-           uint32_t seed, bool backward, int device) {
+           uint32_t seed, bool backward, int device_)
+        : device(device_) {
         const Spec& spec = plan.spec;
         const DeviceTables<T>& on_device = device_tables<T>(plan, device);
         job = block_job<T>(spec, wave, group, seed);
@@ -276,9 +319,10 @@ private:
     void start(const Shape& shape, T* scratch, T* maxima, cudaStream_t stream) const {
         const auto kernel = tile_kernel<kBackward, T, Shape>;
         const int shared = in_shared ? int(bytes) : 0;
-        if (shared + kStaticShared<T> > 48 << 10)
-            check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                       "mel: shared memory");
+        if (shared + kStaticShared<T> > 48 << 10) {
+            static SharedLimit limit;
+            limit.raise(kernel, shared, device);
+        }
         const Layout layout(shape, job, kBackward);
         kernel<<<unsigned(blocks), kThreads, shared, stream>>>(job, layout, shape, total, scratch, maxima);
         check_cuda(cudaGetLastError(), "mel: launch");

@@ -24,29 +24,21 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     share_kernel(const __grid_constant__ BlockJob<T> job, T* group_highest, T* share) {
-    __shared__ T tops[kThreads];
-    __shared__ double sums[kThreads], counts[kThreads];
     const int64_t first = blockIdx.x * job.group * job.tiles,
                   last = min((blockIdx.x + 1) * job.group, job.rows) * job.tiles;
-    Extrema<T> top{infinity_of<T>(), -infinity_of<T>()};
-    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) widen(top, job.highest[i], job.highest[i]);
-    tops[threadIdx.x] = top.highest;
-    __syncthreads();
-    for (int i = 0; i < kThreads; ++i) widen(top, tops[i], tops[i]);
+    T top = -infinity_of<T>();
+    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) top = larger(top, job.highest[i]);
+    top = over_block(top, [](T a, T b) { return larger(a, b); });
     double sum = 0, count = 0;
     for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
         sum += double(job.raised[i]);
-        if (job.highest[i] == top.highest) count += job.hits[i];
+        if (job.highest[i] == top) count += job.hits[i];
     }
-    sums[threadIdx.x] = sum;
-    counts[threadIdx.x] = count;
-    __syncthreads();
+    const auto add = [](double a, double b) { return a + b; };
+    sum = over_block(sum, add);
+    count = over_block(count, add);
     if (threadIdx.x != 0) return;
-    for (int i = 1; i < kThreads; ++i) {
-        sum += sums[i];
-        count += counts[i];
-    }
-    group_highest[blockIdx.x] = top.highest;
+    group_highest[blockIdx.x] = top;
     share[blockIdx.x] = count > 0 ? T(sum / count) : T(0);
 }
 
@@ -81,35 +73,18 @@ struct BackwardMemory {
     }
 };
 
-template <class T>
-Launch<T> backward_launch(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared,
-                          int64_t group, uint32_t seed, bool need_filters, int device) {
-    Launch<T> launch(plan, wave, tables, prepared, group, seed, true, device);
-    if (need_filters) launch.blocks = std::min(launch.blocks, kSlots);
-    return launch;
-}
-
-template <class T>
-int span_of(const Launch<T>& launch) {
-    return Layout(GeneralShape(launch.job.plan.fft, launch.frames), launch.job, true).span;
-}
-
 }  // namespace
 
 template <class T>
-int64_t backward_workspace(const Plan& plan, const Waveform& wave, const Tables<T>& tables, int64_t group,
-                           bool need_waveform, bool need_filters, int device) {
-    const Launch<T> launch = backward_launch(plan, wave, tables, nullptr, group, 0, need_filters, device);
-    return BackwardMemory<T>(launch, span_of(launch), need_waveform, need_filters, nullptr).bytes;
-}
-
-template <class T>
 void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared, int64_t group,
-                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters, void* workspace,
-                   int device, cudaStream_t stream) {
-    Launch<T> launch = backward_launch(plan, wave, tables, prepared, group, seed, grad_filters != nullptr, device);
-    const int span = span_of(launch);
-    const BackwardMemory<T> memory(launch, span, grad_wave != nullptr, grad_filters != nullptr, workspace);
+                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters,
+                   const Scratch& scratch, int device, cudaStream_t stream) {
+    const bool need_waveform = grad_wave != nullptr, need_filters = grad_filters != nullptr;
+    Launch<T> launch(plan, wave, tables, prepared, group, seed, true, device);
+    if (need_filters) launch.blocks = std::min(launch.blocks, kSlots);
+    const int span = Layout(GeneralShape(launch.job.plan.fft, launch.frames), launch.job, true).span;
+    const int64_t bytes = BackwardMemory<T>(launch, span, need_waveform, need_filters, nullptr).bytes;
+    const BackwardMemory<T> memory(launch, span, need_waveform, need_filters, bytes ? scratch(bytes) : nullptr);
     BlockJob<T>& job = launch.job;
     job.maxima = job.p.has_top_db ? maxima : nullptr;
     job.grad = grad;
@@ -146,9 +121,8 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
 }
 
 #define MMFAST_INSTANTIATE(T)                                                                                         \
-    template int64_t backward_workspace<T>(const Plan&, const Waveform&, const Tables<T>&, int64_t, bool, bool, int); \
     template void backward_cuda<T>(const Plan&, const Waveform&, const Tables<T>&, const void*, int64_t, uint32_t,    \
-                                   const T*, const T*, T*, T*, void*, int, cudaStream_t);
+                                   const T*, const T*, T*, T*, const Scratch&, int, cudaStream_t);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)
 #undef MMFAST_INSTANTIATE

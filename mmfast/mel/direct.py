@@ -1,7 +1,7 @@
-"""Features of a plain waveform on the CPU by one call of the native kernels.
+"""Features of a plain waveform by one call of the native kernels, which autograd follows where it has to.
 
 A clip of a second takes less time than the checks and operators around it. `extract` takes the common case, the
-configuration's own tables and no gradient; everything else goes through `mmfast.mel.op`, with the same results.
+configuration's own tables; everything else goes through `mmfast.mel.op`, with the same results.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ def extract(waveform: torch.Tensor, config: MelConfig) -> torch.Tensor | None:
         return None
     if forward_ad._current_level >= 0 or config.dither:
         return None
-    return _backend._C.mel_direct(_how(config.key), waveform)  # which sees to the rest, in a tenth of the time
+    if not (waveform.is_cpu or (waveform.is_cuda and _backend._C.with_cuda)):
+        return None
+    # Which sees to the rest, in a tenth of the time.
+    return _backend._C.mel_direct(_how(config.key, waveform.device), waveform)
 
 
 @lru_cache(maxsize=1024)
-def _how(key: str):
-    """The plan of a configuration with its tables in float32 and what shares a maximum."""
+def _how(key: str, device: torch.device):
+    """The plan of a configuration with its tables in float32 on a device, and what shares a maximum."""
     plan, config, _ = op.plan(key)
-    tables = resolve(config, torch.float32, torch.device("cpu"), None, None, None)
-    return _backend._C.MelDirect(plan, *tables, config.top_db_scope == "item")
+    tables = resolve(config, torch.float32, device, None, None, None)
+    return _backend._C.MelDirect(plan, *tables, config.top_db_scope == "item", key)

@@ -47,7 +47,11 @@ def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
 
 
 def _takes_no_dispatcher(*tensors) -> bool:
-    return _backend.nobody_looks_on() and all(t is None or _backend.is_plain(t) for t in tensors)
+    return _backend.nobody_looks_on() and all(t is None or _is_native(t) for t in tensors)
+
+
+def _is_native(t: torch.Tensor) -> bool:
+    return (t.is_cpu or (t.is_cuda and _backend._C.with_cuda)) and _backend.holds_its_values(t)
 
 
 class _Direct(torch.autograd.Function):
@@ -62,6 +66,16 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _counts):
         return _differentiate(ctx, grad, None, None)
+
+
+def differentiate(grad, waveform, maxima, key):
+    """The gradient of ``(T,)`` or ``(B, T)`` samples, by the operator: what the node of `mmfast.mel.direct` leaves."""
+    alone, group = waveform.dim() == 1, int(MelConfig.from_key(key).top_db_scope == "item")
+    if alone:
+        grad, waveform = grad.unsqueeze(0), waveform.unsqueeze(0)
+    args = None, None, None, None, maxima, group, 0, key, True, False
+    result = torch.ops.mmfast.mel_backward(grad, waveform, *args)[0]
+    return result.squeeze(0) if alone else result
 
 
 @lru_cache(maxsize=1024)

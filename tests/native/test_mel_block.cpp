@@ -83,6 +83,18 @@ std::vector<Case> cases() {
     whisper.output_offset = 4;
     whisper.output_scale = 0.25;
     add("whisper", whisper, 80).length = 16000;
+    for (bool time_major : {false, true}) {  // features that lie side by side are raised four at a time
+        whisper.time_major = time_major;
+        for (Energy energy : {Energy::none, Energy::append, Energy::replace_first}) {
+            whisper.energy = energy;
+            Case& c = add("whisper_by_four", whisper, 20);
+            c.length = 15840;
+            c.rows = 4;
+            c.ragged = true;
+        }
+    }
+    whisper.time_major = false;
+    whisper.energy = Energy::none;
     Spec kaldi = logarithm(spec_of(512, 400, 160, 0, PadMode::constant));
     kaldi.remove_dc = true;
     kaldi.preemphasis = 0.97;
