@@ -76,6 +76,24 @@ def launch(
         run(x, y, z, stream, *before, *args, *last)
 
 
+def launch_as_given(kernel, grid: tuple[int, ...], args: Sequence, constants: Mapping[str, object]) -> None:
+    """`launch` on the device of the first argument, a tensor, where all arguments are the key: tensors and numbers.
+
+    For kernels that take longer, or whose arguments have no shorter description.
+    """
+    key, placed = list(constants.items()), []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            placed.append(address)
+            key.append((arg.dtype, address & 15 == 0))
+        else:
+            placed.append(arg)
+            key.append(arg)
+    with on_device_of(args[0]):
+        launch(kernel, grid, args, constants, tuple(key), placed)
+
+
 def _without_scratch(compiled) -> tuple[Callable, tuple, bool]:
     """What to launch with, what stands between the stream and the arguments, and whether these are one tuple.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -87,6 +87,11 @@ class Kernel(nn.Module):
 
     def in_means(self, x: Layers) -> Terms | None:
         """The terms with lengths in multiples of a rule's mean squared distance, where they are all of this form."""
+        return None
+
+    @property
+    def numbers(self) -> Hashable | None:
+        """What kernels that are the same have in common, where nothing but numbers and rules makes them up."""
         return None
 
     @property
@@ -451,6 +456,13 @@ class MultiGaussian(Kernel):
         self._own("weights", weights)
         _set(self, "_families", (GAUSSIAN,) * kernel_num)
         _set(self, "_layers", (0,) * kernel_num)
+
+    @property
+    def numbers(self):
+        if type(self) is not MultiGaussian or self._parameters or self._buffers:
+            return None
+        given = tuple(self.bandwidths or ()), tuple(self.weights or ())
+        return self.reduce, self.rule, self.kernel_num, self.kernel_mul, self.bandwidth, *given
 
     @property
     def data_dependent(self) -> bool:

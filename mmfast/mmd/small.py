@@ -7,7 +7,6 @@ everything else goes to the operators of `mmfast.mmd.op`, which take any number 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -220,7 +219,8 @@ def _definition(x, y, length, coefs, params, families, diagonal, aligned) -> Ten
 
 _ESTIMATORS = ("unbiased", "biased", "one_sample_u")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST_KEPT = 512  # ways of a kernel's batches
+_MOST_KEPT = 512
+_ways: dict[tuple, _Way] = {}  # of kernels that each step builds anew; the others remember their own
 
 
 def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | None) -> Tensor | None:
@@ -238,13 +238,18 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | No
     if _backend.choose("mmd", device, backend)[0] not in ("cuda", "triton"):
         return None
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    # What a batch is like, of which the kernel remembers how it is computed.
+    # What a batch is like: how it is computed is found once.
     like = estimator, n, m, d, dtype, device, keep, _precision.current()
     way = kernel._cache.get(like)
     if way is None:
-        way = _find_way(x, y, kernel, like)
+        numbers = kernel.numbers
+        way = None if numbers is None else _ways.get((numbers, like))
         if way is None:
-            return None
+            way = _find_way(x, y, kernel, like)
+            if way is None:
+                return None
+            if numbers is not None and len(_ways) < _MOST_KEPT:
+                _ways[numbers, like] = way
         if len(kernel._cache) < _MOST_KEPT:
             kernel._cache[like] = way
     if keep:
@@ -279,10 +284,11 @@ class _Way:
         self.problem = families, tuple(_counts(rule, n, m)), estimator == "biased", estimator == "one_sample_u"
         self.plan = triton_small_launch.plan(self.shape, self.strides, self.dtype, *self.problem, keep)
         self.gradients = {}
+        self.like_value = torch.empty((), dtype=torch.float32, device=self.device)
 
     def compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The value, without dimensions, and the room where what the gradient needs lies."""
-        value = torch.empty((), dtype=torch.float32, device=self.device)
+        value = torch.empty_like(self.like_value)  # half of what it takes to say dtype and device
         with self.launches.on_device_of(x):
             return value, self.launches.forward(self.plan, x, y, self.params, self.coefs, value)
 
@@ -306,9 +312,6 @@ class _Way:
         return by_x[0] if need_x else None, by_y[0] if need_y else None
 
 
-_way = functools.lru_cache(maxsize=1024)(_Way)  # for kernels that are built anew with the same numbers
-
-
 def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | None:
     estimator, n, m = like[:3]
     if min(n, m) < 2 or estimator not in _ESTIMATORS or (estimator == "one_sample_u" and n != m):
@@ -316,7 +319,7 @@ def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | None:
     terms = fixed_terms(kernel, x, y)
     if terms is None or not takes([x[None]], [y[None]], terms):
         return None
-    return _way(like, terms.params, terms.families, terms.rule)
+    return _Way(like, terms.params, terms.families, terms.rule)
 
 
 class _Matrices(torch.autograd.Function):

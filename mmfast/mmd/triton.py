@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmfast._launch import launch_as_given
 from mmfast.mmd import triton_narrow, triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
@@ -418,13 +419,18 @@ def select(x: Tensor, y: Tensor | None, places: Sequence[int]) -> Tensor:
     found = torch.full((ranks,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=x.device)
 
     def look(counts: Tensor, shift: int, digit: int, find: bool) -> None:
-        triton_sweep.count_digits[(a.rows // sizes.block * strips,)](
-            a.hi, a.lo, a.norms, a.cols, b.hi, b.lo, b.norms, b.cols, scales.factors, prefixes, counts, found,
-            a.rows, b.rows, a.width, a.n, b.n, col_tiles, strips, shift, digit, ranks,
-            DIMS=dims, WIDTHS=a.widths, HOW=how, SYMMETRIC=y is None, FIND=find, BINS=bins, STRIP=sizes.strip,
-            NEAR=NEAR, SPLIT=kind.parts, BLOCK=sizes.block, STEP=sizes.step, UPCAST=INTERPRETED,
-            INT=triton.language.int64 if double else triton.language.int32, ACC=triton_type(kind.compute),
-            num_warps=sizes.warps, num_stages=sizes.stages,
+        launch_as_given(
+            triton_sweep.count_digits, (a.rows // sizes.block * strips,),
+            (
+                a.hi, a.lo, a.norms, a.cols, b.hi, b.lo, b.norms, b.cols, scales.factors, prefixes, counts, found,
+                a.rows, b.rows, a.width, a.n, b.n, col_tiles, strips, shift, digit, ranks,
+            ),
+            dict(
+                DIMS=dims, WIDTHS=a.widths, HOW=how, SYMMETRIC=y is None, FIND=find, BINS=bins, STRIP=sizes.strip,
+                NEAR=NEAR, SPLIT=kind.parts, BLOCK=sizes.block, STEP=sizes.step, UPCAST=INTERPRETED,
+                INT=triton.language.int64 if double else triton.language.int32, ACC=triton_type(kind.compute),
+                num_warps=sizes.warps, num_stages=sizes.stages,
+            ),
         )  # fmt: skip
 
     shift = bits

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmfast._launch import launch_as_given
 from mmfast.mmd import triton_multiply, triton_sweep
 from mmfast.mmd.triton_points import (
     BY_DOT,
@@ -158,20 +159,25 @@ def sweep(
         if cols:
             make = torch.zeros if problem.symmetric else torch.empty  # tiles above the diagonal are not written
             out_cols = make((kernels, b, tiles, y.rows), dtype=kind.compute, device=device)
-        triton_sweep.sweep[(tiles * strips * b,)](
-            x.hi, x.lo, x.norms, x.cols, y.hi, y.lo, y.norms, y.cols, problem.scales.factors, problem.params,
-            given(up.coefs), w_x, w_y, given(up.rows), given(up.cols), given(up.products),
-            *((nothing,) * 4 if u is None else (u.hi, u.lo, v.hi, v.lo)), given(up.factor),
-            given(out_totals), given(out_rows), given(out_cols), given(out_params), hi, lo, scales,
-            x.rows, y.rows, x.width, 0 if u is None else u.width, *x.segments, *y.segments,
-            first, tiles, col_tiles, split, strips, first_strips, b, each * block,
-            DIMS=problem.layout.dims, WIDTHS=x.widths, HOW=problem.layout.how, LADDERS=problem.layout.ladders,
-            FAMILIES=problem.layout.families, BEGINS=problem.layout.begins, SECOND=problem.layout.second,
-            SYMMETRIC=problem.symmetric, MODE=up.mode, TOTALS=totals, SUMS=sums, COLS=cols,
-            WEIGHTED=weights is not None, KEEP=keep, PARAMS=count, ALL=up.all_sums,
-            U_WIDTH=16 if u is None else u.width, STRIP=strip, GROUP=sizes.group, NEAR=NEAR, SPLIT=kind.parts,
-            KEEP_SPLIT=kept.kept_parts, U_SPLIT=up.parts, BLOCK=block, STEP=sizes.step, TYPE=triton_type(kept.type),
-            UPCAST=INTERPRETED, ACC=triton_type(kind.compute), num_warps=sizes.warps, num_stages=stages,
+        launch_as_given(
+            triton_sweep.sweep, (tiles * strips * b,),
+            (
+                x.hi, x.lo, x.norms, x.cols, y.hi, y.lo, y.norms, y.cols, problem.scales.factors, problem.params,
+                given(up.coefs), w_x, w_y, given(up.rows), given(up.cols), given(up.products),
+                *((nothing,) * 4 if u is None else (u.hi, u.lo, v.hi, v.lo)), given(up.factor),
+                given(out_totals), given(out_rows), given(out_cols), given(out_params), hi, lo, scales,
+                x.rows, y.rows, x.width, 0 if u is None else u.width, *x.segments, *y.segments,
+                first, tiles, col_tiles, split, strips, first_strips, b, each * block,
+            ),
+            dict(
+                DIMS=problem.layout.dims, WIDTHS=x.widths, HOW=problem.layout.how, LADDERS=problem.layout.ladders,
+                FAMILIES=problem.layout.families, BEGINS=problem.layout.begins, SECOND=problem.layout.second,
+                SYMMETRIC=problem.symmetric, MODE=up.mode, TOTALS=totals, SUMS=sums, COLS=cols,
+                WEIGHTED=weights is not None, KEEP=keep, PARAMS=count, ALL=up.all_sums,
+                U_WIDTH=16 if u is None else u.width, STRIP=strip, GROUP=sizes.group, NEAR=NEAR, SPLIT=kind.parts,
+                KEEP_SPLIT=kept.kept_parts, U_SPLIT=up.parts, BLOCK=block, STEP=sizes.step, TYPE=triton_type(kept.type),
+                UPCAST=INTERPRETED, ACC=triton_type(kind.compute), num_warps=sizes.warps, num_stages=stages,
+            ),
         )  # fmt: skip
         yield Panel(first, tiles, out_totals, out_rows, out_cols, out_params, hi, lo, scales, kept_layers, first_strips)
 
@@ -217,15 +223,20 @@ def add_product(
         target = torch.empty(shares, b, out_tiles * block, dim, dtype=out.dtype, device=out.device)
         width, rows, to, first = dim, out_tiles * block, 0, 0
     of = own or z
-    triton_multiply.multiply[(out_tiles * b, columns, shares)](
-        panel.hi, panel.lo, panel.scales, z.hi, z.lo, of.hi, of.lo, inverses, target,
-        panel.hi.shape[2], panel.hi.shape[3], z.width, column, column, dim, rows, width, to, first,
-        panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0), z.rows, of.rows,
-        shares,
-        TRANSPOSED=transposed, SYMMETRIC=problem.symmetric, DIFFERENCES=own is not None, ALPHA=alpha,
-        KEEP_SPLIT=kept.kept_parts, SPLIT=parts or kept.parts, ADD=shares == 1, BLOCK=block, COLS=cols,
-        UPCAST=INTERPRETED, ACC=triton_type(kept.compute), num_warps=sizes.product_warps,
-        num_stages=sizes.product_stages,
+    launch_as_given(
+        triton_multiply.multiply, (out_tiles * b, columns, shares),
+        (
+            panel.hi, panel.lo, panel.scales, z.hi, z.lo, of.hi, of.lo, inverses, target,
+            panel.hi.shape[2], panel.hi.shape[3], z.width, column, column, dim, rows, width, to, first,
+            panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0), z.rows,
+            of.rows, shares,
+        ),
+        dict(
+            TRANSPOSED=transposed, SYMMETRIC=problem.symmetric, DIFFERENCES=own is not None, ALPHA=alpha,
+            KEEP_SPLIT=kept.kept_parts, SPLIT=parts or kept.parts, ADD=shares == 1, BLOCK=block, COLS=cols,
+            UPCAST=INTERPRETED, ACC=triton_type(kept.compute), num_warps=sizes.product_warps,
+            num_stages=sizes.product_stages,
+        ),
     )  # fmt: skip
     if shares > 1:
         out[:, first_out : first_out + out_tiles * block, out_column : out_column + dim] += target.sum(0)
@@ -239,13 +250,18 @@ def _add_signs(
     out_tiles = col_tiles if transposed else panel.tiles
     if transposed and problem.symmetric:
         out_tiles = min(col_tiles, panel.first + panel.tiles)
-    triton_multiply.signs[(out_tiles * b, dim)](
-        panel.hi, panel.lo, panel.scales, own.cols, z.cols, out,
-        panel.hi.shape[2], panel.hi.shape[3], column, dim, out.shape[1], out.shape[2], column,
-        0 if transposed else panel.first * block, own.rows, z.rows, own.cols.shape[1],
-        panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0),
-        TRANSPOSED=transposed, SYMMETRIC=problem.symmetric, KEEP_SPLIT=problem.kept.kept_parts, BLOCK=block,
-        UPCAST=INTERPRETED, ACC=triton_type(problem.kind.compute),
+    launch_as_given(
+        triton_multiply.signs, (out_tiles * b, dim),
+        (
+            panel.hi, panel.lo, panel.scales, own.cols, z.cols, out,
+            panel.hi.shape[2], panel.hi.shape[3], column, dim, out.shape[1], out.shape[2], column,
+            0 if transposed else panel.first * block, own.rows, z.rows, own.cols.shape[1],
+            panel.tiles, col_tiles, panel.first, out_tiles, panel.kept_layers, layer, panel.hi.stride(0),
+        ),
+        dict(
+            TRANSPOSED=transposed, SYMMETRIC=problem.symmetric, KEEP_SPLIT=problem.kept.kept_parts, BLOCK=block,
+            UPCAST=INTERPRETED, ACC=triton_type(problem.kind.compute),
+        ),
     )  # fmt: skip
 
 

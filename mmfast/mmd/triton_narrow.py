@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfast._launch import launch_as_given
 from mmfast.mmd.triton_launch import Problem, processors
 from mmfast.mmd.triton_points import BY_DOT, BY_PRODUCTS, INTERPRETED, Format, Layout, triton_type
 from mmfast.mmd.triton_sweep import _inside
@@ -251,17 +252,23 @@ def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -
     strips = first_strips + triton.cdiv(col_tiles - split, strip)
     totals = torch.empty(b, row_tiles, strips, dtype=torch.float64, device=device)
     grads = torch.empty(strips if gradient else 0, b, z.rows, z.width, dtype=torch.float32, device=device)
-    narrow[(row_tiles * strips * b,)](
-        z.hi, z.lo, z.norms, problem.scales.factors, problem.params, coefs, problem.scales.inverses, totals, grads,
-        z.rows, z.n, z.second, z.m, row_tiles, col_tiles, split, strips, first_strips, b, strip,
-        FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, GRAD=gradient, ALL=all_sums,
-        OWN=kind.raw, SPLIT=kind.parts, KEEP_SPLIT=kind.kept_parts, ROWS=rows, COLS=cols, WIDTH=z.width,
-        TYPE=triton_type(kind.type), UPCAST=INTERPRETED, num_warps=warps, num_stages=2, maxnreg=registers,
+    launch_as_given(
+        narrow, (row_tiles * strips * b,),
+        (
+            z.hi, z.lo, z.norms, problem.scales.factors, problem.params, coefs, problem.scales.inverses, totals, grads,
+            z.rows, z.n, z.second, z.m, row_tiles, col_tiles, split, strips, first_strips, b, strip,
+        ),
+        dict(
+            FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, GRAD=gradient, ALL=all_sums,
+            OWN=kind.raw, SPLIT=kind.parts, KEEP_SPLIT=kind.kept_parts, ROWS=rows, COLS=cols, WIDTH=z.width,
+            TYPE=triton_type(kind.type), UPCAST=INTERPRETED, num_warps=warps, num_stages=2, maxnreg=registers,
+        ),
     )  # fmt: skip
     sums = torch.empty(b, 3, dtype=torch.float64, device=device)
     value = torch.empty(b, dtype=torch.float64, device=device)
-    combine[(b,)](
-        totals, coefs, sums, value, row_tiles, strips, z.second // rows, first_strips, TWICE=1 if gradient else 2,
-        LANES=16 if INTERPRETED else 1024, num_warps=8,
+    launch_as_given(
+        combine, (b,),
+        (totals, coefs, sums, value, row_tiles, strips, z.second // rows, first_strips),
+        dict(TWICE=1 if gradient else 2, LANES=16 if INTERPRETED else 1024, num_warps=8),
     )  # fmt: skip
     return value, sums, grads.sum(0)[..., : plan.dims[0]] if gradient else None

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfast._launch import launch_as_given
 from mmfast.mmd import triton_prepare, triton_tuning
 from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS
 from mmfast.mmd.triton_tuning import Sizes
@@ -167,14 +168,18 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
     most = torch.empty(b, layers, sum(blocks), dtype=kind.compute, device=device)
     for i, (s, many) in enumerate(zip(samples, blocks, strict=True)):
         if many:
-            triton_prepare.extents[(many * b,)](
-                s, mean, most, s.shape[1], *s.stride(), many, sum(blocks[:i]), sum(blocks),
-                DIMS=tuple(dims), BLOCK=sizes.block, STEP=sizes.step, ACC=triton_type(kind.compute),
+            launch_as_given(
+                triton_prepare.extents, (many * b,),
+                (s, mean, most, s.shape[1], *s.stride(), many, sum(blocks[:i]), sum(blocks)),
+                dict(DIMS=tuple(dims), BLOCK=sizes.block, STEP=sizes.step, ACC=triton_type(kind.compute)),
             )  # fmt: skip
     scales, inverses, factors = (torch.empty(b, layers, dtype=kind.compute, device=device) for _ in range(3))
     if scales.numel():
-        triton_prepare.powers[(b * layers,)](
-            most, scales, inverses, factors, sum(blocks), MOST=_MAX_SCALE, LANES=16 if INTERPRETED else 1024
+        launch_as_given(
+            triton_prepare.powers,
+            (b * layers,),
+            (most, scales, inverses, factors, sum(blocks)),
+            dict(MOST=_MAX_SCALE, LANES=16 if INTERPRETED else 1024),
         )
     return Scales(mean, scales, inverses, factors, centred)
 
@@ -215,12 +220,17 @@ def fill(
     widths = points.widths[layer : layer + len(dims)]
     blocks = triton.cdiv(n, sizes.block)
     cols = points.cols is not points.norms
-    triton_prepare.prepare[(blocks * b,)](
-        x, scales.mean, scales.scales, points.hi, points.lo, points.norms, points.cols, n, *x.stride(), first,
-        points.rows, points.width, sum(points.widths[:layer]), points.cols.shape[1], column, points.norms.shape[1],
-        layer, blocks,
-        DIMS=tuple(dims), WIDTHS=widths, CENTRED=scales.centred, SPLIT=kind.parts, OWN=kind.rounds, COLS=cols,
-        BLOCK=sizes.block, STEP=sizes.step, TYPE=triton_type(kind.type), ACC=triton_type(kind.compute),
+    launch_as_given(
+        triton_prepare.prepare, (blocks * b,),
+        (
+            x, scales.mean, scales.scales, points.hi, points.lo, points.norms, points.cols, n, *x.stride(), first,
+            points.rows, points.width, sum(points.widths[:layer]), points.cols.shape[1], column, points.norms.shape[1],
+            layer, blocks,
+        ),
+        dict(
+            DIMS=tuple(dims), WIDTHS=widths, CENTRED=scales.centred, SPLIT=kind.parts, OWN=kind.rounds, COLS=cols,
+            BLOCK=sizes.block, STEP=sizes.step, TYPE=triton_type(kind.type), ACC=triton_type(kind.compute),
+        ),
     )  # fmt: skip
 
 
