@@ -417,35 +417,9 @@ std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> differentiate(const A
     return {by.query, by.keys, by.values, by.gates};
 }
 
-// ---- For recorded launches
-
-// What of tensors a kernel's launch depends on, byte by byte, and their addresses: dtypes, sizes, strides, alignment, whether
-// autograd follows them, and which lie at the same address. None where one of them is not plain memory of the device.
-py::object described(const vector<Tensor>& tensors, int64_t device) {
-    constexpr c10::DispatchKeySet kOthers({c10::DispatchKey::Python, c10::DispatchKey::Negative,
-                                           c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor});
-    vector<int64_t> what;
-    what.reserve(12 * tensors.size());
-    py::list addresses(tensors.size());
-    vector<uintptr_t> at(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        const Tensor& t = tensors[i];
-        const int64_t index = t.device().is_cpu() ? -1 : t.get_device();
-        if (index != device || t.layout() != at::kStrided || t.is_nested() || t.key_set().has_any(kOthers))
-            return py::none();
-        at[i] = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-        const int64_t same = std::find(at.begin(), at.begin() + i, at[i]) - at.begin();
-        what.push_back(int64_t(t.scalar_type()) << 32 | int64_t(at[i] % 16) << 24 | t.dim() << 16 | same << 1 |
-                       t.requires_grad());
-        what.insert(what.end(), t.sizes().begin(), t.sizes().end());
-        what.insert(what.end(), t.strides().begin(), t.strides().end());
-        addresses[i] = at[i];
-    }
-    return py::make_tuple(py::bytes(reinterpret_cast<const char*>(what.data()), what.size() * sizeof(int64_t)),
-                          addresses);
-}
-
 }  // namespace
+
+void bind_fusion_replay(py::module_& m);
 
 void bind_fusion(py::module_& m) {
     using Release = py::call_guard<py::gil_scoped_release>;
@@ -453,12 +427,12 @@ void bind_fusion(py::module_& m) {
     m.attr("fusion_most_sources") = fusion::kMostSources;
     m.attr("fusion_far") = fusion::kFar;
     py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
-    m.def("fusion_described", &described);
     m.def("fusion_direct", &direct);
     m.def("fusion_attend", &attend_followed, Release());
     m.def("fusion_forward", &fusion::attend, Release());
     m.def("fusion_backward", &differentiate, Release());
     m.def("fusion_weights", &fusion::weigh, Release());
+    bind_fusion_replay(m);
 }
 
 }  // namespace mmfast

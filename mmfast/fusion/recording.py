@@ -8,11 +8,14 @@ that follow allocate the same and hand the compiled kernels the new addresses.
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from mmfast import _backend
 
 _local = threading.local()
 
@@ -82,6 +85,7 @@ class Recording:
         self.device = inputs[0].device
         self.result = tuple(self._place(part, slots, len(inputs)) for part in result)
         self.calls = [_Call(*one, slots) for one in recorder.launches]
+        self.native = self._native(recorder.launches, slots)
 
     def _place(self, part, slots: dict[int, int], first: int):
         """An index of the memory that is made, in whose place its view of this form is allocated."""
@@ -95,12 +99,36 @@ class Recording:
         self.rooms[at] = (part.shape, part.stride(), part.dtype)
         return at
 
+    def _native(self, launches: Sequence[tuple], slots: dict[int, int]):
+        """The same in the extension, which launches without Python; None where it or the kernels are not for that."""
+        if _backend._C is None or not all(map(_is_simple, (compiled for *_, compiled in launches))):
+            return None
+        try:
+            native = _backend._C.Recording([(list(s), list(of), kind) for s, of, kind in self.rooms], self.device)
+        except RuntimeError:  # no driver
+            return None
+        for call, (_, _, args, _, compiled) in zip(self.calls, launches, strict=True):
+            words, pointers = [], []
+            types = compiled.src.signature.values()
+            for kind, value in _flat(tuple(types), (*args, *call.tail)):
+                if kind[0] == "*":
+                    pointers.append((len(words), _slot_of(value, slots)))
+                    words.append(0)
+                elif (word := _word(kind, value)) is not None:
+                    words.append(word)
+                else:
+                    return None
+            words += [0, 0]  # scratch memory, of which there is none
+            of = compiled.metadata
+            native.add(compiled.function, call.grid, 32 * of.num_warps, of.shared, words, pointers)
+        return native
+
     def again(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> tuple:
         """The result for ``inputs``, which lie at ``addresses``."""
         device = self.device
         made = [torch.empty_strided(s, of, dtype=kind, device=device) for s, of, kind in self.rooms]
         where = [*addresses, *[t.data_ptr() for t in made]]
-        stream = _stream(device.index)
+        stream = stream_of(device.index)
         for call in self.calls:
             call(stream, where, (inputs, made))
         return tuple(
@@ -109,7 +137,15 @@ class Recording:
         )
 
 
-def _stream(index: int | None) -> int:
+def is_watched() -> bool:
+    """Whether somebody is to be told of launches, which Triton does."""
+    from triton import knobs
+
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def stream_of(index: int | None) -> int:
     return 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
 
 
@@ -142,12 +178,7 @@ def _filler(args: tuple, slots: dict[int, int]) -> Callable[[Sequence], tuple]:
     fixed, direct, nested = list(args), [], []
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
-            slot = slots.get(x.data_ptr())
-            if slot is None:
-                if x.numel():
-                    raise _Unfit
-                slot = 0
-            direct.append((i, slot))
+            direct.append((i, _slot_of(x, slots)))
         elif isinstance(x, tuple) and _has_tensor(x):
             nested.append((i, _filler(x, slots)))
     kind = type(args) if hasattr(args, "_fields") else None
@@ -161,6 +192,38 @@ def _filler(args: tuple, slots: dict[int, int]) -> Callable[[Sequence], tuple]:
         return tuple(out) if kind is None else kind._make(out)
 
     return fill
+
+
+def _slot_of(x: Tensor, slots: dict[int, int]) -> int:
+    slot = slots.get(x.data_ptr())
+    if slot is None and x.numel():
+        raise _Unfit
+    return slot or 0
+
+
+def _is_simple(compiled) -> bool:
+    """Whether a launch is a grid of blocks and no more."""
+    run, of = getattr(compiled, "run", None), getattr(compiled, "metadata", None)
+    plain = type(run).__name__ == "CudaLauncher" and not (run.global_scratch_size or run.profile_scratch_size)
+    return plain and of.num_ctas == 1 and not (run.launch_cooperative_grid or run.launch_pdl)
+
+
+def _flat(types: tuple, values: Sequence) -> Iterator[tuple[str, object]]:
+    """The arguments that are left at run time, with their types."""
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+def _word(kind: str, value) -> int | None:
+    """An argument as it lies in the first bytes of 64 bits; None for types that no kernel here has."""
+    if kind in ("i1", "u1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64"):
+        return int(value) & (1 << 64) - 1
+    if kind in ("fp32", "fp64"):
+        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+    return None
 
 
 def _has_tensor(x: tuple) -> bool:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from mmfast import _backend
 from mmfast.fusion import routes_cuda, triton
 from mmfast.fusion._inputs import FUSIONS, Source, batch_of, check_options, prepare
-from mmfast.fusion.recording import Recording, record
+from mmfast.fusion.recording import Recording, is_watched, record, stream_of
 from mmfast.fusion.reference import Attention
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,10 +167,22 @@ class _Plan:
         self.tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         self.gate_gradients = any(x.requires_grad for x in packed[5])
         self.forward: Recording | bool = True  # not made yet; or False: not to be had
-        self.backward: dict[tuple, Recording | bool] = {}
+        self.backward: dict[Hashable, Recording | bool] = {}
+        self.native_backward = None if _backend._C is None else _backend._C.RecordedBackward()
 
     def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
-        if self.tracked:
+        native = None if type(self.forward) is bool or is_watched() else self.forward.native
+        if native is not None:
+            stream = stream_of(self.forward.device.index)
+            if self.tracked:
+                at = self.forward.result
+                out, lse = _backend._C.fusion_replayed(
+                    tensors, native, addresses, at, self.native_backward, self, stream, self.joint
+                )
+            else:
+                made = native.again(addresses, stream)
+                out, lse = (made[i] for i in self.forward.result)
+        elif self.tracked:
             out, lse = _Tracked.apply(self, addresses, *tensors)
         else:
             out, lse = self.compute(tensors, addresses)
@@ -191,19 +203,37 @@ class _Plan:
                 return result
         return self.forward.again(tensors, addresses)
 
+    def differentiate(
+        self, grad_out: Tensor | None, grad_lse: Tensor | None, tensors: list[Tensor], out: Tensor | None, lse: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients of ``tensors``, where none is wanted too."""
+        if grad_out is None and grad_lse is None:
+            return [None] * self.count
+        if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
+            return self.gradients_of_batch(grad_out, grad_lse, tensors)
+        if grad_out is None:
+            grad_out = tensors[0].new_zeros((*lse.shape[1:], tensors[self.lists[1][0]].shape[3]))
+        graph = torch.is_grad_enabled() or not _backend.nobody_looks_on() or type(grad_out) is not Tensor
+        gradients = self.gradients_with_graph if graph else self.gradients
+        return gradients(grad_out, grad_lse, tensors, out, lse)
+
     def gradients(self, grad_out: Tensor, grad_lse: Tensor | None, tensors, out, lse) -> list[Tensor | None]:
         """Of each of ``tensors``, without a graph."""
         given = [*tensors, lse, *(x for x in (grad_out, grad_lse, out) if x is not None)]
         found = _described(given, given[0].get_device())
         key, addresses = found or (None, [])
-        recording = self.backward.get((key, grad_lse is None), key is not None)
+        recording = self.backward.get(key, key is not None)
         if type(recording) is bool:
             run = partial(
                 triton.launched_backward, grad_out, grad_lse, *self._inputs(tensors), *self.options, out, lse,
                 self.gate_gradients,
             )  # fmt: skip
             if recording:
-                result, self.backward[key, grad_lse is None] = record(run, given)
+                result, made = record(run, given)
+                self.backward[key] = made
+                if made and made.native is not None:
+                    places = [-1 if i is None else i for i in self._by_tensor(*made.result)]
+                    self.native_backward.keep(key, made.native, places)
             else:
                 result = run()
         else:
@@ -250,14 +280,5 @@ class _Tracked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
-        plan: _Plan = ctx.plan
-        if grad_out is None and grad_lse is None:
-            return (None,) * (2 + plan.count)
         *tensors, out, lse = ctx.saved_tensors
-        if any(map(_backend.is_batch_of_gradients, (grad_out, grad_lse))):
-            return None, None, *plan.gradients_of_batch(grad_out, grad_lse, tensors)
-        if grad_out is None:
-            grad_out = tensors[0].new_zeros((*lse.shape[1:], tensors[plan.lists[1][0]].shape[3]))
-        graph = torch.is_grad_enabled() or not _backend.nobody_looks_on() or type(grad_out) is not Tensor
-        gradients = plan.gradients_with_graph if graph else plan.gradients
-        return None, None, *gradients(grad_out, grad_lse, tensors, out, lse)
+        return None, None, *ctx.plan.differentiate(grad_out, grad_lse, tensors, out, lse)

@@ -1,0 +1,263 @@
+// Launches of compiled kernels made again, from one call: what mmfast/fusion/recording.py has written down, and a node of
+// autograd's graph that needs no Python in the backward pass. The driver is asked for by name at run time, so that nothing here
+// needs CUDA to be built.
+#include <ATen/ops/empty_strided.h>
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/custom_class.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+
+#include "common/plain.h"
+
+namespace py = pybind11;
+
+namespace mmfast {
+namespace {
+
+using at::Tensor;
+using std::vector;
+
+// ---- The driver
+
+struct Driver {
+    using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                           void* stream, void** arguments, void** extra);
+    Launch launch;
+    int (*get_context)(void**);
+    int (*set_context)(void*);
+
+    Driver() {
+        void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+        const auto find = [library](const char* name) { return library ? dlsym(library, name) : nullptr; };
+        launch = reinterpret_cast<Launch>(find("cuLaunchKernel"));
+        get_context = reinterpret_cast<int (*)(void**)>(find("cuCtxGetCurrent"));
+        set_context = reinterpret_cast<int (*)(void*)>(find("cuCtxSetCurrent"));
+        if (!launch || !get_context || !set_context) throw std::runtime_error("libcuda.so.1 cannot be loaded");
+    }
+    static const Driver& get() {
+        static const Driver driver;
+        return driver;
+    }
+};
+
+// ---- What was recorded
+
+struct Room {
+    vector<int64_t> sizes, strides;
+    at::ScalarType type;
+};
+
+struct Launch {
+    uint64_t function;
+    std::array<unsigned, 3> grid;
+    unsigned threads, shared;
+    vector<uint64_t> arguments;  // each in the first bytes of its word
+    vector<std::pair<size_t, size_t>>
+        pointers;  // of these the ones that are addresses, and of what: inputs, then rooms
+};
+
+class Recording {
+public:
+    Recording(vector<std::tuple<vector<int64_t>, vector<int64_t>, at::ScalarType>> rooms, at::Device device)
+        : options_(at::TensorOptions().device(device)) {
+        for (auto& [sizes, strides, type] : rooms) rooms_.push_back({std::move(sizes), std::move(strides), type});
+        Driver::get().get_context(&context_);
+    }
+    void add(uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
+             vector<uint64_t> arguments, vector<std::pair<size_t, size_t>> pointers) {
+        launches_.push_back({function, grid, threads, shared, std::move(arguments), std::move(pointers)});
+    }
+    // The memory that was made, for inputs at these addresses.
+    vector<Tensor> again(vector<uint64_t> where, uint64_t stream) const {
+        vector<Tensor> made;
+        made.reserve(rooms_.size());
+        for (const Room& room : rooms_) {
+            made.push_back(at::empty_strided(room.sizes, room.strides, options_.dtype(room.type)));
+            where.push_back(reinterpret_cast<uint64_t>(made.back().const_data_ptr()));
+        }
+        const Driver& driver = Driver::get();
+        void* current = nullptr;
+        driver.get_context(&current);
+        if (!current) driver.set_context(context_);  // a thread of autograd that has not met the device yet
+        vector<uint64_t> arguments;
+        vector<void*> places;
+        for (const Launch& launch : launches_) {
+            arguments = launch.arguments;
+            for (const auto& [i, of] : launch.pointers) arguments[i] = where[of];
+            places.clear();
+            for (uint64_t& argument : arguments) places.push_back(&argument);
+            const int error = driver.launch(reinterpret_cast<void*>(launch.function), launch.grid[0], launch.grid[1],
+                                            launch.grid[2], launch.threads, 1, 1, launch.shared,
+                                            reinterpret_cast<void*>(stream), places.data(), nullptr);
+            if (error)
+                throw std::runtime_error("a kernel could not be launched: CUDA's error " + std::to_string(error));
+        }
+        return made;
+    }
+
+private:
+    vector<Room> rooms_;
+    vector<Launch> launches_;
+    at::TensorOptions options_;
+    void* context_ = nullptr;
+};
+
+// ---- What of tensors a launch depends on
+
+struct Description {
+    vector<int64_t> what;
+    vector<uint64_t> addresses;
+
+    std::string key() const { return {reinterpret_cast<const char*>(what.data()), what.size() * sizeof(int64_t)}; }
+};
+
+// Dtypes, sizes, strides, alignment, whether autograd follows them, and which lie at the same address. Nothing where one of
+// them is not plain memory of the device.
+std::optional<Description> describe(const vector<Tensor>& tensors, int64_t device) {
+    Description result;
+    auto& [what, at] = result;
+    what.reserve(10 * tensors.size());
+    for (const Tensor& t : tensors) {
+        if (!holds_its_values(t) || (t.device().is_cpu() ? -1 : t.get_device()) != device) return std::nullopt;
+        const auto address = reinterpret_cast<uint64_t>(t.const_data_ptr());
+        const int64_t same = std::find(at.begin(), at.end(), address) - at.begin();
+        at.push_back(address);
+        what.push_back(int64_t(t.scalar_type()) << 32 | int64_t(address % 16) << 24 | t.dim() << 16 | same << 1 |
+                       int64_t(t.requires_grad()));
+        what.insert(what.end(), t.sizes().begin(), t.sizes().end());
+        what.insert(what.end(), t.strides().begin(), t.strides().end());
+    }
+    return result;
+}
+
+// ---- Autograd
+
+// Recorded backward passes, by what `describe` says of all that they are given.
+class Backward {
+public:
+    struct Entry {
+        std::shared_ptr<Recording> recording;
+        vector<int64_t> room_of;  // for each input the gradient's, or -1
+    };
+    void keep(const std::string& key, std::shared_ptr<Recording> recording, vector<int64_t> room_of) {
+        const std::lock_guard lock(mutex_);
+        entries_[key] = {std::move(recording), std::move(room_of)};
+    }
+    const Entry* find(const std::string& key) const {
+        const std::lock_guard lock(mutex_);
+        const auto found = entries_.find(key);
+        return found == entries_.end() ? nullptr : &found->second;  // which stays where it is
+    }
+
+private:
+    mutable std::mutex mutex_;
+    std::unordered_map<std::string, Entry> entries_;
+};
+
+// What a node needs beside tensors. The plan is Python's, which a thread that drops a node does not hold the lock of.
+struct Kept : torch::CustomClassHolder {
+    std::shared_ptr<Backward> backward;
+    py::object plan;
+    uint64_t stream;
+    bool keeps_out;
+
+    Kept(std::shared_ptr<Backward> b, py::object p, uint64_t s, bool k)
+        : backward(std::move(b)), plan(std::move(p)), stream(s), keeps_out(k) {}
+    ~Kept() override {
+        if (!Py_IsInitialized()) {
+            plan.release();
+            return;
+        }
+        const py::gil_scoped_acquire acquire;
+        plan = py::object();
+    }
+};
+
+struct Replayed : torch::autograd::Function<Replayed> {
+    static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors,
+                                  const Recording& forward, const vector<uint64_t>& addresses,
+                                  const std::array<size_t, 2>& result, const c10::intrusive_ptr<Kept>& kept) {
+        const vector<Tensor> made = forward.again(addresses, kept->stream);
+        const Tensor &out = made[result[0]], &lse = made[result[1]];
+        vector<Tensor> saved = tensors.vec();
+        saved.push_back(lse);
+        if (kept->keeps_out) saved.push_back(out);
+        ctx->save_for_backward(std::move(saved));
+        ctx->set_materialize_grads(false);
+        ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
+        return {out, lse};
+    }
+
+    static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
+        const vector<Tensor> saved = ctx->get_saved_variables();
+        const auto kept = c10::static_intrusive_pointer_cast<Kept>(ctx->saved_data["kept"].toCapsule());
+        const size_t count = saved.size() - 1 - kept->keeps_out;
+        vector<Tensor> result(count + 4);  // forward had four arguments more
+        if (!grads[0].defined() && !grads[1].defined()) return result;
+        // The same order as in mmfast/fusion/triton_direct.py.
+        vector<Tensor> given(saved.begin(), saved.begin() + count + 1);
+        for (const Tensor& grad : grads)
+            if (grad.defined()) given.push_back(grad);
+        if (kept->keeps_out) given.push_back(saved.back());
+        if (grads[0].defined() && nobody_looks_on() && !c10::GradMode::is_enabled()) {
+            const auto found = describe(given, saved[0].get_device());
+            const Backward::Entry* entry = found ? kept->backward->find(found->key()) : nullptr;
+            if (entry) {
+                const vector<Tensor> made = entry->recording->again(found->addresses, kept->stream);
+                for (size_t i = 0; i < count; ++i) {
+                    if (entry->room_of[i] < 0 || !ctx->needs_input_grad(i)) continue;
+                    // Summed over what the input was broadcast along.
+                    const Tensor& full = made[entry->room_of[i]];
+                    const Tensor its = full.sizes() == saved[i].sizes() ? full : full.sum_to_size(saved[i].sizes());
+                    result[i] = its.to(saved[i].scalar_type());
+                }
+                return result;
+            }
+        }
+        const py::gil_scoped_acquire acquire;
+        const vector<Tensor> tensors(saved.begin(), saved.begin() + count);
+        const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
+        const py::object by = kept->plan.attr("differentiate")(
+            optional(grads[0]), optional(grads[1]), tensors,
+            kept->keeps_out ? std::optional<Tensor>(saved.back()) : std::nullopt, saved[count]);
+        const auto each = by.cast<vector<std::optional<Tensor>>>();
+        for (size_t i = 0; i < count; ++i)
+            if (each[i]) result[i] = *each[i];
+        return result;
+    }
+};
+
+}  // namespace
+
+void bind_fusion_replay(py::module_& m) {
+    py::class_<Recording, std::shared_ptr<Recording>>(m, "Recording")
+        .def(py::init<vector<std::tuple<vector<int64_t>, vector<int64_t>, at::ScalarType>>, at::Device>())
+        .def("add", &Recording::add)
+        .def("again", &Recording::again);
+    py::class_<Backward, std::shared_ptr<Backward>>(m, "RecordedBackward")
+        .def(py::init<>())
+        .def("keep", [](Backward& self, const py::bytes& key, std::shared_ptr<Recording> recording,
+                        vector<int64_t> room_of) { self.keep(key, std::move(recording), std::move(room_of)); });
+    m.def("fusion_described", [](const vector<Tensor>& tensors, int64_t device) -> py::object {
+        const auto found = describe(tensors, device);
+        if (!found) return py::none();
+        return py::make_tuple(py::bytes(found->key()), found->addresses);
+    });
+    m.def("fusion_replayed", [](const vector<Tensor>& tensors, const Recording& forward,
+                                const vector<uint64_t>& addresses, const std::array<size_t, 2>& result,
+                                std::shared_ptr<Backward> backward, py::object plan, uint64_t stream, bool keeps_out) {
+        const auto kept = c10::make_intrusive<Kept>(std::move(backward), std::move(plan), stream, keeps_out);
+        return Replayed::apply(at::TensorList(tensors), forward, addresses, result, kept);
+    });
+}
+
+}  // namespace mmfast
