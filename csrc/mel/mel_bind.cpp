@@ -281,15 +281,16 @@ struct Direct {
     const at::Device device;
     const mel::Tables<float> tables;
 
-#if defined(MMFAST_WITH_CUDA)
-    // What the kernels make of the tables, or none while a graph is captured that would have to make it.
+    // Makes what the kernels of a GPU read of the tables; false while a graph is captured that would have to make it.
     bool prepare() const {
-        if (ready_.load(std::memory_order_acquire)) return true;
+#if defined(MMFAST_WITH_CUDA)
+        if (device.is_cpu() || ready_.load(std::memory_order_acquire)) return true;
         if (capturing()) return false;
         const std::lock_guard<std::mutex> lock(mutex_);
         if (ready_.load(std::memory_order_relaxed)) return true;
         prepared_ = mel::keep_prepared<float>(plan->spec, tables, c10::cuda::getCurrentCUDAStream());
         ready_.store(true, std::memory_order_release);
+#endif
         return true;
     }
     const void* prepared() const { return prepared_.get(); }
@@ -298,7 +299,6 @@ private:
     mutable std::mutex mutex_;
     mutable std::atomic<bool> ready_{false};
     mutable std::shared_ptr<void> prepared_;
-#endif
 };
 
 using DirectPtr = std::shared_ptr<const Direct>;
@@ -339,8 +339,8 @@ Directs& directs() {
 // (T,) or (B, T) samples.
 mel::Waveform samples_of(const Tensor& x) {
     const int64_t dim = x.dim();
-    return {x.const_data_ptr(),      scalar_type(x),    dim == 1 ? 1 : x.size(0), x.size(dim - 1),
-            dim == 1 ? 0 : x.stride(0), x.stride(dim - 1), nullptr};
+    return {x.const_data_ptr(), scalar_type(x), dim == 1 ? 1 : x.size(0), x.size(dim - 1), dim == 1 ? 0 : x.stride(0),
+            x.stride(dim - 1),  nullptr};
 }
 
 std::array<int64_t, 3> shape_of(const Direct& direct, const mel::Waveform& wave) {
@@ -365,8 +365,8 @@ Tensor features_of(const Direct& direct, const Tensor& waveform, Tensor* maxima)
         CallScratch scratch{waveform};
         mel::forward_cuda<float>(*direct.plan, wave, direct.tables, direct.prepared(), direct.by_item, 0,
                                  out.data_ptr(), scalar_type(out), nullptr,
-                                 maxima ? maxima->data_ptr<float>() : nullptr, std::ref(scratch),
-                                 direct.device.index(), c10::cuda::getCurrentCUDAStream());
+                                 maxima ? maxima->data_ptr<float>() : nullptr, std::ref(scratch), direct.device.index(),
+                                 c10::cuda::getCurrentCUDAStream());
         return out;
     }
 #endif
@@ -390,12 +390,10 @@ Tensor gradient_of(const Direct& direct, const Tensor& grad, const Tensor& wavef
     Tensor result = at::empty(waveform.sizes(), waveform.options().dtype(at::kFloat));
 #if defined(MMFAST_WITH_CUDA)
     if (direct.device.is_cuda()) {
-        const c10::cuda::CUDAGuard guard(direct.device);
         CallScratch scratch{waveform};
         mel::backward_cuda<float>(*direct.plan, wave, direct.tables, direct.prepared(), direct.by_item, 0,
                                   maxima.const_data_ptr<float>(), g.const_data_ptr<float>(), result.data_ptr<float>(),
-                                  nullptr, std::ref(scratch), direct.device.index(),
-                                  c10::cuda::getCurrentCUDAStream());
+                                  nullptr, std::ref(scratch), direct.device.index(), c10::cuda::getCurrentCUDAStream());
         return result.to(waveform.scalar_type());
     }
 #endif
@@ -427,15 +425,19 @@ struct Follow : torch::autograd::Function<Follow> {
         const auto is_plain_there = [&](const Tensor& t) { return holds_its_values(t) && t.device() == device; };
         if (nobody_looks_on() && !c10::GradMode::is_enabled() && is_plain_there(grad) && is_plain_there(waveform) &&
             is_plain_there(maxima)) {
-            if (const DirectPtr direct = directs().find(key, device)) {
+#if defined(MMFAST_WITH_CUDA)
+            c10::cuda::OptionalCUDAGuard guard;
+            if (device.is_cuda()) guard.set_device(device);
+#endif
+            const DirectPtr direct = directs().find(key, device);
+            if (direct && direct->prepare()) {
                 result[0] = gradient_of(*direct, grad, waveform, maxima);
                 return result;
             }
         }
         const py::gil_scoped_acquire acquire;
-        result[0] = py::module_::import("mmfast.mel.op")
-                        .attr("differentiate")(grad, waveform, maxima, key)
-                        .cast<Tensor>();
+        result[0] =
+            py::module_::import("mmfast.mel.op").attr("differentiate")(grad, waveform, maxima, key).cast<Tensor>();
         return result;
     }
 };
@@ -455,9 +457,9 @@ optional<Tensor> mel_direct(const std::shared_ptr<Direct>& direct, const Tensor&
     if (direct->device.is_cuda()) {
         if (!fits_gpu(waveform.sizes())) return std::nullopt;
         guard.set_device(direct->device);
-        if (!direct->prepare()) return std::nullopt;
     }
 #endif
+    if (!direct->prepare()) return std::nullopt;
     return is_tracked(waveform) ? Follow::apply(waveform, *direct) : features_of(*direct, waveform, nullptr);
 }
 

@@ -304,7 +304,7 @@ struct Tile {
         const int64_t base = row * job.feature_count * job.frames;
         if (job.p.time_major) {
             block.each(n * here(), [&](int i) {
-                const int q = n > 1 ? quotient(i, at.feature_reciprocal) : i;
+                const int q = at.line(i, n);
                 f(q, i - q * n, base + frame() * n + i);
             });
         } else {
@@ -436,29 +436,31 @@ struct Tile {
     template <int N, class Out, class In, class Convert>
     MMFAST_INLINE void raise_features(T raised, const In& in, const Convert& convert) const {
         using Some = Together<N, Out>;
-        const int n = int(job.feature_count), each = shape.frames() / N;
-        const bool time_major = job.p.time_major, all = raised != raised;
-        const bool any_energy = job.p.energy != Energy::none;
-        Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames +
-                        frame() * (time_major ? n : 1);
+        const bool time_major = job.p.time_major, all = raised != raised, energies = job.p.energy != Energy::none;
+        const int n = int(job.feature_count), each = time_major ? n * frames : shape.frames() / N;
+        const uint32_t reciprocal = reciprocal_of(uint32_t(each));
+        Out* const to =
+            static_cast<Out*>(job.features) + row * job.feature_count * job.frames + frame() * (time_major ? n : 1);
         const Out value = convert(raised);
-        // Past the last frame: read what is there already, and write nothing.
-        const int last = time_major ? 0 : (frames - 1) / N;
+        // Of a feature's frames in a tile: past the last one, read what is there already, and write nothing.
+        const int last = (frames - 1) / N;
+        const auto line = [&](int i) { return each > 1 ? quotient(i, reciprocal) : i; };
         const auto place = [&](int i) {
             if (time_major) return to + int64_t(i) * N;
-            return to + int64_t(i / each) * job.frames + (i % each < last ? i % each : last) * N;
+            const int c = line(i), q = i - c * each;
+            return to + c * job.frames + (q < last ? q : last) * N;
         };
-        const int items = time_major ? (n * frames + N - 1) / N : n * each;
         block.copy(
-            items, [&](int i) { return Some::of(place(i)); },
+            time_major ? (each + N - 1) / N : n * each, [&](int i) { return Some::of(place(i)); },
             [&](int i, Some some) {
+                const int c = time_major ? 0 : line(i), first = (time_major ? i : i - c * each) * N;
+                const int end = time_major ? each : frames;
+                if (energies && !time_major && is_energy(c)) return;
                 bool changed = false;
                 MMFAST_UNROLL
                 for (int v = 0; v < N; ++v) {
-                    const int at_ = i * N + v, f = time_major ? 0 : i % each * N + v;
-                    if (time_major ? at_ >= n * frames : f >= frames) continue;
-                    if (any_energy && is_energy(time_major ? at_ % n : i / each)) continue;
-                    if (!all && !(T(in(some.value[v])) < raised)) continue;
+                    if (first + v >= end || !(all || T(in(some.value[v])) < raised)) continue;
+                    if (energies && time_major && is_energy(first + v - at.line(first + v, n) * n)) continue;
                     some.value[v] = value;
                     changed = true;
                 }

@@ -120,7 +120,8 @@ struct Layout {
         pad = step >= 32 && int64_t(span) * step < (int64_t(1) << 32) ? ((32 / G - step) % 32 + 32) % 32 : 0;
         if (G == 32) pad = pad % 2;
         reciprocal = reciprocal_of(uint32_t(step));
-        feature_reciprocal = reciprocal_of(uint32_t(job.feature_count));
+        const int64_t n = job.feature_count;
+        feature_reciprocal = n * n * F < (int64_t(1) << 32) ? reciprocal_of(uint32_t(n)) : 0;
         lane_stride = F | 1;
         plane = shape.plane();
         int64_t at = 2 * shape.buffers() * plane;
@@ -148,6 +149,8 @@ struct Layout {
         size = part + 3 * kParts * F;
     }
     MMFAST_INLINE int skew(int q) const { return q + quotient(q, reciprocal) * pad; }
+    // i / n of one of the n features of the frames of a tile.
+    MMFAST_INLINE int line(int i, int n) const { return feature_reciprocal ? quotient(i, feature_reciprocal) : i / n; }
 };
 
 template <class T>

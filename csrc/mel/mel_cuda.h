@@ -36,8 +36,8 @@ void forward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& table
                   const Scratch& scratch, int device, cudaStream_t stream);
 template <class T>
 void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared, int64_t group,
-                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters,
-                   const Scratch& scratch, int device, cudaStream_t stream);
+                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters, const Scratch& scratch,
+                   int device, cudaStream_t stream);
 
 }  // namespace mel
 }  // namespace mmfast

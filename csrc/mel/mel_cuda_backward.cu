@@ -77,8 +77,8 @@ struct BackwardMemory {
 
 template <class T>
 void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tables, const void* prepared, int64_t group,
-                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters,
-                   const Scratch& scratch, int device, cudaStream_t stream) {
+                   uint32_t seed, const T* maxima, const T* grad, T* grad_wave, T* grad_filters, const Scratch& scratch,
+                   int device, cudaStream_t stream) {
     const bool need_waveform = grad_wave != nullptr, need_filters = grad_filters != nullptr;
     Launch<T> launch(plan, wave, tables, prepared, group, seed, true, device);
     if (need_filters) launch.blocks = std::min(launch.blocks, kSlots);
@@ -120,8 +120,8 @@ void backward_cuda(const Plan& plan, const Waveform& wave, const Tables<T>& tabl
     }
 }
 
-#define MMFAST_INSTANTIATE(T)                                                                                         \
-    template void backward_cuda<T>(const Plan&, const Waveform&, const Tables<T>&, const void*, int64_t, uint32_t,    \
+#define MMFAST_INSTANTIATE(T)                                                                                      \
+    template void backward_cuda<T>(const Plan&, const Waveform&, const Tables<T>&, const void*, int64_t, uint32_t, \
                                    const T*, const T*, T*, T*, const Scratch&, int, cudaStream_t);
 MMFAST_INSTANTIATE(float)
 MMFAST_INSTANTIATE(double)

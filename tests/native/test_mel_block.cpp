@@ -462,6 +462,13 @@ void check_scalars() {
     for (uint32_t step : {1u, 2u, 3u, 7u, 100u, 160u, 512u, 4096u})
         for (int n : {0, 1, 2, 159, 160, 161, 4095, 65535})
             if (step > 1) assert(quotient(n, reciprocal_of(step)) == int(uint32_t(n) / step));
+    for (int n : {1, 3, 80, 513, 131073}) {  // the last one is past what a reciprocal can do
+        const Problem<float> problem({"lines", spec_of(64, 64, 20, -32, PadMode::reflect), 10});
+        BlockJob<float> job = problem.job();
+        job.feature_count = n;
+        const Layout layout(GeneralShape(problem.plan.fft<float>(), 4), job, false);
+        for (int i = 0; i < 4 * n; ++i) assert(layout.line(i, n) == i / n);
+    }
     for (uint32_t bits = 0; bits < 0x10000; bits += 7) {
         const float x = half_to_float(uint16_t(bits)), y = bfloat_to_float(uint16_t(bits));
         assert(x != x || float_to_half(x) == bits);
