@@ -298,7 +298,7 @@ def is_differentiated_by_formula() -> bool:
 
 def is_plain(t: torch.Tensor) -> bool:
     """True where the memory of ``t``, on the CPU, holds its values (`holds_its_values`)."""
-    return t.is_cpu and holds_its_values(t)
+    return holds_its_values(t) and t.is_cpu
 
 
 def holds_its_values(t: torch.Tensor) -> bool:

@@ -175,9 +175,10 @@ def check_permutations(backend, device, n=20, m=15, d=18, dtype=torch.float32):
             return found.statistic, found.p_value, found.null
 
         out, _, gold = three_ways(function, (x, y, members), backend, device, dtype)
-        # Sums of kernels of up to 5 nearly cancel.
-        torch.testing.assert_close(out[0], gold[0], rtol=1e-5, atol=5e-7)
-        torch.testing.assert_close(out[2], gold[2], rtol=1e-5, atol=5e-7)
+        # Sums of kernels of up to 5 nearly cancel, and on tensor cores a distance is good to 2^-22 of the norms.
+        least = 5 * 2.0**-22 if device == "cuda" else 5e-7
+        torch.testing.assert_close(out[0], gold[0], rtol=1e-5, atol=least)
+        torch.testing.assert_close(out[2], gold[2], rtol=1e-5, atol=least)
         assert out[1] == gold[1]
 
 

@@ -97,6 +97,11 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
+def _apart(part: Tensor) -> Tensor:
+    """A copy: no two results of an operator may share memory."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 # ---- Quadratic forms
 
 
@@ -116,7 +121,10 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
     double = torch.float64
 
     def of(found: Tensor | None, first: int, count: int, wanted: bool, dtype: torch.dtype) -> Tensor:
-        return found[:, first : first + count].contiguous() if wanted else _nothing(x, dtype)
+        if not wanted:
+            return _nothing(x, dtype)
+        part = found[:, first : first + count]
+        return _apart(part) if first else part.contiguous()  # of one item the first is a view of both
 
     if narrow:
         value, sums, grad = triton_narrow.quadratic(problem, coefs, need[0] or need[1], need[5])
@@ -317,7 +325,7 @@ def pair_forward(x, params, dims, families, layers, y, params_y, dims_y, familie
         for kernel in range(2):
             _add_sums(rows[kernel], rows[kernel], panel, problem.sizes.block, kernel)
         products += 2 * panel.totals.sum((1, 2))
-    return rows[0, :, :n].contiguous(), rows[1, :, :n].contiguous(), products
+    return rows[0, :, :n].contiguous(), _apart(rows[1, :, :n]), products
 
 
 def pair_backward(
