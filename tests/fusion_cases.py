@@ -128,6 +128,23 @@ def _one_feature():
     return randn(B, H, L, 1), [Source(*kv(6, dim=1, value_dim=1))], {"scale": -2.0}
 
 
+def _negative_scale_causal():
+    """What is excluded is excluded still: −inf is not to be scaled."""
+    source = Source(*kv(7, heads=2), lengths=torch.tensor([7, 2]))
+    return randn(B, H, L, D), [Source(*kv(L)), source, Source(*kv(3, batch=1))], {"is_causal": True, "scale": -0.7}
+
+
+def _scale_zero_causal():
+    return (
+        randn(1, H, L, D),
+        [Source(*kv(L)), Source(*kv(2), mask=torch.rand(B, 1, L, 2) < 0.5)],
+        {
+            "is_causal": True,
+            "scale": 0.0,
+        },
+    )
+
+
 def _strided():
     key = randn(B, 6, D, H).permute(0, 3, 1, 2)
     return randn(B, L, H, D).transpose(1, 2), [Source(key, randn(B, H, D, 6).transpose(2, 3)), Source(*kv(3))], {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_cases import CASES, inputs, replaced
 
-from mmfast.fusion import merged, reference, routes_cuda
+from mmfast.fusion import merged, reference, routes_cuda, triton_direct
 from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import Source, prepare
 
@@ -60,7 +60,7 @@ class Flash:
     @staticmethod
     def _flash_attention_forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale):
         assert not dropout and not causal and q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
-        assert max_q > 1 and cum_q.dtype == cum_k.dtype == torch.int32
+        assert scale > 0 and max_q > 1 and cum_q.dtype == cum_k.dtype == torch.int32
         assert (int(cum_q[-1]), int(cum_k[-1])) == (len(q), len(k))
         out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan)
         for i, j in sequences(cum_q, cum_k):
@@ -72,6 +72,7 @@ class Flash:
 
     @staticmethod
     def _flash_attention_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, *_, scale):
+        assert scale > 0
         dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
         for i, j in sequences(cum_q, cum_k):
             scores, keys = weights_of(q[i], k[j], scale)
@@ -85,8 +86,8 @@ class Flash:
 
 
 @pytest.mark.parametrize("of_lse", [False, True])
-@pytest.mark.parametrize("rows, batch", [(5, 3), (1, 3), (4, 1)])
-def test_lengths_by_flash(rows, batch, of_lse, monkeypatch):
+@pytest.mark.parametrize("rows, batch, scale", [(5, 3, 0.4), (1, 3, -0.4), (4, 1, 0.0)])
+def test_lengths_by_flash(rows, batch, scale, of_lse, monkeypatch):
     """Keys stay where they lie, those beyond a length are read by nobody and have a gradient of zero."""
     monkeypatch.setattr(merged, "_aten", Flash)
     monkeypatch.setattr(merged, "pick", lambda *_: "flash")
@@ -94,7 +95,7 @@ def test_lengths_by_flash(rows, batch, of_lse, monkeypatch):
     key, value = torch.randn(3, 7, 2, 5, dtype=torch.float64).transpose(1, 2), torch.randn(3, 2, 7, 8).double()
     lengths = torch.tensor([7, 0, 3])
     source = Source(key, value, lengths=lengths)
-    options = {"fusion": "joint", "scale": 0.4}
+    options = {"fusion": "joint", "scale": scale}
     expected = results(reference.attention, query, [source], options, of_lse)
     beyond = (torch.arange(7) >= lengths[:, None])[:, None, :, None]
     poisoned = [x.detach().masked_fill(beyond, torch.nan).requires_grad_() for x in (key, value)]
@@ -132,6 +133,23 @@ def test_who_takes_lengths():
     assert merged.pick(query, padded, True, "flash") == "efficient"  # causality would end at the lengths
     assert merged.pick(query, padded, False, "efficient") == "efficient"
     assert merged.pick(query.float(), Source(query, query, lengths=lengths), False, "flash") == "efficient"
+
+
+def by_plan(query, source, scale, causal):
+    return triton_direct._Composed(query, [source], scale, causal)([query, source.key, source.value], []).out
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("run", [routes_cuda.sdpa, by_plan])
+def test_no_flash_is_given_such_a_scale(run, scale, monkeypatch):
+    """Causality is an exclusion in flash, whose −inf is not to be scaled by it."""
+    query, key = torch.randn(2, 4, 5, 4).requires_grad_(), torch.randn(2, 2, 5, 4).requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        ours = run(query, Source(key, key), scale, True)
+    expected = reference.attention(query, [Source(key, key)], fusion="joint", scale=scale, is_causal=True).out
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(out.square().sum(), (query, key)) for out in (ours, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_double_backward():

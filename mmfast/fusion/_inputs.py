@@ -111,6 +111,18 @@ def check_options(
     return scale, dropout_p, softcap
 
 
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Query and scale of the same scores with a scale above 0, and the factor of the gradient of such a query.
+
+    For PyTorch's fused kernels: flash takes the maximum of the scores before they are scaled, where a negative scale
+    makes it the minimum and the exponentials overflow; and they scale the −inf of what is excluded, to +inf or NaN.
+    """
+    if scale > 0:
+        return query, scale, 1.0
+    factor = -1.0 if scale else 0.0
+    return query * factor, -scale or 1.0, factor
+
+
 def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

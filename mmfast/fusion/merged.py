@@ -16,8 +16,10 @@ kernels give it. What each kernel makes of a row without keys, and how it lays o
     cudnn       (B, H, L, 1)                    no groups of heads here; not deterministic in its backward
     cpu         (B, H, L)                       0 where there is nothing to attend to
 
+None of them is given a scale of 0 or below (`positive_scale`).
+
 As with scaled_dot_product_attention, whether flash and efficient add up dQ in a fixed order follows
-`torch.use_deterministic_algorithms`.
+`torch.use_deterministic_algorithms`; with ``warn_only`` they warn and do not.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.fusion import reference
-from mmfast.fusion._inputs import Source, compute_dtype
+from mmfast.fusion._inputs import Source, compute_dtype, positive_scale
 from mmfast.fusion.recording import room, spoil
 
 ENGINES = ("flash", "efficient", "cudnn", "cpu")
@@ -69,7 +71,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all sources: output ``(B, H, L, D_v)`` and log-sum-exp ``(B, H, L)``."""
     spoil()
-    query = _expand(query, batch)
+    query, scale, _ = positive_scale(_expand(query, batch), scale)
     parts = []
     for source in sources:
         if not source.key.shape[2]:
@@ -104,7 +106,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of query, keys and values."""
     batch, shape = lse.shape[0], query.shape
-    query = _expand(query, batch)
+    query, scale, factor = positive_scale(_expand(query, batch), scale)
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # exp(−inf − 0) = 0
     of_query, grad_keys, grad_values = None, [], []
     for source in sources:
@@ -121,6 +123,8 @@ def backward(
         of_query = dq if of_query is None else of_query.float().add_(dq)
         grad_keys.append(sum_batch(dk, source.key.shape, query.dtype))
         grad_values.append(sum_batch(dv, source.value.shape, query.dtype))
+    if factor != 1.0:
+        of_query = of_query * factor
     return sum_batch(of_query, shape, query.dtype), grad_keys, grad_values
 
 

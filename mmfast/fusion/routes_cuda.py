@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfast.fusion._inputs import Source, batch_of, keys_and_values
+from mmfast.fusion._inputs import Source, batch_of, keys_and_values, positive_scale
 
 RESIDENT = (
     36864  # elements of keys and values in their tiles: 144 accumulators for each of 256 threads, 144 KB in float32
@@ -307,6 +307,7 @@ def tune_here(report: Callable[[str], None] = print) -> Path:
 
 def sdpa(query: Tensor, source: Source, scale: float, is_causal: bool) -> Tensor:
     batch = batch_of(query, [source])
+    query, scale, _ = positive_scale(query, scale)
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, source.key, source.value))
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast.fusion import reference
 from mmfast.fusion._derivatives import alias, of_batch
-from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager
+from mmfast.fusion._inputs import Source, batch_of, compute_dtype, is_eager, positive_scale
 from mmfast.fusion.reference import Attention
 
 # Bit i of ``masked`` says that source i has a mask: autograd has no lists with None in them.
@@ -57,6 +57,7 @@ def attention(
     query: Tensor, sources: Sequence[Source], *, fusion: str, scale: float, is_causal: bool = False
 ) -> Attention:
     """`mmfast.fusion.reference.attention` of what `can` allows."""
+    query, scale, _ = positive_scale(query, scale)
     batch = batch_of(query, list(sources))
     used = [s for s in sources if s.key.shape[2]]
     if not used or not query.shape[1] * query.shape[2] * batch:

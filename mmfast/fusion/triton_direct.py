@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from mmfast import _backend
 from mmfast.fusion import routes_cuda, triton
-from mmfast.fusion._inputs import FUSIONS, Source, batch_of, check_options, prepare
+from mmfast.fusion._inputs import FUSIONS, Source, batch_of, check_options, positive_scale, prepare
 from mmfast.fusion.recording import Recording, is_watched, record, stream_of
 from mmfast.fusion.reference import Attention
 
@@ -134,17 +134,19 @@ class _Composed:
     def __init__(self, query: Tensor, sources: list[Source], scale: float, causal: bool) -> None:
         batch = batch_of(query, sources)
         self.batch = None if all(x.shape[0] == batch for s in sources for x in (query, s.key, s.value)) else batch
-        self.options = {"is_causal": causal, "scale": scale, "enable_gqa": query.shape[1] != sources[0].key.shape[1]}
+        self.scale = scale
+        self.options = {"is_causal": causal, "enable_gqa": query.shape[1] != sources[0].key.shape[1]}
         self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
 
     def __call__(self, tensors: Sequence[Tensor], _addresses: Sequence[int]) -> Attention:
         query, *rest = tensors
+        query, scale, _ = positive_scale(query, self.scale)
         rest, total = iter(rest), None
         for gate in self.gates:
             three = query, next(rest), next(rest)
             if self.batch is not None:
                 three = (x.expand(self.batch, -1, -1, -1) for x in three)
-            out = F.scaled_dot_product_attention(*three, **self.options)
+            out = F.scaled_dot_product_attention(*three, scale=scale, **self.options)
             if gate is not None:
                 out = out * (next(rest).to(out.dtype) if gate == "tensor" else gate)
             total = out if total is None else total + out
