@@ -178,8 +178,10 @@ def _filler(args: tuple, slots: dict[int, int]) -> Callable[[Sequence], tuple]:
     fixed, direct, nested = list(args), [], []
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
+            fixed[i] = None  # not kept: neither its memory nor the graph that it is part of
             direct.append((i, _slot_of(x, slots)))
         elif isinstance(x, tuple) and _has_tensor(x):
+            fixed[i] = None
             nested.append((i, _filler(x, slots)))
     kind = type(args) if hasattr(args, "_fields") else None
 

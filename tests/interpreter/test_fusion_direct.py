@@ -3,6 +3,9 @@ they must not pass over."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -136,6 +139,21 @@ def test_errors_are_the_usual_ones():
             cross_attention(query, (key, key), scale="1", backend="triton")
         with pytest.raises(ValueError, match="needs fusion='decoupled'"):
             cross_attention(query, Source(key, key, gate=1.0), backend="triton")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_nothing_of_a_call_is_kept(build):
+    """Neither memory nor graphs: a node that lives on ties the gradients of later calls to its stream."""
+    tensors, call = build()
+    kept = []
+    for seed in range(2):
+        tensors = [torch.randn_like(t).requires_grad_() for t in tensors]
+        found = outputs(tensors, call, "triton", True)
+        gradients(found, tensors, seed)
+        kept += map(weakref.ref, (*tensors, *found))
+    del tensors, found
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_plans_are_forgotten(monkeypatch):
