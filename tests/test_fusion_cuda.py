@@ -220,6 +220,7 @@ def test_same_bits(build):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_graph(build):
+    torch.use_deterministic_algorithms(True)  # else torch's flash adds up dQ in any order, and the last bit differs
     args = build()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
