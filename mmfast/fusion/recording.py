@@ -148,8 +148,10 @@ def _filler(args: tuple, slots: dict[int, int]) -> Callable[[Sequence], tuple]:
                     raise _Unfit
                 slot = 0
             direct.append((i, slot))
+            fixed[i] = None  # a recording keeps no tensor alive
         elif isinstance(x, tuple) and _has_tensor(x):
             nested.append((i, _filler(x, slots)))
+            fixed[i] = None
     kind = type(args) if hasattr(args, "_fields") else None
 
     def fill(values: Sequence) -> tuple:

@@ -24,6 +24,8 @@ from mmfast.fusion.reference import Attention
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MOST_PLANS = 4096  # then all are forgotten: shapes that never come again must not fill the memory
+_MOST_LAYOUTS = 64  # of gradients, for each plan
+_ADDED, _LENGTHS, _GATE = (2, 4), 3, 5  # places of a `Source`
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 _plans: dict[tuple, _Plan | _Composed | None] = {}
@@ -35,6 +37,8 @@ def attention(
     """`mmfast.cross_attention` of these arguments, without dropout, softcap and weights, the lses only if asked for.
     None where there is more to do, or where a check fails, for others to say why."""
     if type(query) not in _PLAIN or not (query.is_cuda or (_INTERPRETED and backend == "triton")):
+        return None
+    if query.dim() != 4 or query.is_nested or not _backend._TRITON:
         return None
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on():
         return None
@@ -54,10 +58,14 @@ def attention(
             if type(source) not in (list, tuple) or len(source) != 2:
                 return None
             source = Source(*source)
-        for part in source:
+        for place, part in enumerate(source):
             if type(part) in _PLAIN:
                 key.append("tensor")
-                tensors.append(part if part is source.lengths else _in_four(part, part is source.gate))
+                if part.dim() != 4 and place != _LENGTHS:
+                    part = _in_four(part, place, query)
+                    if part is None:
+                        return None
+                tensors.append(part)
             elif type(part) in _NUMBERS:
                 key.append(part)
             else:
@@ -79,7 +87,9 @@ def _describe(tensors: Sequence[Tensor], device: int) -> tuple[Hashable, list[in
     """``fusion_described`` of the extension, which takes a tenth of the time, in Python."""
     addresses, what = [], []
     for x in tensors:
-        if x.layout is not torch.strided or x.is_nested or x.get_device() != device or x.is_neg():
+        if x.layout is not torch.strided or x.is_nested or x.get_device() != device:
+            return None
+        if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
             return None
         address = x.data_ptr()
         addresses.append(address)
@@ -90,11 +100,14 @@ def _describe(tensors: Sequence[Tensor], device: int) -> tuple[Hashable, list[in
 _described = _describe if _backend._C is None else _backend._C.fusion_described
 
 
-def _in_four(x: Tensor, gate: bool) -> Tensor:
-    """Masks, biases and gates in the four dimensions that kernels take."""
-    if x.dim() == 4:
-        return x
-    return x[None, :, None, None] if gate and x.dim() == 1 else x[(None,) * (4 - x.dim())]
+def _in_four(x: Tensor, place: int, query: Tensor) -> Tensor | None:
+    """Masks, biases and gates in the four dimensions that kernels take; None for what is none of these."""
+    dim = x.dim()
+    if place in _ADDED:
+        return x[(None,) * (4 - dim)] if dim in (2, 3) else None
+    if place != _GATE or dim > 1 or (dim and x.shape[0] != query.shape[1]):
+        return None
+    return x[None, :, None, None] if dim else x[None, None, None, None]
 
 
 # ---- What is kept of a call
@@ -135,22 +148,27 @@ class _Composed:
         batch = batch_of(query, sources)
         self.batch = None if all(x.shape[0] == batch for s in sources for x in (query, s.key, s.value)) else batch
         self.scale = scale
-        self.options = {"is_causal": causal, "enable_gqa": query.shape[1] != sources[0].key.shape[1]}
+        self.causal = causal
+        self.grouped = [query.shape[1] != s.key.shape[1] for s in sources]
+        # The gradient of a gate is a sum over all that it is broadcast along: in half precision it might overflow.
+        self.wide = [torch.is_grad_enabled() and isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources]
         self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
 
     def __call__(self, tensors: Sequence[Tensor], _addresses: Sequence[int]) -> Attention:
         query, *rest = tensors
         query, scale, _ = positive_scale(query, self.scale)
         rest, total = iter(rest), None
-        for gate in self.gates:
+        for gate, grouped, wide in zip(self.gates, self.grouped, self.wide, strict=True):
             three = query, next(rest), next(rest)
             if self.batch is not None:
                 three = (x.expand(self.batch, -1, -1, -1) for x in three)
-            out = F.scaled_dot_product_attention(*three, scale=scale, **self.options)
+            out = F.scaled_dot_product_attention(*three, is_causal=self.causal, scale=scale, enable_gqa=grouped)
+            if wide:
+                out = out.float()
             if gate is not None:
                 out = out * (next(rest).to(out.dtype) if gate == "tensor" else gate)
             total = out if total is None else total + out
-        return Attention(total, (), None)
+        return Attention(total.to(query.dtype), (), None)
 
 
 class _Plan:
@@ -184,27 +202,32 @@ class _Plan:
 
     def compute(self, tensors: Sequence[Tensor], addresses: list[int]) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exps ``(N, B, H, L)``."""
-        if type(self.forward) is bool:
+        forward = self.forward  # another thread may be recording
+        if type(forward) is bool:
             with torch.no_grad():
                 run = partial(triton.forward, *self._inputs(tensors), *self.options)
-                if not self.forward:
+                if not forward:
                     return run()
                 result, self.forward = record(run, tensors)
                 return result
-        return self.forward.again(tensors, addresses)
+        return forward.again(tensors, addresses)
 
     def gradients(self, grad_out: Tensor, grad_lse: Tensor | None, tensors, out, lse) -> list[Tensor | None]:
         """Of each of ``tensors``, without a graph."""
         given = [*tensors, lse, *(x for x in (grad_out, grad_lse, out) if x is not None)]
         found = _described(given, given[0].get_device())
-        key, addresses = found or (None, [])
-        recording = self.backward.get((key, grad_lse is None), key is not None)
+        if found is None:  # a gradient that is no plain memory, or what hooks have made of the saved tensors
+            return self.gradients_with_graph(grad_out, grad_lse, tensors, out, lse)
+        key, addresses = found
+        recording = self.backward.get((key, grad_lse is None), True)
         if type(recording) is bool:
             run = partial(
                 triton.launched_backward, grad_out, grad_lse, *self._inputs(tensors), *self.options, out, lse,
                 self.gate_gradients,
             )  # fmt: skip
             if recording:
+                if len(self.backward) >= _MOST_LAYOUTS:
+                    self.backward.clear()
                 result, self.backward[key, grad_lse is None] = record(run, given)
             else:
                 result = run()
@@ -260,6 +283,7 @@ class _Tracked(torch.autograd.Function):
             return None, None, *plan.gradients_of_batch(grad_out, grad_lse, tensors)
         if grad_out is None:
             grad_out = tensors[0].new_zeros((*lse.shape[1:], tensors[plan.lists[1][0]].shape[3]))
-        graph = torch.is_grad_enabled() or not _backend.nobody_looks_on() or type(grad_out) is not Tensor
+        graph = torch.is_grad_enabled() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on()
+        graph = graph or any(type(g) not in (Tensor, type(None)) for g in (grad_out, grad_lse))
         gradients = plan.gradients_with_graph if graph else plan.gradients
         return None, None, *gradients(grad_out, grad_lse, tensors, out, lse)
