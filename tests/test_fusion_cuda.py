@@ -64,8 +64,33 @@ def agrees(engine, query, sources, options, dtype, of_lse=True):
     got = results(ours, *at(dtype), options, of_out, of_lse)
     # Weights and dS are rounded to the dtype before a product, in every fused kernel.
     floor = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 5e-2}[dtype]
-    for i, (x, y, z) in enumerate(zip(got, eager, gold, strict=True)):
-        assert_no_worse_than_eager(x, y, z, floor=floor, what=f"{engine}, result {i}")
+    floors = [floor] * len(gold)
+    if engine != "short" and options["fusion"] == "decoupled":
+        for at_gate, more in of_gates(*at(torch.float64), options, of_out, gold, torch.finfo(dtype).eps / 2):
+            floors[at_gate] += more
+    for i, (x, y, z, allowed) in enumerate(zip(got, eager, gold, floors, strict=True)):
+        assert_no_worse_than_eager(x, y, z, floor=allowed, what=f"{engine}, result {i}")
+
+
+def of_gates(query, sources, options, of_out, gold, unit):
+    """Where gradients of gates are in ``gold``, and what the rounding of the outputs leaves in them, relative to it.
+
+    Every engine but "short" gives the output of each source in the dtype, as calls of scaled_dot_product_attention one
+    by one do, and the gradient of its gate is the sum of dO O over all that the gate is broadcast along. The roundings
+    of O are of either sign and so in proportion to the root of the sum of squares of these terms, however much of the
+    sum they cancel: half a unit roundoff of it in the mean, and as much from weights that are rounded before their
+    product. Four units are four times both.
+    """
+    options, found, i = options | {"fusion": "joint"}, [], 3
+    with torch.no_grad():
+        for source in sources:
+            i += 2
+            if isinstance(source.gate, torch.Tensor):
+                out = reference.attention(query, [source._replace(gate=None)], **options).out
+                terms = (out * of_out).square().sum_to_size(source.gate.shape)
+                found.append((i, 4 * unit * (terms.sum() / gold[i].square().sum()).sqrt().item()))
+                i += 1
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,6 +220,7 @@ def test_same_bits(build):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_graph(build):
+    torch.use_deterministic_algorithms(True)  # else torch's flash adds up dQ in any order, and the last bit differs
     args = build()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

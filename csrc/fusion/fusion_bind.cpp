@@ -14,6 +14,7 @@
 #include "common/plain.h"
 #include "fusion/fusion.h"
 #include "fusion/fusion_call.h"
+#include "fusion/fusion_python.h"
 
 namespace py = pybind11;
 
@@ -220,20 +221,6 @@ vector<Tensor> weigh_followed(const Arguments& a, const Tensor& lse, bool mean) 
 }
 
 // ---- What Python passes
-
-bool is_plain_type(PyObject* x) {
-    return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
-           Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(ParameterClass);
-}
-
-bool is_sequence(PyObject* x) {
-    return PyTuple_CheckExact(x) || PyList_CheckExact(x);
-}
-
-bool is_pair(PyObject* x) {
-    return is_sequence(x) && PySequence_Fast_GET_SIZE(x) == 2 && is_plain_type(PySequence_Fast_GET_ITEM(x, 0)) &&
-           is_plain_type(PySequence_Fast_GET_ITEM(x, 1));
-}
 
 // A mask, bias or gate in 4 dimensions.
 Tensor in_four(Tensor t) {

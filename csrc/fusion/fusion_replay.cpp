@@ -10,6 +10,7 @@
 #include <torch/custom_class.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -17,6 +18,7 @@
 #include <unordered_map>
 
 #include "common/plain.h"
+#include "fusion/fusion_python.h"
 
 namespace py = pybind11;
 
@@ -139,6 +141,67 @@ std::optional<Description> describe(const vector<Tensor>& tensors, int64_t devic
     return result;
 }
 
+// ---- What Python passes
+
+// Masks and biases in the four dimensions that kernels take, gates too; nothing for what is none of these.
+std::optional<Tensor> in_four(Tensor t, bool gate, const Tensor& query) {
+    if (t.dim() == 4) return t;
+    if (gate && t.dim() == 1 && t.size(0) == query.size(1)) return t.view({1, -1, 1, 1});
+    if (gate ? t.dim() != 0 : t.dim() != 2 && t.dim() != 3) return std::nullopt;
+    while (t.dim() < 4) t = t.unsqueeze(0);
+    return t;
+}
+
+// Of a query and sources: their description with what each source has, all tensors, and their addresses. None for what others
+// have to look at. As `_parts` in mmfast/fusion/triton_direct.py.
+py::object call_of(py::handle source_class, py::handle query_object, py::handle sources, int64_t device) {
+    if (!is_plain_type(query_object.ptr())) return py::none();
+    const Tensor query = THPVariable_Unpack(query_object.ptr());
+    if (query.is_nested() || query.dim() != 4) return py::none();
+    vector<Tensor> tensors{query};
+    vector<int64_t> has;
+    const auto is_source = [&](PyObject* x) {
+        return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(source_class.ptr());
+    };
+    PyObject* given = sources.ptr();
+    const bool one = is_source(given) || (PyTuple_CheckExact(given) && is_pair(given));
+    if (!one && !is_sequence(given)) return py::none();
+    for (Py_ssize_t i = 0; i < (one ? 1 : PySequence_Fast_GET_SIZE(given)); ++i) {
+        PyObject* source = one ? given : PySequence_Fast_GET_ITEM(given, i);
+        const bool whole = is_source(source);
+        if (!whole && !is_pair(source)) return py::none();
+        int64_t bits = 0;
+        double number = 0;
+        for (int place = 0; place < (whole ? 6 : 2); ++place) {  // key, value, mask, lengths, bias, gate
+            PyObject* part = PySequence_Fast_GET_ITEM(source, place);
+            if (part == Py_None) continue;
+            const bool gate = place == 5;
+            if (is_plain_type(part)) {
+                Tensor t = THPVariable_Unpack(part);
+                if (t.is_nested()) return py::none();
+                const auto four = place == 3 ? std::optional<Tensor>(t) : in_four(t, gate, query);
+                if (!four) return py::none();
+                tensors.push_back(*four);
+                bits |= 1 << place;
+            } else if (gate && (PyFloat_CheckExact(part) || PyLong_CheckExact(part))) {
+                number = PyFloat_AsDouble(part);
+                if (PyErr_Occurred()) throw py::error_already_set();
+                bits |= 1 << 6;
+            } else {
+                return py::none();
+            }
+        }
+        has.push_back(bits);
+        int64_t same_bits;
+        std::memcpy(&same_bits, &number, sizeof number);
+        has.push_back(same_bits);
+    }
+    const auto found = describe(tensors, device);
+    if (!found) return py::none();
+    const std::string key = std::string(reinterpret_cast<const char*>(has.data()), has.size() * sizeof(int64_t));
+    return py::make_tuple(py::bytes(key + found->key()), tensors, found->addresses);
+}
+
 // ---- Autograd
 
 // Recorded backward passes, by what `describe` says of all that they are given.
@@ -152,10 +215,14 @@ public:
         const std::lock_guard lock(mutex_);
         entries_[key] = {std::move(recording), std::move(room_of)};
     }
-    const Entry* find(const std::string& key) const {
+    std::optional<Entry> find(const std::string& key) const {
         const std::lock_guard lock(mutex_);
         const auto found = entries_.find(key);
-        return found == entries_.end() ? nullptr : &found->second;  // which stays where it is
+        return found == entries_.end() ? std::nullopt : std::optional<Entry>(found->second);
+    }
+    void clear() {
+        const std::lock_guard lock(mutex_);
+        entries_.clear();
     }
 
 private:
@@ -208,9 +275,11 @@ struct Replayed : torch::autograd::Function<Replayed> {
         for (const Tensor& grad : grads)
             if (grad.defined()) given.push_back(grad);
         if (kept->keeps_out) given.push_back(saved.back());
-        if (grads[0].defined() && nobody_looks_on() && !c10::GradMode::is_enabled()) {
+        const auto is_dual = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
+        if (grads[0].defined() && nobody_looks_on() && !c10::GradMode::is_enabled() &&
+            std::none_of(grads.begin(), grads.end(), is_dual)) {
             const auto found = describe(given, saved[0].get_device());
-            const Backward::Entry* entry = found ? kept->backward->find(found->key()) : nullptr;
+            const std::optional<Backward::Entry> entry = found ? kept->backward->find(found->key()) : std::nullopt;
             if (entry) {
                 const vector<Tensor> made = entry->recording->again(found->addresses, kept->stream);
                 for (size_t i = 0; i < count; ++i) {
@@ -245,6 +314,7 @@ void bind_fusion_replay(py::module_& m) {
         .def("again", &Recording::again);
     py::class_<Backward, std::shared_ptr<Backward>>(m, "RecordedBackward")
         .def(py::init<>())
+        .def("clear", &Backward::clear)
         .def("keep", [](Backward& self, const py::bytes& key, std::shared_ptr<Recording> recording,
                         vector<int64_t> room_of) { self.keep(key, std::move(recording), std::move(room_of)); });
     m.def("fusion_described", [](const vector<Tensor>& tensors, int64_t device) -> py::object {
@@ -252,6 +322,7 @@ void bind_fusion_replay(py::module_& m) {
         if (!found) return py::none();
         return py::make_tuple(py::bytes(found->key()), found->addresses);
     });
+    m.def("fusion_call_of", &call_of);
     m.def("fusion_replayed", [](const vector<Tensor>& tensors, const Recording& forward,
                                 const vector<uint64_t>& addresses, const std::array<size_t, 2>& result,
                                 std::shared_ptr<Backward> backward, py::object plan, uint64_t stream, bool keeps_out) {

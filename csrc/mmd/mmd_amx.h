@@ -2,11 +2,12 @@
 // x y = h h' + h l' + l h', summed in float32. Included by mmd_tile.cpp for the instruction set amx.
 //
 // Note: [Split products]
-//   What is left out, l l' and the rounding of l, is some 2^-18 of the product of the magnitudes: a squared distance of
-//   centred points is off by about 2^-17 of its norms over the root of the dimension. Kernels of the distance itself, whose
-//   error is largest where it is small, compute more of them again from differences (compare_again). Products of points as
-//   they are (Metric::dot) are split only where that is exact: bfloat16 has no l, and float16 is h + l, with l l' as well.
-//   Of infinity and NaN l is 0, so that they come out of h h'.
+//   What is left out, l l' and the rounding of l, is some 2^-18 of the product of the magnitudes and 2^-15 at worst, which
+//   shows in sums of one or two products: a squared distance of centred points is off by about 2^-17 of its norms over
+//   the root of the dimension. Kernels of the distance itself, whose error is largest where it is small, compute more of
+//   them again from differences (compare_again). Products of points as they are (Metric::dot) are split only where that is
+//   exact: bfloat16 has no l, and float16 is h + l, with l l' as well. Of infinity and NaN l is 0, so that they come out
+//   of h h'.
 //
 // Note: [Cost of split products]
 //   16 cycles for 16 x 16 x 32 multiplications, three times: 5.3 times as many as two AVX-512 units do. Splitting a vector

@@ -87,21 +87,16 @@ def cross_attention(
         >>> cross_attention(query, [text, Source(*image, gate=0.6)], fusion="decoupled").shape
         torch.Size([2, 8, 4096, 64])
     """
-    check_choice("return_weights", return_weights, WEIGHTS)
-    if softcap is None and backend is None and type(dropout_p) is float and dropout_p == 0:
-        result = direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), return_weights)
+    if softcap is None and type(dropout_p) is float and not dropout_p and return_weights in WEIGHTS:
+        lse, here = bool(return_lse), isinstance(query, Tensor) and query.is_cpu
+        result = None
+        if here and backend is None:
+            result = direct.attention(query, sources, fusion, scale, is_causal, lse, return_weights)
+        if result is None and not return_weights and backend in (None, "triton"):
+            result = triton_direct.attention(query, sources, fusion, scale, is_causal, lse, backend)
         if result is not None:
             return _returned(result, fusion, return_lse, return_weights)
-    if (
-        not return_weights
-        and softcap is None
-        and backend in (None, "triton")
-        and type(dropout_p) is float
-        and not dropout_p
-    ):
-        result = triton_direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), backend)
-        if result is not None:
-            return _returned(result, fusion, return_lse, False)
+    check_choice("return_weights", return_weights, WEIGHTS)
     if _any_nested(query, sources):
         from mmfast.fusion import packed
 

@@ -18,12 +18,14 @@ from torch.autograd import forward_ad
 
 from mmfast import _backend
 from mmfast.fusion import routes_cuda, triton
-from mmfast.fusion._inputs import FUSIONS, Source, batch_of, check_options, positive_scale, prepare
+from mmfast.fusion._inputs import FUSIONS, Source, as_sources, batch_of, check_options, positive_scale, prepare
 from mmfast.fusion.recording import Recording, is_watched, record, stream_of
 from mmfast.fusion.reference import Attention
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MOST_PLANS = 4096  # then all are forgotten: shapes that never come again must not fill the memory
+_MOST_LAYOUTS = 64  # of gradients, for each plan
+_ADDED, _LENGTHS, _GATE = (2, 4), 3, 5  # places of a `Source`
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 _plans: dict[tuple, _Plan | _Composed | None] = {}
@@ -40,46 +42,62 @@ def attention(
         return None
     if torch.is_autocast_enabled(query.device.type) or (backend is None and os.environ.get("MMFAST_BACKEND")):
         return None
-    if isinstance(sources, Source) or (type(sources) is tuple and len(sources) == 2 and type(sources[0]) in _PLAIN):
-        sources = (sources,)
-    device, gradients = query.get_device(), torch.is_grad_enabled()
-    if type(sources) not in (list, tuple) or fusion not in FUSIONS or type(scale) not in _NUMBERS:
+    if fusion not in FUSIONS or type(scale) not in _NUMBERS or not _backend._TRITON:
         return None
+    device = query.get_device()
     if device >= 0 and device != torch._C._cuda_getDevice():
         return None
-    key: list = [fusion, scale, bool(is_causal), lse, device, gradients]
+    found = _call_of(Source, query, sources, device)
+    if found is None:
+        return None
+    signature, tensors, addresses = found
+    key = fusion, scale, bool(is_causal), lse, device, torch.is_grad_enabled(), signature
+    plan = _plans.get(key, False)
+    if plan is False:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(tensors, as_sources(sources), fusion, scale, bool(is_causal), lse)
+    return None if plan is None else plan(tensors, addresses)
+
+
+def _parts(_source, query: Tensor, sources: Sequence, device: int) -> tuple[Hashable, list[Tensor], list[int]] | None:
+    """All that a call depends on, its tensors, and their addresses: ``fusion_call_of`` of the extension, in Python."""
+    if query.is_nested or query.dim() != 4:
+        return None
+    if type(sources) is Source or (type(sources) is tuple and len(sources) == 2 and type(sources[0]) in _PLAIN):
+        sources = (sources,)
+    if type(sources) not in (list, tuple):
+        return None
+    has: list = []
     tensors = [query]
     for source in sources:
         if type(source) is not Source:
             if type(source) not in (list, tuple) or len(source) != 2:
                 return None
             source = Source(*source)
-        for part in source:
+        for place, part in enumerate(source):
             if type(part) in _PLAIN:
-                key.append("tensor")
-                tensors.append(part if part is source.lengths else _in_four(part, part is source.gate))
-            elif type(part) in _NUMBERS:
-                key.append(part)
+                has.append("tensor")
+                if part.dim() != 4 and place != _LENGTHS:
+                    part = _in_four(part, place, query)
+                    if part is None:
+                        return None
+                tensors.append(part)
+            elif part is None or (place == _GATE and type(part) in _NUMBERS):
+                has.append(part)
             else:
                 return None
-    found = _described(tensors, device)
-    if found is None:
-        return None
-    signature, addresses = found
-    key = (*key, signature)
-    plan = _plans.get(key, False)
-    if plan is False:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(tensors, sources, fusion, scale, bool(is_causal), lse)
-    return None if plan is None else plan(tensors, addresses)
+    found = _describe(tensors, device)
+    return None if found is None else ((*has, found[0]), tensors, found[1])
 
 
 def _describe(tensors: Sequence[Tensor], device: int) -> tuple[Hashable, list[int]] | None:
     """``fusion_described`` of the extension, which takes a tenth of the time, in Python."""
     addresses, what = [], []
     for x in tensors:
-        if x.layout is not torch.strided or x.is_nested or x.get_device() != device or x.is_neg():
+        if x.layout is not torch.strided or x.is_nested or x.get_device() != device:
+            return None
+        if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
             return None
         address = x.data_ptr()
         addresses.append(address)
@@ -87,14 +105,18 @@ def _describe(tensors: Sequence[Tensor], device: int) -> tuple[Hashable, list[in
     return tuple(what), addresses
 
 
+def _in_four(x: Tensor, place: int, query: Tensor) -> Tensor | None:
+    """Masks, biases and gates in the four dimensions that kernels take; None for what is none of these."""
+    dim = x.dim()
+    if place in _ADDED:
+        return x[(None,) * (4 - dim)] if dim in (2, 3) else None
+    if place != _GATE or dim > 1 or (dim and x.shape[0] != query.shape[1]):
+        return None
+    return x[None, :, None, None] if dim else x[None, None, None, None]
+
+
 _described = _describe if _backend._C is None else _backend._C.fusion_described
-
-
-def _in_four(x: Tensor, gate: bool) -> Tensor:
-    """Masks, biases and gates in the four dimensions that kernels take."""
-    if x.dim() == 4:
-        return x
-    return x[None, :, None, None] if gate and x.dim() == 1 else x[(None,) * (4 - x.dim())]
+_call_of = _parts if _backend._C is None else _backend._C.fusion_call_of
 
 
 # ---- What is kept of a call
@@ -105,7 +127,7 @@ def _plan(
 ) -> _Plan | _Composed | None:
     query, *rest = tensors
     rest = iter(rest)
-    own = [Source(*(next(rest) if isinstance(x, Tensor) else x for x in Source(*source))) for source in sources]
+    own = [Source(*(next(rest) if isinstance(x, Tensor) else x for x in source)) for source in sources]
     try:
         scale = check_options(fusion, scale, 0.0, None, query.shape[3])[0]
         same, prepared = prepare(query, own, fusion)
@@ -135,22 +157,27 @@ class _Composed:
         batch = batch_of(query, sources)
         self.batch = None if all(x.shape[0] == batch for s in sources for x in (query, s.key, s.value)) else batch
         self.scale = scale
-        self.options = {"is_causal": causal, "enable_gqa": query.shape[1] != sources[0].key.shape[1]}
+        self.causal = causal
+        self.grouped = [query.shape[1] != s.key.shape[1] for s in sources]
+        # The gradient of a gate is a sum over all that it is broadcast along: in half precision it might overflow.
+        self.wide = [torch.is_grad_enabled() and isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources]
         self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
 
     def __call__(self, tensors: Sequence[Tensor], _addresses: Sequence[int]) -> Attention:
         query, *rest = tensors
         query, scale, _ = positive_scale(query, self.scale)
         rest, total = iter(rest), None
-        for gate in self.gates:
+        for gate, grouped, wide in zip(self.gates, self.grouped, self.wide, strict=True):
             three = query, next(rest), next(rest)
             if self.batch is not None:
                 three = (x.expand(self.batch, -1, -1, -1) for x in three)
-            out = F.scaled_dot_product_attention(*three, scale=scale, **self.options)
+            out = F.scaled_dot_product_attention(*three, is_causal=self.causal, scale=scale, enable_gqa=grouped)
+            if wide:
+                out = out.float()
             if gate is not None:
                 out = out * (next(rest).to(out.dtype) if gate == "tensor" else gate)
             total = out if total is None else total + out
-        return Attention(total, (), None)
+        return Attention(total.to(query.dtype), (), None)
 
 
 class _Plan:
@@ -173,17 +200,18 @@ class _Plan:
         self.native_backward = None if _backend._C is None else _backend._C.RecordedBackward()
 
     def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
-        native = None if type(self.forward) is bool or is_watched() else self.forward.native
+        forward = self.forward  # another thread may be recording
+        native = None if type(forward) is bool or is_watched() else forward.native
         if native is not None:
-            stream = stream_of(self.forward.device.index)
+            stream = stream_of(forward.device.index)
             if self.tracked:
-                at = self.forward.result
+                at = forward.result
                 out, lse = _backend._C.fusion_replayed(
                     tensors, native, addresses, at, self.native_backward, self, stream, self.joint
                 )
             else:
                 made = native.again(addresses, stream)
-                out, lse = (made[i] for i in self.forward.result)
+                out, lse = (made[i] for i in forward.result)
         elif self.tracked:
             out, lse = _Tracked.apply(self, addresses, *tensors)
         else:
@@ -196,14 +224,15 @@ class _Plan:
 
     def compute(self, tensors: Sequence[Tensor], addresses: list[int]) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exps ``(N, B, H, L)``."""
-        if type(self.forward) is bool:
+        forward = self.forward  # another thread may be recording
+        if type(forward) is bool:
             with torch.no_grad():
                 run = partial(triton.forward, *self._inputs(tensors), *self.options)
-                if not self.forward:
+                if not forward:
                     return run()
                 result, self.forward = record(run, tensors)
                 return result
-        return self.forward.again(tensors, addresses)
+        return forward.again(tensors, addresses)
 
     def differentiate(
         self, grad_out: Tensor | None, grad_lse: Tensor | None, tensors: list[Tensor], out: Tensor | None, lse: Tensor
@@ -215,7 +244,8 @@ class _Plan:
             return self.gradients_of_batch(grad_out, grad_lse, tensors)
         if grad_out is None:
             grad_out = tensors[0].new_zeros((*lse.shape[1:], tensors[self.lists[1][0]].shape[3]))
-        graph = torch.is_grad_enabled() or not _backend.nobody_looks_on() or type(grad_out) is not Tensor
+        graph = torch.is_grad_enabled() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on()
+        graph = graph or any(type(g) not in (Tensor, type(None)) for g in (grad_out, grad_lse))
         gradients = self.gradients_with_graph if graph else self.gradients
         return gradients(grad_out, grad_lse, tensors, out, lse)
 
@@ -223,14 +253,20 @@ class _Plan:
         """Of each of ``tensors``, without a graph."""
         given = [*tensors, lse, *(x for x in (grad_out, grad_lse, out) if x is not None)]
         found = _described(given, given[0].get_device())
-        key, addresses = found or (None, [])
-        recording = self.backward.get(key, key is not None)
+        if found is None:  # a gradient that is no plain memory, or what hooks have made of the saved tensors
+            return self.gradients_with_graph(grad_out, grad_lse, tensors, out, lse)
+        key, addresses = found
+        recording = self.backward.get(key, True)
         if type(recording) is bool:
             run = partial(
                 triton.launched_backward, grad_out, grad_lse, *self._inputs(tensors), *self.options, out, lse,
                 self.gate_gradients,
             )  # fmt: skip
             if recording:
+                if len(self.backward) >= _MOST_LAYOUTS:
+                    self.backward.clear()
+                    if self.native_backward is not None:
+                        self.native_backward.clear()
                 result, made = record(run, given)
                 self.backward[key] = made
                 if made and made.native is not None:

@@ -543,6 +543,7 @@ def backward(
     """Gradients of query, keys, values and the gates that ``gates`` asks for, before `reduced`. ``out`` saves work, if
     joint."""
     out = out if joint else None  # decoupled, it is a sum of what belongs to different softmaxes
+    lse = lse.contiguous()  # hooks for saved tensors may have changed its strides
     _, batch, heads, rows = lse.shape
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)

@@ -4,6 +4,7 @@ they must not pass over."""
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -161,3 +162,173 @@ def test_plans_are_forgotten(monkeypatch):
     for rows in range(1, 8):
         cross_attention(torch.randn(1, 1, rows, 8), (torch.randn(1, 1, 5, 8),) * 2, backend="triton")
     assert 0 < len(triton_direct._plans) <= 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s._replace(key=s.key[0]), "key of sources\\[0\\] must be \\(B, H_kv, S, D\\)"),
+        (lambda s: s._replace(value=s.value[0]), "value of sources\\[0\\] must be \\(B, H_kv, S, D_v\\)"),
+        (lambda s: s._replace(mask=torch.ones(19)), "mask of sources\\[0\\] must have 2 to 4 dimensions"),
+        (lambda s: s._replace(bias=torch.tensor(1.0)), "bias of sources\\[0\\] must have 2 to 4 dimensions"),
+        (lambda s: s._replace(gate=torch.ones(1)), "gate of sources\\[0\\] must be \\(\\), \\(2,\\) or"),
+        (lambda s: s._replace(gate=torch.ones(2, 1, 1)), "gate of sources\\[0\\] must be \\(\\), \\(2,\\) or"),
+    ],
+)
+def test_dimensions_are_no_fewer_than_said(change, message):
+    query, key = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 19, 8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            cross_attention(query, change(Source(key, key)), fusion="decoupled", backend="triton")
+
+
+def test_the_same_tensor_as_mask_and_gate():
+    """What a tensor is made of depends on what it is given as."""
+    query, key, both = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 1)
+    source = Source(key, key, mask=both, gate=both)
+    ours, expected = (cross_attention(query, source, fusion="decoupled", backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_nothing_is_kept_alive(build):
+    tensors, call = build()
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    gradients(outputs(tensors, call, "triton", True), tensors, 0)
+    alive = [weakref.ref(t) for t in tensors]
+    del tensors
+    gc.collect()
+    assert triton_direct._plans and not any(ref() is not None for ref in alive)
+    for plan in triton_direct._plans.values():
+        for one in (plan.forward, *plan.backward.values()):
+            assert not one or not any(tensors_of(call.fill) for call in one.calls)
+
+
+def tensors_of(function):
+    """Tensors that a closure holds, in lists and tuples too."""
+    todo, found = [cell.cell_contents for cell in function.__closure__], []
+    while todo:
+        x = todo.pop()
+        found += [x] if isinstance(x, torch.Tensor) else []
+        todo += x if isinstance(x, (list, tuple)) else [c.cell_contents for c in getattr(x, "__closure__", None) or ()]
+    return found
+
+
+def test_gradients_that_are_no_plain_memory():
+    """Marked as negated, or zero without memory: neither is read as if it were what lies there."""
+    tensors, call = adapter()
+    negated = torch.randn(2, 2, 20, 8, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    zero = torch._efficientzerotensor(negated.shape)
+    for _ in range(2):
+        for grad in (negated, zero):
+            found, expected = (
+                torch.autograd.grad(outputs(tensors, call, backend, False)[0], tensors, given)
+                for backend, given in (("triton", grad), ("reference", torch.zeros(negated.shape) + grad))
+            )
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=5e-5)
+
+
+def test_layouts_of_gradients_are_forgotten(monkeypatch):
+    monkeypatch.setattr(triton_direct, "_MOST_LAYOUTS", 2)
+    (query, key, value), call = masked()
+    for pad in range(5):
+        out = outputs([query, key, value], call, "triton", False)[0]
+        grad = torch.randn(*out.shape[:3], 8 + pad)[..., :8]
+        expected = torch.autograd.grad(outputs([query, key, value], call, "reference", False)[0], query, grad)
+        torch.testing.assert_close(torch.autograd.grad(out, query, grad), expected, atol=5e-5, rtol=5e-5)
+    assert all(len(plan.backward) <= 2 for plan in triton_direct._plans.values())
+
+
+def test_a_first_call_that_fails(monkeypatch):
+    """The next one is recorded, and no recorder is left behind."""
+    tensors, call = joint()
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    for name in ("forward", "launched_backward"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_direct.triton, name, fail)
+            with pytest.raises(MemoryError):
+                gradients(outputs(tensors, call, "triton", True), tensors, 0)
+        assert getattr(recording._local, "recorder", None) is None
+    for _ in range(2):
+        ours, expected = (outputs(tensors, call, backend, True) for backend in ("triton", "reference"))
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    (plan,) = triton_direct._plans.values()
+    assert isinstance(plan.forward, recording.Recording)
+
+
+def test_threads_record_for_themselves():
+    """The interpreter runs in one thread at a time: here another one only asks for memory and computes otherwise."""
+    tensors, call = joint()
+
+    def elsewhere():
+        recording.room(tensors[0], (3,))
+        recording.spoil()
+
+    def run():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return triton_direct.triton.forward(*inputs)
+
+    outputs(tensors, call, "triton", True)
+    (plan,) = triton_direct._plans.values()
+    inputs = *plan._inputs(tensors), *plan.options
+    with torch.no_grad():
+        result, made = recording.record(run, tensors)
+    assert isinstance(made, recording.Recording) and len(made.rooms) == len(plan.forward.rooms)
+    torch.testing.assert_close(made.again(tensors, [t.data_ptr() for t in tensors]), result)
+
+
+def test_first_seen_without_gradients():
+    """What was recorded where nothing is followed serves calls that are, and what inference mode made is none."""
+    tensors, call = joint()
+    with torch.inference_mode():
+        given = [t.detach().clone() for t in tensors]
+        outputs(given, call, "triton", True)
+    ours, expected = (outputs(given, call, backend, True) for backend in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    assert not any(t.is_inference() for t in ours)
+    ours, expected = (
+        gradients(outputs(tensors, call, backend, True), tensors, 0) for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, expected, atol=5e-5, rtol=5e-5)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        outputs([tensors[0], *given[1:]], call, "triton", True)
+
+
+def test_saved_tensors_go_through_hooks():
+    """And come back in another layout."""
+    tensors, call = masked()
+
+    def elsewhere(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.is_floating_point() else x
+
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
+            ours = gradients(outputs(tensors, call, "triton", True), tensors, 0)
+        expected = gradients(outputs(tensors, call, "reference", True), tensors, 0)
+        torch.testing.assert_close(ours, expected, atol=5e-5, rtol=5e-5)
+
+
+def test_written_out_attention():
+    """Sources with heads of their own, and a gate whose gradient exceeds what its output's dtype holds."""
+    query, half = torch.randn(1, 4, 64, 8).half().requires_grad_(), torch.ones(1, 2, 5, 8).half()
+    full, gate = torch.ones(1, 4, 5, 8).half(), torch.ones(1, 1, 1, 1).requires_grad_()
+    sources = [Source(full, full), Source(half, half, gate=gate), Source(full, full, gate=-0.5)]
+    out = triton_direct._Composed(query, sources, 0.3, False)([query, full, full, half, half, gate, full, full], []).out
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, torch.full_like(out, 1.5))
+    (grad,) = torch.autograd.grad(out, gate, torch.full_like(out, 100))
+    torch.testing.assert_close(grad.squeeze(), torch.tensor(100.0 * out.numel()))
+
+
+def test_without_triton(monkeypatch):
+    """Nothing goes past the choice of who computes."""
+    monkeypatch.setattr(triton_direct._backend, "_TRITON", False)
+    tensors, call = joint()
+    query, sources, _ = call(tensors)
+    assert triton_direct.attention(query, sources, "joint", None, False, False, "triton") is None

@@ -130,9 +130,9 @@ public:
     std::vector<Approx> k;
     std::vector<PerLayer> layers;
 
-    // `eps` is the unit roundoff of the implementation.
-    Pairs(const Kernel& kernel, const Sample& x, const Sample& y, int64_t b, bool same, double eps)
-        : n(x.count), m(y.count), own(same), k(n * m), kernel_(kernel), x_(x), y_(y), b_(b), eps_(eps) {
+    // `eps` is the unit roundoff of the implementation, and `each` the error of one product of a weight with a feature.
+    Pairs(const Kernel& kernel, const Sample& x, const Sample& y, int64_t b, bool same, double eps, double each = 0)
+        : n(x.count), m(y.count), own(same), k(n * m), kernel_(kernel), x_(x), y_(y), b_(b), eps_(eps), each_(each) {
         int64_t column = 0;
         for (const Layer& l : kernel.layers) {
             layers.push_back(measure(l, column));
@@ -205,8 +205,8 @@ private:
     void add_feature(Metric metric, const Approx& w, double p, double q, double spread, Approx& a, Approx& b) const {
         const double more = (8 + std::sqrt(double(n + m))) * eps_ * w.size();
         if (metric == Metric::dot) {
-            a.add(q, w.v, w.e + more);
-            b.add(p, w.v, w.e + more);
+            a.add(q, w.v, w.e + more + each_ * w.size());
+            b.add(p, w.v, w.e + more + each_ * w.size());
             return;
         }
         const double d = metric == Metric::l2 ? 2 * (p - q) : p > q ? 1 : p < q ? -1 : (p - q) * 0;
@@ -214,8 +214,9 @@ private:
         const double size = metric == Metric::l2 ? 4 * spread : 1;
         a.add(d, w.v, w.e);
         b.add(-d, w.v, w.e);
-        a.e += more * size;
-        b.e += more * size;
+        const double products = metric == Metric::l2 ? 2 * each_ * spread * w.size() : 0;
+        a.e += more * size + products;
+        b.e += more * size + products;
     }
 
     Approx product(const Approx& a, const Approx& b) const {
@@ -339,7 +340,7 @@ private:
     const Kernel& kernel_;
     const Sample &x_, &y_;
     int64_t b_;
-    double eps_;
+    double eps_, each_;
     std::vector<std::vector<Approx>> values_;  // of each layer
     mutable std::map<std::tuple<size_t, size_t, int>, std::vector<Approx>> by_parameter_;
 };

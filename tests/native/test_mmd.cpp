@@ -18,6 +18,22 @@ const double kEps = sizeof(T) == 8 ? 0x1p-53
                     : split()      ? 0x1.8p-22
                                    : 0x1p-24;
 
+// What one product of split factors may be off by at worst, beside the mean that is part of kEps: factors just above a
+// power of two, with l at its largest. Where a sum has many terms they cancel; of one or two it is all there is.
+template <class T>
+const double kEach = sizeof(T) == 4 && split() ? 0x1p-15 : 0;
+
+// Sums in double are rounded with each value: errors that cancel, in float32 not worth a word. But the values of a kernel
+// without features are all the same and so are the roundings, as long as the sum is between the same powers of two. At
+// least four sums are taken side by side.
+template <class T>
+double of_sum(const Kernel& kernel, int64_t count) {
+    for (const Layer& l : kernel.layers) {
+        if (l.dimension) return 0;
+    }
+    return sizeof(T) == 8 ? double(count) / 4 * kEps<T> : 0;
+}
+
 struct Tally {
     double largest = 0;  // error, in parts of the bound
     int64_t values = 0, vague = 0;
@@ -74,9 +90,9 @@ struct Case {
                   std::to_string(batch()) + " n " + std::to_string(n()) + " m " + std::to_string(m()) +
                   describe(kernel);
         for (int64_t i = 0; i < batch(); ++i) {
-            xx.emplace_back(kernel, x.sample, x.sample, i, true, kEps<T>);
-            yy.emplace_back(kernel, y.sample, y.sample, i, true, kEps<T>);
-            xy.emplace_back(kernel, x.sample, y.sample, i, false, kEps<T>);
+            xx.emplace_back(kernel, x.sample, x.sample, i, true, kEps<T>, kEach<T>);
+            yy.emplace_back(kernel, y.sample, y.sample, i, true, kEps<T>, kEach<T>);
+            xy.emplace_back(kernel, x.sample, y.sample, i, false, kEps<T>, kEach<T>);
         }
     }
     Case(const Case&) = delete;
@@ -148,6 +164,7 @@ void check_quadratic(Case<T>& c) {
             if (coefs[kind] == 0 && !all_sums) continue;
             const Pairs& p = c.pairs(b, kind);
             const int from = kind == 1, to = kind != 0;
+            const double summed = of_sum<T>(c.kernel, p.n * p.m);
             auto& by_from = from ? gradients.weights_y : gradients.weights_x;
             auto& by_to = to ? gradients.weights_y : gradients.weights_x;
             std::vector<Approx> weights(p.n * p.m);
@@ -157,7 +174,7 @@ void check_quadratic(Case<T>& c) {
                     const int64_t at_u = b * count[from] + i, at_v = b * count[to] + j;
                     const double u = w[from] ? double((*w[from])[at_u]) : 1, v = w[to] ? double((*w[to])[at_v]) : 1;
                     const Approx& k = p.at(i, j);
-                    should[b * 3 + kind].add(u * v, k.v, k.e + 8 * eps * k.size());
+                    should[b * 3 + kind].add(u * v, k.v, k.e + (8 * eps + summed) * k.size());
                     by_from[at_u].add(coefs[kind] * v, k.v, k.e + 8 * eps * k.size());
                     by_to[at_v].add(coefs[kind] * u, k.v, k.e + 8 * eps * k.size());
                     const double g = coefs[kind] * u * v;
@@ -190,6 +207,7 @@ void check_sums(Case<T>& c, bool own) {
                             asked.pointers.parameters);
     for (int64_t b = 0; b < batch; ++b) {
         const Pairs& p = own ? c.xx[b] : c.xy[b];
+        const double summed = of_sum<T>(c.kernel, p.n * p.m);
         std::vector<Approx> weights(p.n * p.m);
         for (int64_t i = 0; i < p.n; ++i) {
             for (int64_t j = 0; j < p.m; ++j) {
@@ -198,7 +216,7 @@ void check_sums(Case<T>& c, bool own) {
                 const double error = k.e + 8 * eps * k.size(), size = k.size();
                 r[b * n + i].add(1, k.v, error);
                 if (!own) l[b * m + j].add(1, k.v, error);
-                s[b].add(1, k.v * k.v, 2 * size * error + k.e * k.e);
+                s[b].add(1, k.v * k.v, 2 * size * error + k.e * k.e + summed * size * size);
                 const double gr = (*by_rows)[b * n + i], gs = (*by_squares)[b];
                 const double gc = own ? 0 : (*by_columns)[b * m + j];
                 const Real g = gr + gc + 2 * gs * k.v;
@@ -227,7 +245,8 @@ void check_matmul(Case<T>& c, bool own, int64_t width) {
     matmul_backward_cpu<T>(batch, c.kernel, c.x.set(), y, own, v->data(), g->data(), width, grad_v.data(),
                            asked.pointers);
 
-    const double more_n = (8 + 2 * std::sqrt(double(m))) * eps, more_m = (8 + 2 * std::sqrt(double(n))) * eps;
+    const double more_n = (8 + 2 * std::sqrt(double(m))) * eps + kEach<T>;
+    const double more_m = (8 + 2 * std::sqrt(double(n))) * eps + kEach<T>;
     std::vector<Approx> should(out.size()), by_v(grad_v.size());
     SlowGradients gradients(c.kernel, c.x.sample, own ? Sample{batch, 0, 0, {}} : other, asked.pointers.parameters);
     for (int64_t b = 0; b < batch; ++b) {
@@ -282,7 +301,8 @@ void check_pair(Case<T>& c, const Kernel& other, const Stored& z) {
     SlowGradients by_x(c.kernel, c.x.sample, none, asked_x.pointers.parameters);
     SlowGradients by_y(other, z.sample, none, asked_y.pointers.parameters);
     for (int64_t b = 0; b < batch; ++b) {
-        const Pairs l(other, z.sample, z.sample, b, true, eps);
+        const Pairs l(other, z.sample, z.sample, b, true, eps, kEach<T>);
+        const double summed[2] = {of_sum<T>(c.kernel, n * n), of_sum<T>(other, n * n)};
         const Pairs* const p[2] = {&c.xx[b], &l};
         const double* const g = gp->data() + 3 * b;
         std::vector<Approx> weights[2] = {std::vector<Approx>(n * n), std::vector<Approx>(n * n)};
@@ -296,9 +316,10 @@ void check_pair(Case<T>& c, const Kernel& other, const Stored& z) {
                     size[q] = p[q]->at(i, j).size();
                     e[q] = p[q]->at(i, j).e + 8 * eps * size[q];
                     rows[q][b * n + i].add(1, v[q], e[q]);
-                    s[b * 3 + 1 + q].add(1, v[q] * v[q], e[q] * (2 * size[q] + e[q]));
+                    s[b * 3 + 1 + q].add(1, v[q] * v[q], e[q] * (2 * size[q] + e[q]) + summed[q] * size[q] * size[q]);
                 }
-                s[b * 3].add(1, v[0] * v[1], e[0] * size[1] + e[1] * size[0] + e[0] * e[1]);
+                const double both = std::min(summed[0], summed[1]) * size[0] * size[1];
+                s[b * 3].add(1, v[0] * v[1], e[0] * size[1] + e[1] * size[0] + e[0] * e[1] + both);
                 for (int q = 0; q < 2; ++q) {
                     const double row = (*(q ? gy : gx))[b * n + i];
                     weights[q][i * n + j] = {row + g[0] * v[1 - q] + 2 * g[1 + q] * v[q],
@@ -336,7 +357,7 @@ void check_permutations(Case<T>& c, int64_t groups) {
             for (int64_t g = 0; g < groups; ++g) {
                 // A NaN is in all sums: 0 times NaN.
                 const double in = members[g * n + i] && members[g * n + j];
-                sums[g].add(in, k.v, k.e + (8 + 2 * std::sqrt(double(n))) * eps * k.size());
+                sums[g].add(in, k.v, k.e + ((8 + 2 * std::sqrt(double(n))) * eps + kEach<T>)*k.size());
             }
         }
     }
@@ -439,7 +460,7 @@ void check_many_points(uint64_t seed) {
                 r[i].add(1, k.v, k.e + 8 * kEps<T> * k.size());
                 l[j].add(1, k.v, k.e + 8 * kEps<T> * k.size());
                 for (int q = 0; q < 3; ++q) {
-                    const double more = (8 + 2 * std::sqrt(double(s[1]))) * kEps<T>;
+                    const double more = (8 + 2 * std::sqrt(double(s[1]))) * kEps<T> + kEach<T>;
                     o[i * 3 + q].add(double((*v)[j * 3 + q]), k.v, k.e + more * k.size());
                 }
             }
