@@ -47,7 +47,8 @@ auto kernel_for(const FewJob<T>& job) {
     // Twice the compilation, and for double the exponentials are most of the work anyway.
     if constexpr (std::is_same_v<T, float>) {
         if (all_gaussians(job)) {
-            if (job.terms == 1) return job.gradient ? few_gaussians<T, D, true, true> : few_gaussians<T, D, false, true>;
+            if (job.terms == 1)
+                return job.gradient ? few_gaussians<T, D, true, true> : few_gaussians<T, D, false, true>;
             return job.gradient ? few_gaussians<T, D, true, false> : few_gaussians<T, D, false, false>;
         }
     }

@@ -47,7 +47,8 @@ template <class T, int D>
 void run_block(const FewJob<T>& job, const HostBlock& block, FewMemory<T, D>& memory, int64_t index, bool any) {
     const Few<T, D, HostBlock> few(job, block, memory, index);
     if (any || !all_gaussians(job)) return few.run();
-    if (job.terms == 1) return job.gradient ? few.template run_gaussians<true, true>() : few.template run_gaussians<false, true>();
+    if (job.terms == 1)
+        return job.gradient ? few.template run_gaussians<true, true>() : few.template run_gaussians<false, true>();
     if (job.gradient) return few.template run_gaussians<true, false>();
     few.template run_gaussians<false, false>();
 }
@@ -184,10 +185,19 @@ int main() {
     const int64_t sizes[] = {1, 7, 8, 9, 127, 128, 129, 135, 136};
     for (int i = 0; i < 36; ++i) {
         const int rungs = i % 9 + 1;
-        Case c{"rungs", std::vector<Family>(rungs, Family::gaussian), {}, sizes[i % 7], sizes[(i * 5 + 2) % 9], 1, 1 + i % 2,
-               i % 3 == 0, i / 9 % 2 == 0, all};
+        Case c{"rungs",
+               std::vector<Family>(rungs, Family::gaussian),
+               {},
+               sizes[i % 7],
+               sizes[(i * 5 + 2) % 9],
+               1,
+               1 + i % 2,
+               i % 4 < 2,
+               i / 9 % 2 == 0,
+               all};
         for (int t = 0; t < rungs; ++t)
-            for (const double v : {0.5 + 0.25 * (t % 3), std::ldexp(0.04, rungs - 1 - t), 0.0, 0.0}) c.parameters.push_back(v);
+            for (const double v : {0.5 + 0.25 * (t % 3), std::ldexp(0.04, rungs - 1 - t), 0.0, 0.0})
+                c.parameters.push_back(v);
         if (i >= 18) c.parameters[1] *= 1.01;  // no ladder any more
         c.dimension = 1 + i % 2;
         run<float, 2>(c, 1e-5);
