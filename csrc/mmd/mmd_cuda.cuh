@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "mmd/mmd_cuda.h"
 
@@ -34,12 +35,32 @@ __global__ void __launch_bounds__(kFewRows) few(const __grid_constant__ FewJob<T
     Few<T, D, CudaBlock>(job, block, memory, int64_t(blockIdx.x)).run();
 }
 
+template <class T, int D, bool gradient, bool Single>
+__global__ void __launch_bounds__(kFewRows) few_gaussians(const __grid_constant__ FewJob<T> job) {
+    __shared__ FewMemory<T, D> memory;
+    const CudaBlock block;
+    Few<T, D, CudaBlock>(job, block, memory, int64_t(blockIdx.x)).template run_gaussians<gradient, Single>();
+}
+
+template <class T, int D>
+auto kernel_for(const FewJob<T>& job) {
+    // Twice the compilation, and for double the exponentials are most of the work anyway.
+    if constexpr (std::is_same_v<T, float>) {
+        if (all_gaussians(job)) {
+            if (job.terms == 1)
+                return job.gradient ? few_gaussians<T, D, true, true> : few_gaussians<T, D, false, true>;
+            return job.gradient ? few_gaussians<T, D, true, false> : few_gaussians<T, D, false, false>;
+        }
+    }
+    return few<T, D>;
+}
+
 template <class T, int D>
 void launch(const FewJob<T>& job, cudaStream_t stream) {
     static_assert(sizeof(FewMemory<T, D>) <= 48 * 1024, "static shared memory");
     const int64_t blocks = few_tiles(job.n, job.m, kFewRows) * job.shares * job.batch;
     if (blocks == 0) return;
-    few<T, D><<<static_cast<unsigned>(blocks), kFewRows, 0, stream>>>(job);
+    kernel_for<T, D>(job)<<<static_cast<unsigned>(blocks), kFewRows, 0, stream>>>(job);
     check(cudaGetLastError(), "mmd: quadratic forms of few features");
 }
 

@@ -42,8 +42,19 @@ double measure(Metric metric, const double* p, const double* q, int dimension) {
     return z;
 }
 
+// As the GPU runs a job; `any` is the code for any terms.
 template <class T, int D>
-void run(const Case& c, double tolerance) {
+void run_block(const FewJob<T>& job, const HostBlock& block, FewMemory<T, D>& memory, int64_t index, bool any) {
+    const Few<T, D, HostBlock> few(job, block, memory, index);
+    if (any || !all_gaussians(job)) return few.run();
+    if (job.terms == 1)
+        return job.gradient ? few.template run_gaussians<true, true>() : few.template run_gaussians<false, true>();
+    if (job.gradient) return few.template run_gaussians<true, false>();
+    few.template run_gaussians<false, false>();
+}
+
+template <class T, int D>
+void run(const Case& c, double tolerance, bool any = false) {
     std::mt19937 random(7);
     std::normal_distribution<double> normal;
     const int64_t batch = 2, total = c.n + c.m;
@@ -77,7 +88,7 @@ void run(const Case& c, double tolerance) {
     const auto memory = std::make_unique<FewMemory<T, D>>();
     const HostBlock block;
     const int64_t blocks = few_tiles(c.n, c.m, kFewRows) * c.shares * batch;
-    for (int64_t i = blocks - 1; i >= 0; --i) Few<T, D, HostBlock>(job, block, *memory, i).run();
+    for (int64_t i = blocks - 1; i >= 0; --i) run_block<T, D>(job, block, *memory, i, any);
 
     const Metric metric = metric_of(c.families[0]);
     double worst_sum = 0, worst_gradient = 0, size_sum = 0, size_gradient = 0;
@@ -165,8 +176,37 @@ int main() {
     for (Case c : cases) {
         run<float, 3>(c, 2e-5);
         run<double, 3>(c, 1e-13);
+        run<double, 3>(c, 1e-13, true);
         c.dimension = 13;
         run<float, 16>(c, 2e-5);
+        run<double, 16>(c, 1e-13);
+    }
+    // Each number of rungs, around the size of a tile and of a group of columns, and each number of features.
+    const int64_t sizes[] = {1, 7, 8, 9, 127, 128, 129, 135, 136};
+    for (int i = 0; i < 36; ++i) {
+        const int rungs = i % 9 + 1;
+        Case c{"rungs",
+               std::vector<Family>(rungs, Family::gaussian),
+               {},
+               sizes[i % 7],
+               sizes[(i * 5 + 2) % 9],
+               1,
+               1 + i % 2,
+               i % 4 < 2,
+               i / 9 % 2 == 0,
+               all};
+        for (int t = 0; t < rungs; ++t)
+            for (const double v : {0.5 + 0.25 * (t % 3), std::ldexp(0.04, rungs - 1 - t), 0.0, 0.0})
+                c.parameters.push_back(v);
+        if (i >= 18) c.parameters[1] *= 1.01;  // no ladder any more
+        c.dimension = 1 + i % 2;
+        run<float, 2>(c, 1e-5);
+        run<double, 2>(c, 1e-13);
+        c.dimension = 3 + i % 2;
+        run<double, 4>(c, 1e-13);
+        c.dimension = 5 + i % 4;
+        run<float, 8>(c, 1e-5);
+        c.dimension = 9 + i % 8;
         run<double, 16>(c, 1e-13);
     }
     std::puts("mmd_block: fine");
