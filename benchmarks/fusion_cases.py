@@ -163,6 +163,11 @@ class AttentionCase(_Attention):
         """The output of mmfast."""
         return self.attend(inputs, source_masks(self, inputs[0].device.type), backend)
 
+    def computation(self, device: str):
+        """``inputs`` → the output of mmfast, with the masks made before."""
+        masks = source_masks(self, device)
+        return lambda inputs: self.attend(inputs, masks, None)
+
     def attend(self, inputs: Sequence[Tensor], masks: tuple, backend: str | None) -> Tensor:
         """`compute` with the ``masks`` of `source_masks`."""
         query, pairs, gates = self.parts(inputs)

@@ -128,7 +128,8 @@ class Native(Provider):
         return True
 
     def build(self, case, device):
-        return Runner(case.compute, getattr(case, "prepare", _identity))
+        compute = case.computation(device) if hasattr(case, "computation") else case.compute
+        return Runner(compute, getattr(case, "prepare", _identity))
 
 
 PEER_MODULES = (

@@ -10,9 +10,9 @@ table names engines in order of preference; the first that can (`able`) does it:
     sdpa        scaled_dot_product_attention itself
     reference   plain PyTorch
 
-The table below is reasoned from bytes and operations and **has been measured on no GPU yet**. ``mmfast tune fusion``
-measures it on the GPU at hand (`tune`), and keeps the result for that GPU, torch and Triton; it is read when that GPU
-is first used.
+The table below is reasoned from bytes and operations, and for few keys and few queries measured on an H100
+(benchmarks/results). ``mmfast tune fusion`` measures all of it on the GPU at hand (`tune`), and keeps the result for
+that GPU, torch and Triton; it is read when that GPU is first used.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ _BY_KIND = {
     "few keys, one source": ("short", "sdpa", "flash"),
     "few keys, several sources": ("short", "flash"),
     "few keys, decoupled": ("short", "flash"),
-    # Few queries: a program a head leaves most of the device idle. The backward is parallel over keys already.
-    "few queries": ("split", "flash"),
+    # Few queries: with one source flash splits the keys by itself in half precision, as fast as "split", in one call. In
+    # float32 "split" takes half as long as "efficient", which "sdpa" is then, but the backward is the same.
+    "few queries": ("sdpa", "split", "flash"),
     # Long: what is limited by the matrix units belongs to those who come closest to their rate.
     "long, one source": ("sdpa", "flash"),
     # "efficient" visits every key and reads the mask for every head; "flash" is that too, but for lengths alone.
@@ -65,6 +66,7 @@ TABLE: dict[Key, tuple[str, ...]] = {
     for half in (True, False)
     for gradients in (True, False)
 }
+TABLE[Key("few queries", half=False, gradients=False)] = ("split", "flash")
 
 
 # ---- Kinds of calls
@@ -138,7 +140,9 @@ def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse
     if engine == "sdpa":  # with masks its kernels do not agree on what a row without keys is
         only = sources[0]
         plain = only.mask is None and only.bias is None and only.lengths is None and only.gate is None
-        return len(sources) == 1 and plain and not lse and only.key.shape[2] > 0
+        few = query.shape[2] <= FEW_QUERIES  # which may be rows of one product where they share keys, and not in sdpa
+        shared = few and folds(query, sources, batch_of(query, list(sources))) != (1, 1)
+        return len(sources) == 1 and plain and not lse and only.key.shape[2] > 0 and not shared
     if engine == "skip":  # in float32, of three products, no faster than "efficient"
         return query.dtype != torch.float32
     if engine in ("efficient", "cudnn", "flash"):
