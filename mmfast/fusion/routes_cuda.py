@@ -51,8 +51,8 @@ _BY_KIND = {
     "few keys, one source": ("short", "sdpa", "flash"),
     "few keys, several sources": ("short", "flash"),
     "few keys, decoupled": ("short", "flash"),
-    # Few queries: with one source flash splits the keys by itself in half precision, as fast as "split", in one call. In
-    # float32 "split" takes half as long as "efficient", which "sdpa" is then, but the backward is the same.
+    # Few queries: with one source flash splits the keys by itself in half precision, as fast as "split", in one call.
+    # In float32 "split" takes half as long as "efficient", which "sdpa" is then, but the backward is the same.
     "few queries": ("sdpa", "split", "flash"),
     # Long: what is limited by the matrix units belongs to those who come closest to their rate.
     "long, one source": ("sdpa", "flash"),
