@@ -7,7 +7,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/custom_class.h>
 
 #include <algorithm>
 #include <cstring>
@@ -179,7 +178,9 @@ py::object call_of(py::handle source_class, py::handle query_object, py::handle 
             if (is_plain_type(part)) {
                 Tensor t = THPVariable_Unpack(part);
                 if (t.is_nested()) return py::none();
-                const auto four = place == 3 ? std::optional<Tensor>(t) : in_four(t, gate, query);
+                std::optional<Tensor> four = t;  // lengths have one dimension, keys and values all of them
+                if (place < 2 && t.dim() != 4) four = std::nullopt;
+                else if (place == 2 || place > 3) four = in_four(t, gate, query);
                 if (!four) return py::none();
                 tensors.push_back(*four);
                 bits |= 1 << place;
@@ -204,13 +205,35 @@ py::object call_of(py::handle source_class, py::handle query_object, py::handle 
 
 // ---- Autograd
 
-// Recorded backward passes, by what `describe` says of all that they are given.
+// Recorded backward passes of a plan, by what `describe` says of all that they are given. Nodes know it by its number: what
+// they hold must be numbers, strings and tensors for compiled autograd to look at them.
 class Backward {
 public:
     struct Entry {
         std::shared_ptr<Recording> recording;
         vector<int64_t> room_of;  // for each input the gradient's, or -1
     };
+
+    static std::shared_ptr<Backward> make() {
+        const auto made = std::make_shared<Backward>();
+        const std::lock_guard lock(all_mutex());
+        static int64_t count = 0;
+        made->number = count++;
+        all()[made->number] = made;
+        return made;
+    }
+    // Null if its plan is forgotten.
+    static std::shared_ptr<Backward> of(int64_t number) {
+        const std::lock_guard lock(all_mutex());
+        const auto found = all().find(number);
+        return found == all().end() ? nullptr : found->second.lock();
+    }
+    Backward() = default;
+    Backward(const Backward&) = delete;
+    ~Backward() {
+        const std::lock_guard lock(all_mutex());
+        all().erase(number);
+    }
     void keep(const std::string& key, std::shared_ptr<Recording> recording, vector<int64_t> room_of) {
         const std::lock_guard lock(mutex_);
         entries_[key] = {std::move(recording), std::move(room_of)};
@@ -225,63 +248,63 @@ public:
         entries_.clear();
     }
 
+    int64_t number = -1;
+
 private:
+    // Never destroyed: nodes and plans may outlive what ends with the program.
+    static std::mutex& all_mutex() {
+        static std::mutex& mutex = *new std::mutex;
+        return mutex;
+    }
+    static std::unordered_map<int64_t, std::weak_ptr<Backward>>& all() {
+        static auto& map = *new std::unordered_map<int64_t, std::weak_ptr<Backward>>;
+        return map;
+    }
+
     mutable std::mutex mutex_;
     std::unordered_map<std::string, Entry> entries_;
-};
-
-// What a node needs beside tensors. The plan is Python's, which a thread that drops a node does not hold the lock of.
-struct Kept : torch::CustomClassHolder {
-    std::shared_ptr<Backward> backward;
-    py::object plan;
-    uint64_t stream;
-    bool keeps_out;
-
-    Kept(std::shared_ptr<Backward> b, py::object p, uint64_t s, bool k)
-        : backward(std::move(b)), plan(std::move(p)), stream(s), keeps_out(k) {}
-    ~Kept() override {
-        if (!Py_IsInitialized()) {
-            plan.release();
-            return;
-        }
-        const py::gil_scoped_acquire acquire;
-        plan = py::object();
-    }
 };
 
 struct Replayed : torch::autograd::Function<Replayed> {
     static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors,
                                   const Recording& forward, const vector<uint64_t>& addresses,
-                                  const std::array<size_t, 2>& result, const c10::intrusive_ptr<Kept>& kept) {
-        const vector<Tensor> made = forward.again(addresses, kept->stream);
+                                  const std::array<size_t, 2>& result, int64_t number, const std::string& plan,
+                                  uint64_t stream, bool keeps_out) {
+        const vector<Tensor> made = forward.again(addresses, stream);
         const Tensor &out = made[result[0]], &lse = made[result[1]];
         vector<Tensor> saved = tensors.vec();
         saved.push_back(lse);
-        if (kept->keeps_out) saved.push_back(out);
+        if (keeps_out) saved.push_back(out);
         ctx->save_for_backward(std::move(saved));
         ctx->set_materialize_grads(false);
-        ctx->saved_data["kept"] = c10::IValue::make_capsule(kept);
+        ctx->saved_data["number"] = number;
+        ctx->saved_data["plan"] = plan;
+        ctx->saved_data["stream"] = static_cast<int64_t>(stream);
+        ctx->saved_data["keeps_out"] = keeps_out;
         return {out, lse};
     }
 
     static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
         const vector<Tensor> saved = ctx->get_saved_variables();
-        const auto kept = c10::static_intrusive_pointer_cast<Kept>(ctx->saved_data["kept"].toCapsule());
-        const size_t count = saved.size() - 1 - kept->keeps_out;
-        vector<Tensor> result(count + 4);  // forward had four arguments more
+        const bool keeps_out = ctx->saved_data["keeps_out"].toBool();
+        const int64_t number = ctx->saved_data["number"].toInt();
+        const size_t count = saved.size() - 1 - keeps_out;
+        vector<Tensor> result(count + 7);  // forward had seven arguments more
         if (!grads[0].defined() && !grads[1].defined()) return result;
         // The same order as in mmfast/fusion/triton_direct.py.
         vector<Tensor> given(saved.begin(), saved.begin() + count + 1);
         for (const Tensor& grad : grads)
             if (grad.defined()) given.push_back(grad);
-        if (kept->keeps_out) given.push_back(saved.back());
+        if (keeps_out) given.push_back(saved.back());
         const auto is_dual = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
         if (grads[0].defined() && nobody_looks_on() && !c10::GradMode::is_enabled() &&
             std::none_of(grads.begin(), grads.end(), is_dual)) {
             const auto found = describe(given, saved[0].get_device());
-            const std::optional<Backward::Entry> entry = found ? kept->backward->find(found->key()) : std::nullopt;
+            const auto backward = found ? Backward::of(number) : nullptr;
+            const auto entry = backward ? backward->find(found->key()) : std::nullopt;
             if (entry) {
-                const vector<Tensor> made = entry->recording->again(found->addresses, kept->stream);
+                const auto stream = static_cast<uint64_t>(ctx->saved_data["stream"].toInt());
+                const vector<Tensor> made = entry->recording->again(found->addresses, stream);
                 for (size_t i = 0; i < count; ++i) {
                     if (entry->room_of[i] < 0 || !ctx->needs_input_grad(i)) continue;
                     // Summed over what the input was broadcast along.
@@ -295,9 +318,11 @@ struct Replayed : torch::autograd::Function<Replayed> {
         const py::gil_scoped_acquire acquire;
         const vector<Tensor> tensors(saved.begin(), saved.begin() + count);
         const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-        const py::object by = kept->plan.attr("differentiate")(
-            optional(grads[0]), optional(grads[1]), tensors,
-            kept->keeps_out ? std::optional<Tensor>(saved.back()) : std::nullopt, saved[count]);
+        const py::object by =
+            py::module_::import("mmfast.fusion.triton_direct")
+                .attr("differentiate")(number, ctx->saved_data["plan"].toStringRef(), optional(grads[0]),
+                                       optional(grads[1]), tensors,
+                                       keeps_out ? std::optional<Tensor>(saved.back()) : std::nullopt, saved[count]);
         const auto each = by.cast<vector<std::optional<Tensor>>>();
         for (size_t i = 0; i < count; ++i)
             if (each[i]) result[i] = *each[i];
@@ -313,7 +338,8 @@ void bind_fusion_replay(py::module_& m) {
         .def("add", &Recording::add)
         .def("again", &Recording::again);
     py::class_<Backward, std::shared_ptr<Backward>>(m, "RecordedBackward")
-        .def(py::init<>())
+        .def(py::init(&Backward::make))
+        .def_readonly("number", &Backward::number)
         .def("clear", &Backward::clear)
         .def("keep", [](Backward& self, const py::bytes& key, std::shared_ptr<Recording> recording,
                         vector<int64_t> room_of) { self.keep(key, std::move(recording), std::move(room_of)); });
@@ -325,9 +351,9 @@ void bind_fusion_replay(py::module_& m) {
     m.def("fusion_call_of", &call_of);
     m.def("fusion_replayed", [](const vector<Tensor>& tensors, const Recording& forward,
                                 const vector<uint64_t>& addresses, const std::array<size_t, 2>& result,
-                                std::shared_ptr<Backward> backward, py::object plan, uint64_t stream, bool keeps_out) {
-        const auto kept = c10::make_intrusive<Kept>(std::move(backward), std::move(plan), stream, keeps_out);
-        return Replayed::apply(at::TensorList(tensors), forward, addresses, result, kept);
+                                const Backward& backward, const std::string& plan, uint64_t stream, bool keeps_out) {
+        return Replayed::apply(at::TensorList(tensors), forward, addresses, result, backward.number, plan, stream,
+                               keeps_out);
     });
 }
 

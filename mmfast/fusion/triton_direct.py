@@ -7,7 +7,9 @@ to the kernels, and those of Triton by their recorded launches (`mmfast.fusion.r
 
 from __future__ import annotations
 
+import json
 import os
+import weakref
 from collections.abc import Hashable, Sequence
 from functools import partial
 
@@ -29,6 +31,7 @@ _ADDED, _LENGTHS, _GATE = (2, 4), 3, 5  # places of a `Source`
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 _plans: dict[tuple, _Plan | _Composed | None] = {}
+_alive: weakref.WeakValueDictionary[int, _Plan] = weakref.WeakValueDictionary()  # by what the extension's nodes know
 
 
 def attention(
@@ -195,9 +198,26 @@ class _Plan:
         self.count = len(tensors)
         self.tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         self.gate_gradients = any(x.requires_grad for x in packed[5])
+        self.text = json.dumps({name: getattr(self, name) for name in self._TOLD})
+        self._begin()
+
+    _TOLD = ("joint", "engine", "lse", "options", "lists", "counts", "count", "tracked", "gate_gradients")
+
+    @classmethod
+    def told(cls, text: str) -> _Plan:
+        """The plan of this ``text``, without recordings."""
+        plan = object.__new__(cls)
+        vars(plan).update(json.loads(text), text=text)
+        plan._begin()
+        return plan
+
+    def _begin(self) -> None:
         self.forward: Recording | bool = True  # not made yet; or False: not to be had
         self.backward: dict[Hashable, Recording | bool] = {}
-        self.native_backward = None if _backend._C is None else _backend._C.RecordedBackward()
+        self.native_backward = None
+        if _backend._C is not None:
+            self.native_backward = _backend._C.RecordedBackward()
+            _alive[self.native_backward.number] = self
 
     def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
         forward = self.forward  # another thread may be recording
@@ -207,7 +227,7 @@ class _Plan:
             if self.tracked:
                 at = forward.result
                 out, lse = _backend._C.fusion_replayed(
-                    tensors, native, addresses, at, self.native_backward, self, stream, self.joint
+                    tensors, native, addresses, at, self.native_backward, self.text, stream, self.joint
                 )
             else:
                 made = native.again(addresses, stream)
@@ -303,6 +323,11 @@ class _Plan:
             for i, grad in zip(part, grads, strict=False):  # without gradients of gates there are none
                 result[i] = grad
         return result
+
+
+def differentiate(number: int, text: str, *args) -> list[Tensor | None]:
+    """`_Plan.differentiate` for the extension's nodes, which outlive plans that are forgotten."""
+    return (_alive.get(number) or _Plan.told(text)).differentiate(*args)
 
 
 class _Tracked(torch.autograd.Function):
