@@ -218,10 +218,6 @@ class KIDCase(_TwoSamples):
         """What a table prints."""
         return f"{self.n} + {self.n} points × {self.d}, cubic"
 
-    def prepare(self, inputs):
-        """The inputs as mmfast takes them."""
-        return inputs
-
     def compute(self, inputs, backend=None):
         """KID from mmfast."""
         return mmfast.mmd2(*inputs, Polynomial(3, None, 1.0), "unbiased", backend=backend)

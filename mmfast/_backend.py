@@ -308,6 +308,13 @@ def holds_its_values(t: torch.Tensor) -> bool:
     return ours and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()
 
 
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device: make it that of ``x``."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
 def is_batch_of_gradients(x: torch.Tensor | None) -> bool:
     """True of what `torch.autograd.grad` hands down with ``is_grads_batched``."""
     return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)

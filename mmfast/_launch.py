@@ -7,17 +7,17 @@ which launches are alike.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import BuiltinFunctionType
 
-import torch
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
+
+from mmfast._backend import on_device_of
 
 _MOST = 4096  # launches that are remembered
 _found: dict[tuple, tuple] = {}
@@ -52,7 +52,7 @@ def launch(
     device = active.get_current_device()
     known = id(kernel), device, key
     found = _found.get(known)
-    if found is None or _is_watched(kernel):
+    if found is None or is_watched(kernel):
         args = args() if callable(args) else args
         compiled = kernel[grid](*args, **constants)
         if found is None:
@@ -61,7 +61,7 @@ def launch(
             behind = kernel.arg_names[len(args) :]
             last = tuple(constants[n] if n in constants else kernel.signature.parameters[n].default for n in behind)
             # What was compiled is held, and the kernel too: its id must not become another one's.
-            _found[known] = *_without_scratch(compiled), last, (kernel, compiled)
+            _found[known] = *without_scratch(compiled), last, (kernel, compiled)
         return
     run, before, packed, last, _ = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
@@ -94,7 +94,7 @@ def launch_as_given(kernel, grid: tuple[int, ...], args: Sequence, constants: Ma
         launch(kernel, grid, args, constants, tuple(key), placed)
 
 
-def _without_scratch(compiled) -> tuple[Callable, tuple, bool]:
+def without_scratch(compiled) -> tuple[Callable, tuple, bool]:
     """What to launch with, what stands between the stream and the arguments, and whether these are one tuple.
 
     Triton's launcher is a function in C, and around it one in Python that brings memory for kernels that need it. Where
@@ -113,7 +113,7 @@ def _without_scratch(compiled) -> tuple[Callable, tuple, bool]:
     return run, (function, metadata, *hooks), False
 
 
-def _is_watched(kernel) -> bool:
+def is_watched(kernel) -> bool:
     """True where somebody is to be told of launches, which Triton does."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -126,10 +126,3 @@ def places(tensors: Sequence[Tensor]) -> tuple[list[int], tuple[bool, ...] | Non
     if functools.reduce(operator.or_, addresses, 0) & 15:
         return addresses, tuple(a & 15 == 0 for a in addresses)
     return addresses, None
-
-
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

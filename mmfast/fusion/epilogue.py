@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast import _backend
+from mmfast._backend import on_device_of
 from mmfast.fusion._inputs import DTYPES, check_choice, check_number, compute_dtype
-from mmfast.fusion.merged import on_device_of
 
 _INPUTS = "Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? bias, float eps, str norm, str activation"
 torch.library.define("mmfast::fusion_residual_forward", f"({_INPUTS}) -> (Tensor total, Tensor normed)")

@@ -24,7 +24,6 @@ As with scaled_dot_product_attention, whether flash and efficient add up dQ in a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -43,13 +42,6 @@ def heads_inside(query: Tensor, shape: Sequence[int], dtype: torch.dtype | None 
     """Empty, ``(B, H, L, D)`` with the strides of ``(B, L, H, D)``, as projections make it."""
     batch, heads, rows, dim = shape
     return room(query, (batch, rows, heads, dim), dtype).transpose(1, 2)
-
-
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels of Triton run on the current device: make it that of ``x``."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def pick(query: Tensor, source: Source, causal: bool, wish: str) -> str:

@@ -123,6 +123,10 @@ class Recording:
             native.add(compiled.function, call.grid, 32 * of.num_warps, of.shared, words, pointers)
         return native
 
+    def is_watched(self) -> bool:
+        """Whether somebody is to be told of launches, which Triton does."""
+        return any(call.is_watched(call.kernel) for call in self.calls)
+
     def again(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> tuple:
         """The result for ``inputs``, which lie at ``addresses``."""
         device = self.device
@@ -135,14 +139,6 @@ class Recording:
             None if at is None else made[at] if type(at) is int else [None if i is None else made[i] for i in at]
             for at in self.result
         )
-
-
-def is_watched() -> bool:
-    """Whether somebody is to be told of launches, which Triton does."""
-    from triton import knobs
-
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def stream_of(index: int | None) -> int:
@@ -160,8 +156,8 @@ class _Call:
         if compiled is not None:
             from mmfast import _launch  # here: on the CPU `merged` does without Triton
 
-            self.run, self.before, self.packed = _launch._without_scratch(compiled)
-            self.is_watched = _launch._is_watched
+            self.run, self.before, self.packed = _launch.without_scratch(compiled)
+            self.is_watched = _launch.is_watched
 
     def __call__(self, stream: int, addresses: list[int], tensors: tuple) -> None:
         if self.compiled is None or self.is_watched(self.kernel):

@@ -231,7 +231,7 @@ def forward(
 ):
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     batch = batch_of(query, sources)
-    with merged.on_device_of(query):
+    with _backend.on_device_of(query):
         if engine == "short":
             from mmfast.fusion import triton_short  # here: on the CPU `merged` does without Triton
 
@@ -268,14 +268,14 @@ def launched_backward(
     sources = _unpack(keys, values, masks, biases, lengths, gates, has, factors)
     if engine != "short":
         of_lse = None if grad_lse is None else grad_lse[0]
-        with merged.on_device_of(query):
+        with _backend.on_device_of(query):
             return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
     from mmfast.fusion import triton_short
 
     wanted = [gate_gradients and isinstance(s.gate, Tensor) for s in sources]
     if pool:
         grad_out = grad_out[:, :, None].expand(-1, -1, query.shape[2], -1)
-    with merged.on_device_of(query):
+    with _backend.on_device_of(query):
         *grads, grad_gates = triton_short.backward(
             grad_out, grad_lse, query, sources, None if pool else out, lse, joint, causal, scale, wanted, row_lengths
         )
@@ -295,7 +295,7 @@ def _mean_weights(query, keys, masks, biases, lengths, has, lses, causal, scale)
     from mmfast.fusion import triton_weights
 
     sources = _unpack(keys, keys, masks, biases, lengths, [], has, [1.0] * len(keys))
-    with merged.on_device_of(query):
+    with _backend.on_device_of(query):
         return triton_weights.mean_weights(query, sources, lses, causal, scale, lses[0].shape[0])
 
 

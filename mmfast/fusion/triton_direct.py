@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from mmfast import _backend
 from mmfast.fusion import routes_cuda, triton
 from mmfast.fusion._inputs import FUSIONS, Source, as_sources, batch_of, check_options, positive_scale, prepare
-from mmfast.fusion.recording import Recording, is_watched, record, stream_of
+from mmfast.fusion.recording import Recording, record, stream_of
 from mmfast.fusion.reference import Attention
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -98,9 +98,7 @@ def _describe(tensors: Sequence[Tensor], device: int) -> tuple[Hashable, list[in
     """``fusion_described`` of the extension, which takes a tenth of the time, in Python."""
     addresses, what = [], []
     for x in tensors:
-        if x.layout is not torch.strided or x.is_nested or x.get_device() != device:
-            return None
-        if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
+        if x.is_nested or not _backend.holds_its_values(x) or x.get_device() != device:
             return None
         address = x.data_ptr()
         addresses.append(address)
@@ -221,8 +219,8 @@ class _Plan:
 
     def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
         forward = self.forward  # another thread may be recording
-        native = None if type(forward) is bool or is_watched() else forward.native
-        if native is not None:
+        native = None if type(forward) is bool else forward.native
+        if native is not None and not forward.is_watched():
             stream = stream_of(forward.device.index)
             if self.tracked:
                 at = forward.result

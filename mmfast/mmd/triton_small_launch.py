@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast._launch import launch, on_device_of
+from mmfast._backend import on_device_of
+from mmfast._launch import launch
 from mmfast.mmd import triton_small
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.small import tiling
