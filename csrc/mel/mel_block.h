@@ -19,8 +19,8 @@
 //
 // Note: [Cost on a GPU], per frame at 400 / 160 / 80, counted, not measured
 //   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
-//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: 650 of a warp for
-//   32 frames each, at most four a cycle: 162 cycles, 1.4 G frames/s with all 132. benchmarks/results/README.md has the parts.
+//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: 620 of a warp for
+//   32 frames each, at most four a cycle: 155 cycles, 1.5 G frames/s with all 132. benchmarks/results/README.md has the parts.
 #pragma once
 
 #include <type_traits>
@@ -246,24 +246,33 @@ struct Tile {
             if (filters.rows) {
                 const T* in = from + filters.row_first[band] * F + f;
                 const T* w = filters.weights + 2 * band;
-                MMFAST_ROLLED
-                for (int j = filters.row_count[band]; j > 0; j -= 2, in += 2 * F, w += 2 * filters.rows) {
-                    const Together<2, T> two = Together<2, T>::of(w);
-                    const Frames p0 = Frames::of(in), p1 = Frames::of(in + F);
+                const int64_t pair = 2 * filters.rows;
+                const auto add = [&](const Together<2, T>& two, const Frames& p0, const Frames& p1) {
                     MMFAST_UNROLL
                     for (int v = 0; v < V; ++v) {
                         a.value[v] += p0.value[v] * two.value[0];
                         b.value[v] += p1.value[v] * two.value[1];
                     }
+                };
+                // Four bins at once, or a thread would wait for memory at each second one.
+                int j = filters.row_count[band];
+                MMFAST_ROLLED
+                for (; j > 2; j -= 4, in += 4 * F, w += 2 * pair) {
+                    const auto first = Together<2, T>::of(w), second = Together<2, T>::of(w + pair);
+                    const Frames p0 = Frames::of(in), p1 = Frames::of(in + F), p2 = Frames::of(in + 2 * F),
+                                 p3 = Frames::of(in + 3 * F);
+                    add(first, p0, p1);
+                    add(second, p2, p3);
                 }
+                if (j > 0) add(Together<2, T>::of(w), Frames::of(in), Frames::of(in + F));
             } else {
                 a = Frames::of(from + band * F + f);
             }
             MMFAST_UNROLL
-            for (int v = 0; v < V; ++v) {
-                const T m = a.value[v] + b.value[v];
-                to[band * lane_stride + f + v] = kCompress ? compress_value(job.p, m) : m;
-            }
+            for (int v = 0; v < V; ++v) a.value[v] += b.value[v];
+            if (kCompress) compress_values<V>(job.p, a.value);
+            MMFAST_UNROLL
+            for (int v = 0; v < V; ++v) to[band * lane_stride + f + v] = a.value[v];
         });
     }
 

@@ -183,11 +183,20 @@ MMFAST_INLINE T raise_power_slope(const MelParams<T>& p, T square) {
     return p.power == 1 ? T(0.5) / root_of(s) : power_of(s, p.power / 2 - 1) * (p.power / 2);
 }
 
+// N values at once: their logarithms are chains of 25 operations, and one after the other each would wait for the last.
+template <int N, class T>
+MMFAST_INLINE void compress_values(const MelParams<T>& p, T* m) {
+    if (!p.log) return;
+    MMFAST_UNROLL
+    for (int i = 0; i < N; ++i) {
+        const T ln = log_of((m[i] < p.log_floor ? p.log_floor : m[i]) + p.log_offset);
+        m[i] = ln * p.log_scale + (ln * p.log_scale_low + p.log_shift);  // parts of one sign: infinity stays
+    }
+}
 template <class T>
 MMFAST_INLINE T compress_value(const MelParams<T>& p, T m) {
-    if (!p.log) return m;
-    const T ln = log_of((m < p.log_floor ? p.log_floor : m) + p.log_offset);
-    return ln * p.log_scale + (ln * p.log_scale_low + p.log_shift);  // parts of one sign: infinity stays
+    compress_values<1>(p, &m);
+    return m;
 }
 
 // Gradient of v to gradient of m.
