@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from conftest import need_cuda, need_native
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,10 +42,19 @@ def samples(device: str, *shape: int, dtype=torch.float32, **options) -> torch.T
     return x.to(device=device, dtype=dtype).requires_grad_(**options)
 
 
-def of_operators(x: torch.Tensor, config: MelConfig) -> torch.Tensor:
+def of_operators(x: torch.Tensor, config: MelConfig, lengths: torch.Tensor | None = None):
     rows, group = x if x.dim() == 2 else x[None], int(config.top_db_scope == "item")
-    out = torch.ops.mmfast.mel_forward(rows, None, None, None, None, group, 0, config.key)[0]
-    return out if x.dim() == 2 else out[0]
+    valid = None if lengths is None else lengths.reshape(-1)
+    out, counts, _ = torch.ops.mmfast.mel_forward(rows, None, None, None, valid, group, 0, config.key)
+    out = out if x.dim() == 2 else out[0]
+    return out if lengths is None else (out, counts.view(lengths.shape))
+
+
+def some_lengths(x: torch.Tensor) -> torch.Tensor:
+    """The whole of a row, nothing and a part of the others; of ``(T,)`` samples a part."""
+    most = x.shape[-1]
+    values = [most, 0, 2345 % most][: x.shape[0]] if x.dim() == 2 else most // 2
+    return torch.tensor(values, dtype=torch.int64, device=x.device)
 
 
 @EACH
@@ -59,6 +69,73 @@ def test_same_as_the_operators(name, shape, dtype, device):
     upstream = torch.linspace(-1, 1, value.numel(), device=device, dtype=dtype).view_as(value)
     (ours,), (theirs,) = (torch.autograd.grad(y, x, upstream) for y in (value, expected))
     assert torch.equal(ours, theirs) and ours.dtype == dtype and ours.shape == x.shape
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(3, 5000), (5000,), (1, 5120), (0, 5000), (3, 30)], ids=str)
+def test_lengths(name, shape, device):
+    config, x = CONFIGS[name], samples(device, *shape)
+    lengths = some_lengths(x)
+    (value, counts), (expected, expected_counts) = direct.extract(x, config, lengths), of_operators(x, config, lengths)
+    assert torch.equal(value, expected) and torch.equal(counts, expected_counts)
+    assert value.requires_grad and not counts.requires_grad and counts.shape == lengths.shape
+    with torch.no_grad():
+        value, counts = direct.extract(x, config, lengths)
+        assert torch.equal(value, expected) and torch.equal(counts, expected_counts)
+    value = direct.extract(x, config, lengths)[0]
+    upstream = torch.linspace(-1, 1, value.numel(), device=device).view_as(value)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x, upstream) for y in (value, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_lengths_that_others_see_to(device):
+    config, x = CONFIGS["logmel"], samples(device)
+    lengths = some_lengths(x)
+    whole, counts = extract(x, config, lengths=lengths)
+    assert direct.extract(x, config, lengths.int()) is None
+    assert direct.extract(x, config, lengths[:2]) is None
+    assert direct.extract(x, config, lengths[:, None]) is None
+    assert direct.extract(x, config, torch.stack([lengths] * 2, 1)[:, 0]) is None  # not contiguous
+    assert direct.extract(x, config, torch.nn.Parameter(lengths, requires_grad=False)) is None
+    assert direct.extract(x, config, lengths.to("meta")) is None
+    found, again = extract(x, config, lengths=lengths.int())
+    assert torch.equal(found, whole) and torch.equal(again, counts)
+    for beyond in (-1, 5001):
+        wrong = torch.tensor([5000, 12, beyond], device=device)
+        if device == "cpu":
+            with pytest.raises(ValueError, match="must lie in"):
+                extract(x, config, lengths=wrong)
+        else:
+            assert torch.equal(extract(x, config, lengths=wrong)[0][:2], extract(x[:2], config, lengths=wrong[:2])[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 3000), (3000,)], ids=str)
+def test_lengths_differentiated_again(shape, device):
+    config, x = CONFIGS["whisper"], samples(device, *shape)
+    lengths = some_lengths(x)
+    results = []
+    for out, _ in (direct.extract(x, config, lengths), of_operators(x, config, lengths)):
+        (first,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        results.append((first, *torch.autograd.grad(first.square().sum(), x)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert first.reshape(-1)[-1] == 0  # what is not valid has no gradient
+    out, _ = direct.extract(x, config, lengths)
+    together = torch.autograd.grad(out, x, torch.stack([torch.ones_like(out)] * 2), is_grads_batched=True)[0]
+    torch.testing.assert_close(together[1], torch.autograd.grad(direct.extract(x, config, lengths)[0].sum(), x)[0])
+
+
+def test_lengths_written_to_are_noticed(device):
+    x = samples(device)
+    lengths = some_lengths(x)
+    out, _ = direct.extract(x, CONFIGS["logmel"], lengths)
+    lengths.sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t if t.is_floating_point() else t[:2]):
+        out, _ = direct.extract(x, CONFIGS["logmel"], some_lengths(x))
+    with pytest.raises(ValueError, match="lengths do not fit"):
+        out.sum().backward()
 
 
 @EACH
@@ -171,6 +248,21 @@ def test_nothing_is_kept_of_a_mode(device):
     torch.testing.assert_close(by_formula, torch.autograd.grad(direct.extract(x, config).sum(), x)[0])
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiled_autograd(ragged, device):
+    """Which asks each node for a text and has no room for outputs without a gradient."""
+    x = samples(device)
+
+    def gradient():
+        lengths = some_lengths(x) if ragged else None
+        out = direct.extract(x, CONFIGS["whisper"], lengths)
+        return torch.autograd.grad((out[0] if ragged else out).sum(), x)[0]
+
+    expected = gradient()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.testing.assert_close(gradient(), expected)
+
+
 def test_inference(device):
     config = CONFIGS["by_item"].replace(n_mels=29)
     x = samples(device)
@@ -205,7 +297,7 @@ def test_backend_of_the_environment(device, monkeypatch):
 
 
 def test_operators_are_left_out(device, monkeypatch):
-    """With what is given, too: lengths, tables, double precision."""
+    """With what is given, too: lengths and tables, double precision."""
     monkeypatch.setattr(op, "_forward", None)
     config = CONFIGS["logmel"]
     x = samples(device)

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <functional>
@@ -336,11 +337,16 @@ Directs& directs() {
     return all;
 }
 
-// (T,) or (B, T) samples.
-mel::Waveform samples_of(const Tensor& x) {
+// (T,) or (B, T) samples, of which `lengths`, if defined, are valid.
+mel::Waveform samples_of(const Tensor& x, const Tensor& lengths) {
     const int64_t dim = x.dim();
-    return {x.const_data_ptr(), scalar_type(x), dim == 1 ? 1 : x.size(0), x.size(dim - 1), dim == 1 ? 0 : x.stride(0),
-            x.stride(dim - 1),  nullptr};
+    return {x.const_data_ptr(),
+            scalar_type(x),
+            dim == 1 ? 1 : x.size(0),
+            x.size(dim - 1),
+            dim == 1 ? 0 : x.stride(0),
+            x.stride(dim - 1),
+            lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr};
 }
 
 std::array<int64_t, 3> shape_of(const Direct& direct, const mel::Waveform& wave) {
@@ -351,37 +357,51 @@ std::array<int64_t, 3> shape_of(const Direct& direct, const mel::Waveform& wave)
     return {wave.rows, features, frames};
 }
 
-// Their features. The maxima are kept where they are asked for.
-Tensor features_of(const Direct& direct, const Tensor& waveform, Tensor* maxima) {
-    const mel::Waveform wave = samples_of(waveform);
+// What is given of a waveform, and what is found besides the features: counts where lengths are given, maxima for a gradient.
+struct Ragged {
+    Tensor lengths{}, counts{}, maxima{};
+};
+
+Tensor features_of(const Direct& direct, const Tensor& waveform, Ragged& rows, bool keep_maxima) {
+    const mel::Waveform wave = samples_of(waveform, rows.lengths);
     const auto shape = shape_of(direct, wave);
     const auto options = waveform.options();
     Tensor out = at::empty(at::IntArrayRef(shape).slice(waveform.dim() == 1),
                            wave.type == ScalarType::int16 ? options.dtype(at::kFloat) : options);
     const int64_t groups = groups_of(*direct.plan, wave.rows, direct.by_item);
-    if (maxima) *maxima = at::empty({groups}, options.dtype(at::kFloat));
+    if (keep_maxima) rows.maxima = at::empty({groups}, options.dtype(at::kFloat));
+    float* const maxima = keep_maxima ? rows.maxima.data_ptr<float>() : nullptr;
+    if (rows.lengths.defined()) rows.counts = at::empty(rows.lengths.sizes(), rows.lengths.options());
+    int64_t* const counts = rows.lengths.defined() ? rows.counts.data_ptr<int64_t>() : nullptr;
 #if defined(MMFAST_WITH_CUDA)
     if (direct.device.is_cuda()) {
         CallScratch scratch{waveform};
         mel::forward_cuda<float>(*direct.plan, wave, direct.tables, direct.prepared(), direct.by_item, 0,
-                                 out.data_ptr(), scalar_type(out), nullptr,
-                                 maxima ? maxima->data_ptr<float>() : nullptr, std::ref(scratch), direct.device.index(),
-                                 c10::cuda::getCurrentCUDAStream());
+                                 out.data_ptr(), scalar_type(out), counts, maxima, std::ref(scratch),
+                                 direct.device.index(), c10::cuda::getCurrentCUDAStream());
         return out;
     }
 #endif
-    std::vector<int64_t> counts(wave.rows);
+    std::vector<int64_t> unseen_counts(counts ? 0 : wave.rows);
     std::vector<float> unseen(maxima ? 0 : groups);
     mel::forward_cpu<float>(*direct.plan, wave, direct.tables, direct.by_item, 0, out.data_ptr(), scalar_type(out),
-                            counts.data(), maxima ? maxima->data_ptr<float>() : unseen.data());
+                            counts ? counts : unseen_counts.data(), maxima ? maxima : unseen.data());
     return out;
 }
 
+// Whether (B,) lengths of (B, T) samples, or () of (T,).
+bool are_lengths_of(const Tensor& lengths, const Tensor& waveform) {
+    return lengths.scalar_type() == at::kLong && lengths.is_contiguous() &&
+           lengths.sizes() == waveform.sizes().slice(0, waveform.dim() - 1);
+}
+
 // The gradient of the samples. What was saved may have been through hooks.
-Tensor gradient_of(const Direct& direct, const Tensor& grad, const Tensor& waveform, const Tensor& maxima) {
+Tensor gradient_of(const Direct& direct, const Tensor& grad, const Tensor& waveform, const Tensor& maxima,
+                   const Tensor& lengths) {
     TORCH_CHECK_VALUE(waveform.dim() == 1 || waveform.dim() == 2, "waveform must be (T,) or (B, T), got ",
                       waveform.sizes());
-    const mel::Waveform wave = samples_of(waveform);
+    TORCH_CHECK_VALUE(!lengths.defined() || are_lengths_of(lengths, waveform), "lengths do not fit the waveform");
+    const mel::Waveform wave = samples_of(waveform, lengths);
     const auto shape = shape_of(direct, wave);
     const auto expected = at::IntArrayRef(shape).slice(waveform.dim() == 1);
     TORCH_CHECK_VALUE(grad.sizes() == expected, "grad must be ", expected, ", got ", grad.sizes());
@@ -403,64 +423,85 @@ Tensor gradient_of(const Direct& direct, const Tensor& grad, const Tensor& wavef
 }
 
 // Features that autograd follows. What the kernels cannot do, a gradient that is differentiated again or a batch of them,
-// mmfast.mel.op does.
+// mmfast.mel.op does. The counts leave by another way: an output without a gradient is more than compiled autograd takes.
 struct Follow : torch::autograd::Function<Follow> {
-    static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& waveform, const Direct& direct) {
-        Tensor maxima;
-        Tensor out = features_of(direct, waveform, &maxima);
-        ctx->save_for_backward({waveform, maxima});
+    static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& waveform, const Direct& direct,
+                          Ragged* rows) {
+        Tensor out = features_of(direct, waveform, *rows, true);
+        if (rows->lengths.defined()) ctx->save_for_backward({waveform, rows->maxima, rows->lengths});
+        else ctx->save_for_backward({waveform, rows->maxima});
         ctx->set_materialize_grads(false);
         ctx->saved_data["config"] = direct.key;
         return out;
     }
 
     static std::vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<Tensor>& grads) {
-        std::vector<Tensor> result(2);  // forward had an argument more
+        std::vector<Tensor> result(3);  // as many as forward had arguments
         const Tensor& grad = grads[0];
         if (!grad.defined()) return result;
         const std::string& key = ctx->saved_data["config"].toStringRef();
         const std::vector<Tensor> saved = ctx->get_saved_variables();
-        const Tensor &waveform = saved[0], &maxima = saved[1];
+        const Tensor &waveform = saved[0], &maxima = saved[1], lengths = saved.size() > 2 ? saved[2] : Tensor();
         const at::Device device = waveform.device();
-        const auto is_plain_there = [&](const Tensor& t) { return holds_its_values(t) && t.device() == device; };
+        const auto is_plain_there = [&](const Tensor& t) {
+            return !t.defined() || (holds_its_values(t) && t.device() == device);
+        };
         if (nobody_looks_on() && !c10::GradMode::is_enabled() && is_plain_there(grad) && is_plain_there(waveform) &&
-            is_plain_there(maxima)) {
+            is_plain_there(maxima) && is_plain_there(lengths)) {
 #if defined(MMFAST_WITH_CUDA)
             c10::cuda::OptionalCUDAGuard guard;
             if (device.is_cuda()) guard.set_device(device);
 #endif
             const DirectPtr direct = directs().find(key, device);
             if (direct && direct->prepare()) {
-                result[0] = gradient_of(*direct, grad, waveform, maxima);
+                result[0] = gradient_of(*direct, grad, waveform, maxima, lengths);
                 return result;
             }
         }
         const py::gil_scoped_acquire acquire;
-        result[0] =
-            py::module_::import("mmfast.mel.op").attr("differentiate")(grad, waveform, maxima, key).cast<Tensor>();
+        const py::object of_lengths = lengths.defined() ? py::cast(lengths) : py::none();
+        result[0] = py::module_::import("mmfast.mel.op")
+                        .attr("differentiate")(grad, waveform, maxima, key, of_lengths)
+                        .cast<Tensor>();
         return result;
     }
 };
 
-// The features of (T,) or (B, T) samples; none for anything else. Not where somebody has to see what is done.
-optional<Tensor> mel_direct(const std::shared_ptr<Direct>& direct, const Tensor& waveform) {
-    if (!holds_its_values(waveform) || waveform.device() != direct->device || backend_is_asked_for())
-        return std::nullopt;
+// Whether each of the lengths, on the CPU, lies within the samples. Elsewhere nobody looks, and the kernels limit them.
+bool lie_within(const Tensor& lengths, int64_t samples) {
+    if (!lengths.is_cpu()) return true;
+    const int64_t *const first = lengths.const_data_ptr<int64_t>(), *const end = first + lengths.numel();
+    return std::all_of(first, end, [&](int64_t n) { return 0 <= n && n <= samples; });
+}
+
+// The features of (T,) or (B, T) samples, and with lengths the counts; nothing for anything else. Not where somebody has to
+// see what is done.
+std::vector<Tensor> mel_direct(const std::shared_ptr<Direct>& direct, const Tensor& waveform,
+                               const optional<Tensor>& lengths) {
+    const auto is_plain_there = [&](const Tensor& t) { return holds_its_values(t) && t.device() == direct->device; };
+    if (!is_plain_there(waveform) || (lengths && !is_plain_there(*lengths)) || backend_is_asked_for()) return {};
     const py::gil_scoped_release unlocked;
     const auto type = waveform.scalar_type();
     const bool known = type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kShort;
     const int64_t dim = waveform.dim();
-    if (!known || dim < 1 || dim > 2 || waveform.size(dim - 1) < direct->plan->spec.framing.min_length)
-        return std::nullopt;
+    if (!known || dim < 1 || dim > 2) return {};
+    const int64_t samples = waveform.size(dim - 1);
+    if (lengths ? !are_lengths_of(*lengths, waveform) || !lie_within(*lengths, samples)
+                : samples < direct->plan->spec.framing.min_length)
+        return {};
 #if defined(MMFAST_WITH_CUDA)
     c10::cuda::OptionalCUDAGuard guard;
     if (direct->device.is_cuda()) {
-        if (!fits_gpu(waveform.sizes())) return std::nullopt;
+        if (!fits_gpu(waveform.sizes())) return {};
         guard.set_device(direct->device);
     }
 #endif
-    if (!direct->prepare()) return std::nullopt;
-    return is_tracked(waveform) ? Follow::apply(waveform, *direct) : features_of(*direct, waveform, nullptr);
+    if (!direct->prepare()) return {};
+    Ragged rows{lengths.value_or(Tensor())};
+    Tensor out =
+        is_tracked(waveform) ? Follow::apply(waveform, *direct, &rows) : features_of(*direct, waveform, rows, false);
+    if (!lengths) return {std::move(out)};
+    return {std::move(out), std::move(rows.counts)};
 }
 
 template <class E>

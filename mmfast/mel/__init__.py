@@ -60,8 +60,8 @@ def extract(
         >>> mel.shape
         torch.Size([8, 80, 81])
     """
-    if backend is None and lengths is None and window is None and filters is None and dct is None:
-        features = direct.extract(waveform, config)
+    if backend is None and window is None and filters is None and dct is None:
+        features = direct.extract(waveform, config, lengths)
         if features is not None:
             return features
     if not isinstance(config, MelConfig):

@@ -68,12 +68,13 @@ class _Direct(torch.autograd.Function):
         return _differentiate(ctx, grad, None, None)
 
 
-def differentiate(grad, waveform, maxima, key):
+def differentiate(grad, waveform, maxima, key, lengths):
     """The gradient of ``(T,)`` or ``(B, T)`` samples, by the operator: what the node of `mmfast.mel.direct` leaves."""
     alone, group = waveform.dim() == 1, int(MelConfig.from_key(key).top_db_scope == "item")
     if alone:
         grad, waveform = grad.unsqueeze(0), waveform.unsqueeze(0)
-    args = None, None, None, None, maxima, group, 0, key, True, False
+        lengths = None if lengths is None else lengths.unsqueeze(0)
+    args = None, None, None, lengths, maxima, group, 0, key, True, False
     result = torch.ops.mmfast.mel_backward(grad, waveform, *args)[0]
     return result.squeeze(0) if alone else result
 
