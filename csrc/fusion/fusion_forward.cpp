@@ -191,7 +191,10 @@ bool exponentials_at_once(const Problem& p, const Keys& keys, int64_t last, int6
     });
     if (!fits) return false;
     Vec<T> over{};  // of NaN, too
-    for (int v = 0; v < S; ++v) over += sum[v] < T(kMostSum) ? Vec<T>{} : Simd<T>::splat(1);
+    for (int v = 0; v < S; ++v) {
+        over += sum[v] < T(kMostSum) ? Vec<T>{} : Simd<T>::splat(1);
+        over += sum[v] >= T(0) ? Vec<T>{} : Simd<T>::splat(1);
+    }
     if (!Simd<T>::all_zero(over)) return false;
     for (int v = 0; v < S; ++v) {
         running.maximum[v] = now.maximum[v];

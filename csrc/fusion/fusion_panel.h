@@ -462,15 +462,9 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         }
 }
 
-// Whether exponentials are taken of a product's vectors before they are stored. With AVX-512, where a product leaves 8 of 32
-// registers and an exponential takes a third fewer instructions, nobody has measured that yet.
-#if defined(__AVX512F__)
-template <class T>
-constexpr bool kAtOnce = false;
-#else
+// Whether exponentials are taken of a product's vectors before they are stored: see [Exponentials at once].
 template <class T>
 constexpr bool kAtOnce = sizeof(T) == 4;
-#endif
 
 // Whether it can be done: scores() is the product and no more.
 template <class T>
