@@ -412,6 +412,7 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
     return x;
 }
 
+#if !defined(__AVX512F__)
 // Of 2^f for |f| <= 1/2, the coefficients of Cephes' exp2f.
 constexpr float kExp2[] = {1.535336188319500e-4f,
                            1.339887440266574e-3f,
@@ -420,22 +421,31 @@ constexpr float kExp2[] = {1.535336188319500e-4f,
                            2.402264791363012e-1f,
                            6.931472028550421e-1f,
                            1.0f};
+#endif
 
 // 2^x of kCount values in place, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f times 2^n. Meant for
 // x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a hundred times as long), and no care is
 // taken of overflow. NaN stays.
+//
+// Note: [Exponentials by a table]
+//   With AVX-512 n counts sixteenths: one instruction finds 2^j, of the last four bits j of n, in a table of 16, and |f| <=
+//   1/32 takes a polynomial of degree 3. 9 operations instead of 10, of which only 7 wait for each other instead of 9.
 template <int kCount>
 MMFAST_INLINE void exp2_each(Simd<float>::V* x) {
     using S = Simd<float>;
     using V = S::V;
 #if defined(__AVX512F__)
+    constexpr float kUnit = 786432.0f;  // 1.5 * 2^19: the last bit of the sum is worth 1/16
+    const V table = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f, 1.2968396f, 1.3542556f,
+                     1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f, 1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
     for (int i = 0; i < kCount; ++i) {
-        const V n = (V)_mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const V shifted = x[i] + kUnit;
+        const V n = shifted - kUnit;
         const V f = x[i] - n;
-        V y = f * kExp2[0] + kExp2[1];
-        for (int k = 2; k < 7; ++k) y = y * f + kExp2[k];
+        const V power = (V)_mm512_permutexvar_ps((__m512i)shifted, (__m512)table);
+        const V y = power * f * ((f * 5.5504109e-2f + 2.4023431e-1f) * f + 6.9314718e-1f) + power;
         const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-        x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
+        x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);  // by 2 to what n is rounded down to
     }
 #else
     // Each step for all values before the next, as in log_finite.
@@ -458,15 +468,15 @@ MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     return x;
 }
 
-// The same for any x, of which more than 120 counts as 120; what is below 2^-125 may be 0 or 2^-125. NaN counts as 120.
+// The same for sums that are looked at before they are used: of x > 120 or NaN it is no number from 0 to 2^119; what is below
+// 2^-125 may be 0 or 2^-125.
 MMFAST_INLINE Simd<float>::V exp2_limited(Simd<float>::V x) {
-    using S = Simd<float>;
-    x = S::min(x, S::splat(120.0f));
 #if defined(__AVX512F__)
-    return exp2(x);
+    return exp2(x);  // far beyond, f is large and y may be negative
 #else
+    using S = Simd<float>;
     using V = S::V;
-    x = S::max(x, S::splat(-125.0f));
+    x = S::max(S::min(x, S::splat(120.0f)), S::splat(-125.0f));
     const V shifted = x + 12582912.0f;
     const V f = x - (shifted - 12582912.0f);
     V y = f * kExp2[0] + kExp2[1];

@@ -76,19 +76,35 @@ MMFAST_INLINE bool straight(const BackwardItem& item, const Accumulator& to, int
 }
 
 // Note: [Pairs]
-//   Of 40 features the last 8 would take a whole vector of multiply-adds a query. Instead those of two queries share one: they
-//   are interleaved, and the two values of the tile, side by side as the queries are, are broadcast together. What this adds
-//   up are two sums in turn, which become one at the end, in add_pairs().
+//   Of 40 features the last 8 would take a whole vector of multiply-adds a query. Instead two queries share vectors: their
+//   features are interleaved, and the two values of the tile, side by side as the queries are, are broadcast together. What
+//   this adds up are two sums in turn. With all 40 features interleaved a key takes one broadcast for two queries, 10 loads
+//   for 25 multiply-adds of 5 keys. Sums of features that fill vectors become one when a block is done, the others at the
+//   end, in add_pairs().
 template <class T>
 MMFAST_INLINE constexpr bool in_pairs(int64_t width) {
     const int64_t rest = width % Simd<T>::lanes;
     return sizeof(T) == 4 && rest > 0 && 2 * rest <= Simd<T>::lanes;
 }
 
-// a[0], b[0], a[1], b[1], .. of half of the lanes.
-template <class T, size_t... K>
+// Whether not only the last features are interleaved, but those of two whole vectors before them, too.
+constexpr int kPairedVectors = 2;
+template <class T>
+MMFAST_INLINE constexpr bool all_in_pairs(int64_t width, int64_t lanes) {
+    return in_pairs<T>(width) && width / Simd<T>::lanes == kPairedVectors && lanes % 2 == 0;
+}
+
+// a[0], b[0], a[1], b[1], .. of half of the lanes, from the first or from the middle on.
+template <class T, bool kUpper, size_t... K>
 MMFAST_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<K...>) {
-    return __builtin_shufflevector(a, b, (K / 2 + K % 2 * sizeof...(K))...);
+    constexpr size_t N = sizeof...(K);
+    return __builtin_shufflevector(a, b, (kUpper * N / 2 + K / 2 + K % 2 * N)...);
+}
+
+// a[0] + a[1], a[2] + a[3], .., then those of b.
+template <class T, size_t... K>
+MMFAST_INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b, std::index_sequence<K...>) {
+    return __builtin_shufflevector(a, b, (2 * K)...) + __builtin_shufflevector(a, b, (2 * K + 1)...);
 }
 
 // p[0], p[1], p[0], p[1], ..
@@ -108,49 +124,62 @@ MMFAST_INLINE Block<T> rows_of(const View& x, int64_t batch, const Rows& rows, i
     return {buffer, padded};
 }
 
-// The last features of `n` rows, interleaved by pairs of rows.
+// Rows interleaved by pairs of rows, from the feature `first` on, zero behind the rows and features.
 template <class T>
-void pack_pairs(int64_t n, const Block<T>& rows, int64_t width, T* to) {
+void pack_pairs(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t width, T* to) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int rest = int(width % N);
-    const T* from = rows.data + width - rest;
-    for (int64_t r = 0; r < n; r += 2, from += 2 * rows.stride, to += N) {
-        const Vec<T> other = r + 1 < n ? Simd<T>::load(from + rows.stride, rest) : Vec<T>{};
-        Simd<T>::store(to, interleave<T>(Simd<T>::load(from, rest), other, std::make_index_sequence<N>()));
-    }
+    constexpr auto kLanes = std::make_index_sequence<N>();
+    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        const From* const data = static_cast<const From*>(x.data) + first * x.column;
+        for (int64_t r = 0; r < rows.n; r += 2) {
+            const From* const a = data + x.at(batch, rows.head[r], rows.row[r]);
+            const From* const b = r + 1 < rows.n ? data + x.at(batch, rows.head[r + 1], rows.row[r + 1]) : nullptr;
+            for (int64_t k = 0; k < width - first; k += N) {
+                const int64_t left = width - first - k;
+                const Vec<T> one = load_step<T>(a + k * x.column, x.column, left);
+                const Vec<T> other = b ? load_step<T>(b + k * x.column, x.column, left) : Vec<T>{};
+                Simd<T>::store(to, interleave<T, false>(one, other, kLanes));
+                to += N;
+                if (2 * left <= N) continue;
+                Simd<T>::store(to, interleave<T, true>(one, other, kLanes));
+                to += N;
+            }
+        }
+    });
 }
 
-// c[key][..] += sum over `pairs` pairs of rows of a[key][lane] row[lane][..], of M whole vectors and the pairs behind them.
+// c[key][..] += sum over `pairs` pairs of rows of a[key][lane] row[lane][..], of M whole vectors and half a vector, all of
+// them interleaved in `rows`.
 template <class T, int R, int M, int64_t W>
-MMFAST_INLINE void pair_block(int64_t pairs, const T* a, const Block<T>& rows, const T* behind, T* c,
-                              int64_t c_stride) {
+MMFAST_INLINE void pair_block(int64_t pairs, const T* a, const T* rows, T* c, int64_t c_stride) {
     constexpr int64_t N = Simd<T>::lanes;
-    Vec<T> sum[R][M + 1] = {};
-    const T* row = rows.data;
-    for (int64_t i = 0; i < pairs; ++i, a += 2, behind += N) {
-        for (int second = 0; second < 2 && M; ++second, row += rows.stride) {
-            Vec<T> x[M + 1];
-#pragma GCC unroll 8
-            for (int v = 0; v < M; ++v) x[v] = Simd<T>::load(row + v * N);
+    constexpr int kVectors = 2 * M + 1;
+    Vec<T> sum[R][kVectors] = {};
+    for (int64_t i = 0; i < pairs; ++i, a += 2, rows += kVectors * N) {
+        Vec<T> pair[R];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) pair[r] = splat_pair(a + r * W);
 #pragma GCC unroll 8
-                for (int v = 0; v < M; ++v) sum[r][v] += a[r * W + second] * x[v];
+        for (int v = 0; v < kVectors; ++v) {
+            const Vec<T> x = Simd<T>::load(rows + v * N);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) sum[r][v] += pair[r] * x;
         }
-        const Vec<T> pair = Simd<T>::load(behind);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][M] += splat_pair(a + r * W) * pair;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v <= M; ++v) {
             T* const to = c + r * c_stride + v * N;
-            Simd<T>::store(to, sum[r][v] + Simd<T>::load(to));
+            const Vec<T> x = v == M ? sum[r][2 * M]
+                                    : add_neighbours<T>(sum[r][smaller(2 * v, 2 * M)],
+                                                        sum[r][smaller(2 * v + 1, 2 * M)], std::make_index_sequence<N>());
+            Simd<T>::store(to, x + Simd<T>::load(to));
         }
 }
 
-// The queries or gradients of the output of a panel, by rows.
+// The queries or gradients of the output of a panel: by rows, unless all of them are interleaved.
 template <class T>
 struct PanelRows {
     Block<T> rows;
@@ -159,24 +188,31 @@ struct PanelRows {
 
 // The same for any number of keys.
 template <class T, int M, int64_t W>
-void product_pairs(int64_t keys, int64_t pairs, const T* a, const PanelRows<T>& panel, T* c, int64_t c_stride) {
-    constexpr int kMost = kProductWidth >= 4 ? 24 / (M + 1) : 12 / (M + 1), kRows = smaller(kMost, 12);
+void product_pairs(int64_t keys, int64_t pairs, const T* a, const T* rows, T* c, int64_t c_stride) {
+    constexpr int kMost = (kProductWidth >= 4 ? 25 : 12) / (2 * M + 1), kRows = smaller(kMost, 12);
     int64_t i = 0;
     const auto block = [&]<int R>() __attribute__((always_inline)) {
         for (; i + R <= keys; i += R)
-            pair_block<T, R, M, W>(pairs, a + i * W, panel.rows, panel.pairs, c + i * c_stride, c_stride);
+            pair_block<T, R, M, W>(pairs, a + i * W, rows, c + i * c_stride, c_stride);
     };
     block.template operator()<kRows>();
-    block.template operator()<4>();
+    if constexpr (kRows > 4) block.template operator()<M ? 2 : 4>();
     block.template operator()<1>();
 }
 
 template <class T>
 MMFAST_INLINE PanelRows<T> panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t width, T* buffer) {
-    const Block<T> block = rows_of(x, batch, rows, width, buffer);
-    T* const pairs = buffer + kPanel<T> * up_to_multiple(width, Simd<T>::lanes);
+    constexpr int64_t N = Simd<T>::lanes;
     if constexpr (sizeof(T) == 4) {
-        if (in_pairs<T>(width)) pack_pairs(rows.n, block, width, pairs);
+        if (all_in_pairs<T>(width, rows.n)) {
+            pack_pairs<T>(x, batch, rows, 0, width, buffer);
+            return {{nullptr, 0}, buffer};
+        }
+    }
+    const Block<T> block = rows_of(x, batch, rows, width, buffer);
+    T* const pairs = buffer + kPanel<T> * up_to_multiple(width, N);
+    if constexpr (sizeof(T) == 4) {
+        if (in_pairs<T>(width)) pack_pairs<T>(x, batch, rows, width / N * N, width, pairs);
     }
     return {block, pairs};
 }
@@ -190,11 +226,11 @@ void add_keys(const BackwardItem& item, const Accumulator& to, int64_t run, int6
     const int64_t padded = up_to_multiple(width, N);
     const Block<T>& from = panel.rows;
     if constexpr (sizeof(T) == 4) {
+        if (all_in_pairs<T>(width, lanes))
+            return product_pairs<T, kPairedVectors, W>(s.count, lanes / 2, a, panel.pairs, sums, padded);
         if (in_pairs<T>(width)) {
-            if (padded == 3 * N && lanes % 2 == 0)
-                return product_pairs<T, 2, W>(s.count, lanes / 2, a, panel, sums, padded);
             for (int64_t k = 0; k < s.count && lanes % 2; ++k) a[k * W + lanes] = 0;  // no row: perhaps NaN
-            product_pairs<T, 0, W>(s.count, (lanes + 1) / 2, a, panel, sums + padded - N, padded);
+            product_pairs<T, 0, W>(s.count, (lanes + 1) / 2, a, panel.pairs, sums + padded - N, padded);
             width = padded - N;
             if (!width) return;
         }

@@ -110,6 +110,16 @@ MMFAST_INLINE void set_rows(const Problem& p, int64_t fold, int64_t head, int64_
     rows.one_head = rows.head[0] == rows.head[rows.n - 1];
 }
 
+// offsets[r]: where row r lies in x, a View or Target.
+template <class X>
+MMFAST_INLINE void set_offsets(const X& x, int64_t batch, const Rows& rows, int64_t* offsets) {
+    const int64_t first = x.at(batch, rows.head[0], rows.row[0]);
+    if (rows.one_head)
+        for (int64_t r = 0; r < rows.n; ++r) offsets[r] = first + r * x.row;
+    else
+        for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]);
+}
+
 // Note: [Ahead]
 //   Projections leave the heads inside the rows: of a row a head has a few lines, and its part of the next row is a page or
 //   so away, where no hardware prefetcher follows; waiting for memory then takes longer than the products. So what the
@@ -260,10 +270,11 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
 template <class T, bool kMask = false>
 void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
     int64_t offsets[64];
-    for (int64_t r = 0; r < rows.n; ++r) offsets[r] = x.at(batch, rows.head[r], rows.row[r]) + first * x.column;
+    set_offsets(x, batch, rows, offsets);
     const auto pack = [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
-        pack_columns_of<T>(static_cast<const From*>(x.data), offsets, rows.n, x.column, count, factor, to);
+        const From* const data = static_cast<const From*>(x.data) + first * x.column;
+        pack_columns_of<T>(data, offsets, rows.n, x.column, count, factor, to);
     };
     if constexpr (kMask) dispatch_mask(x, pack);
     else dispatch<T>(x.type, pack);
@@ -346,6 +357,8 @@ void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, c
                     int64_t offset, bool add) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t W = up_to_multiple(rows.n, N);
+    int64_t offsets[64];
+    set_offsets(to, batch, rows, offsets);
     dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.data) + offset;
@@ -358,7 +371,7 @@ void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, c
                 Simd<T>::transpose(part);
                 const int64_t lanes = smaller(N, rows.n - v);
                 for (int64_t i = 0; i < lanes; ++i) {
-                    To* const at = data + to.at(batch, rows.head[v + i], rows.row[v + i]) + k;
+                    To* const at = data + offsets[v + i] + k;
                     if (add) part[i] += load_as<T>(at, count - k);
                     store_as<T>(at, part[i], count - k);
                 }
@@ -462,15 +475,9 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         }
 }
 
-// Whether exponentials are taken of a product's vectors before they are stored. With AVX-512, where a product leaves 8 of 32
-// registers and an exponential takes a third fewer instructions, nobody has measured that yet.
-#if defined(__AVX512F__)
-template <class T>
-constexpr bool kAtOnce = false;
-#else
+// Whether exponentials are taken of a product's vectors before they are stored: see [Exponentials at once].
 template <class T>
 constexpr bool kAtOnce = sizeof(T) == 4;
-#endif
 
 // Whether it can be done: scores() is the product and no more.
 template <class T>
@@ -500,16 +507,29 @@ void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s,
         }
 }
 
-// values[lane] = from[batch][head][row] of an array (batch, heads, rows), `other` in the lanes behind the rows.
+// Where in an array (batch, heads, rows) row r lies.
+MMFAST_INLINE int64_t place_of(const Problem& p, int64_t batch, const Rows& rows, int64_t r) {
+    return (batch * p.heads + rows.head[r]) * p.rows + rows.row[r];
+}
+
+// values[lane] = from[batch][head][row] of such an array, `other` in the lanes behind the rows.
 template <class T>
 MMFAST_INLINE void gather(const Problem& p, const T* from, int64_t batch, const Rows& rows, T other, T* values) {
-    for (int64_t r = 0; r < kPanel<T>; ++r)
-        values[r] = r < rows.n ? from[(batch * p.heads + rows.head[r]) * p.rows + rows.row[r]] : other;
+    const T* const first = from + place_of(p, batch, rows, 0);
+    if (rows.one_head)
+        for (int64_t r = 0; r < rows.n; ++r) values[r] = first[r];
+    else
+        for (int64_t r = 0; r < rows.n; ++r) values[r] = from[place_of(p, batch, rows, r)];
+    for (int64_t r = rows.n; r < kPanel<T>; ++r) values[r] = other;
 }
 
 template <class T>
 MMFAST_INLINE void scatter(const Problem& p, const T* values, int64_t batch, const Rows& rows, T* to) {
-    for (int64_t r = 0; r < rows.n; ++r) to[(batch * p.heads + rows.head[r]) * p.rows + rows.row[r]] = values[r];
+    T* const first = to + place_of(p, batch, rows, 0);
+    if (rows.one_head)
+        for (int64_t r = 0; r < rows.n; ++r) first[r] = values[r];
+    else
+        for (int64_t r = 0; r < rows.n; ++r) to[place_of(p, batch, rows, r)] = values[r];
 }
 
 // The gate of each lane, or ones.
