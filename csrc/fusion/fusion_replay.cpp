@@ -1,7 +1,14 @@
 // Launches of compiled kernels made again, from one call: what mmfast/fusion/recording.py has written down, and a node of
 // autograd's graph that needs no Python in the backward pass. The driver is asked for by name at run time, so that nothing here
 // needs CUDA to be built.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +17,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -151,24 +159,30 @@ std::optional<Tensor> in_four(Tensor t, bool gate, const Tensor& query) {
     return t;
 }
 
-// Of a query and sources: their description with what each source has, all tensors, and their addresses. None for what others
-// have to look at. As `_parts` in mmfast/fusion/triton_direct.py.
-py::object call_of(py::handle source_class, py::handle query_object, py::handle sources, int64_t device) {
-    if (!is_plain_type(query_object.ptr())) return py::none();
+int64_t same_bits(double x) {
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof x);
+    return bits;
+}
+
+// The tensors of a query and of sources, query first; what each source has is added to ``has``. Nothing for what others have to look
+// at. As `_parts` in mmfast/fusion/triton_direct.py.
+std::optional<vector<Tensor>> parts_of(py::handle source_class, py::handle query_object, py::handle sources,
+                                       vector<int64_t>& has) {
+    if (!is_plain_type(query_object.ptr())) return std::nullopt;
     const Tensor query = THPVariable_Unpack(query_object.ptr());
-    if (query.is_nested() || query.dim() != 4) return py::none();
+    if (query.is_nested() || query.dim() != 4) return std::nullopt;
     vector<Tensor> tensors{query};
-    vector<int64_t> has;
     const auto is_source = [&](PyObject* x) {
         return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(source_class.ptr());
     };
     PyObject* given = sources.ptr();
     const bool one = is_source(given) || (PyTuple_CheckExact(given) && is_pair(given));
-    if (!one && !is_sequence(given)) return py::none();
+    if (!one && !is_sequence(given)) return std::nullopt;
     for (Py_ssize_t i = 0; i < (one ? 1 : PySequence_Fast_GET_SIZE(given)); ++i) {
         PyObject* source = one ? given : PySequence_Fast_GET_ITEM(given, i);
         const bool whole = is_source(source);
-        if (!whole && !is_pair(source)) return py::none();
+        if (!whole && !is_pair(source)) return std::nullopt;
         int64_t bits = 0;
         double number = 0;
         for (int place = 0; place < (whole ? 6 : 2); ++place) {  // key, value, mask, lengths, bias, gate
@@ -177,11 +191,11 @@ py::object call_of(py::handle source_class, py::handle query_object, py::handle 
             const bool gate = place == 5;
             if (is_plain_type(part)) {
                 Tensor t = THPVariable_Unpack(part);
-                if (t.is_nested()) return py::none();
+                if (t.is_nested()) return std::nullopt;
                 std::optional<Tensor> four = t;  // lengths have one dimension, keys and values all of them
                 if (place < 2 && t.dim() != 4) four = std::nullopt;
                 else if (place == 2 || place > 3) four = in_four(t, gate, query);
-                if (!four) return py::none();
+                if (!four) return std::nullopt;
                 tensors.push_back(*four);
                 bits |= 1 << place;
             } else if (gate && (PyFloat_CheckExact(part) || PyLong_CheckExact(part))) {
@@ -189,19 +203,58 @@ py::object call_of(py::handle source_class, py::handle query_object, py::handle 
                 if (PyErr_Occurred()) throw py::error_already_set();
                 bits |= 1 << 6;
             } else {
-                return py::none();
+                return std::nullopt;
             }
         }
         has.push_back(bits);
-        int64_t same_bits;
-        std::memcpy(&same_bits, &number, sizeof number);
-        has.push_back(same_bits);
+        has.push_back(same_bits(number));
     }
-    const auto found = describe(tensors, device);
-    if (!found) return py::none();
-    const std::string key = std::string(reinterpret_cast<const char*>(has.data()), has.size() * sizeof(int64_t));
-    return py::make_tuple(py::bytes(key + found->key()), tensors, found->addresses);
+    return tensors;
 }
+
+// Without the dispatcher where there is nothing to do.
+Tensor in(at::ScalarType type, const Tensor& t) {
+    return t.scalar_type() == type ? t : t.to(type);
+}
+
+// ---- Flash attention of several sources, one by one
+
+// Of tensors that the kernels take as they are: a query, then keys and values of each source.
+struct Flash {
+    double scale;
+    bool causal;
+
+    // The outputs of each source, then their log-sum-exps.
+    vector<Tensor> forward(at::TensorList tensors) const {
+        vector<Tensor> outs, lses;
+        for (size_t i = 1; i + 1 < tensors.size(); i += 2) {
+            auto one = at::_scaled_dot_product_flash_attention(tensors[0], tensors[i], tensors[i + 1], 0.0, causal,
+                                                               false, scale);
+            outs.push_back(std::get<0>(std::move(one)));
+            lses.push_back(std::get<1>(std::move(one)));
+        }
+        outs.insert(outs.end(), lses.begin(), lses.end());
+        return outs;
+    }
+
+    // Gradients of all ``tensors``; ``out`` and ``lse`` are those of all sources together.
+    vector<Tensor> backward(const Tensor& grad, at::TensorList tensors, const Tensor& out, const Tensor& lse) const {
+        const Tensor& query = tensors[0];
+        const Tensor along = grad.stride(3) == 1 ? grad : grad.contiguous();
+        const Tensor seed = at::empty({2}, query.options().dtype(at::kUInt64));  // of the dropout that is not: nobody reads it
+        vector<Tensor> result(1);
+        for (size_t i = 1; i + 1 < tensors.size(); i += 2) {
+            auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_backward(
+                along, query, tensors[i], tensors[i + 1], out, lse, Tensor(), Tensor(), query.size(2),
+                tensors[i].size(2), 0.0, causal, seed, seed.select(0, 0), scale);
+            result[0] = result[0].defined() ? in(at::kFloat, result[0]).add_(of_query) : of_query;
+            result.push_back(of_key);
+            result.push_back(of_value);
+        }
+        result[0] = in(query.scalar_type(), result[0]);
+        return result;
+    }
+};
 
 // ---- Autograd
 
@@ -249,6 +302,7 @@ public:
     }
 
     int64_t number = -1;
+    std::optional<Flash> flash;  // in place of recordings; set once, before any node knows this
 
 private:
     // Never destroyed: nodes and plans may outlive what ends with the program.
@@ -265,13 +319,13 @@ private:
     std::unordered_map<std::string, Entry> entries_;
 };
 
+using Attended = std::pair<Tensor, Tensor>;  // output and log-sum-exps, the latter perhaps undefined
+
 struct Replayed : torch::autograd::Function<Replayed> {
     static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors,
-                                  const Recording& forward, const vector<uint64_t>& addresses,
-                                  const std::array<size_t, 2>& result, int64_t number, const std::string& plan,
+                                  const std::function<Attended()>& make, int64_t number, const std::string& plan,
                                   uint64_t stream, bool keeps_out) {
-        const vector<Tensor> made = forward.again(addresses, stream);
-        const Tensor &out = made[result[0]], &lse = made[result[1]];
+        const auto [out, lse] = make();
         vector<Tensor> saved = tensors.vec();
         saved.push_back(lse);
         if (keeps_out) saved.push_back(out);
@@ -289,7 +343,7 @@ struct Replayed : torch::autograd::Function<Replayed> {
         const bool keeps_out = ctx->saved_data["keeps_out"].toBool();
         const int64_t number = ctx->saved_data["number"].toInt();
         const size_t count = saved.size() - 1 - keeps_out;
-        vector<Tensor> result(count + 7);  // forward had seven arguments more
+        vector<Tensor> result(count + 5);  // forward had five arguments more
         if (!grads[0].defined() && !grads[1].defined()) return result;
         // The same order as in mmfast/fusion/triton_direct.py.
         vector<Tensor> given(saved.begin(), saved.begin() + count + 1);
@@ -301,6 +355,13 @@ struct Replayed : torch::autograd::Function<Replayed> {
             std::none_of(grads.begin(), grads.end(), is_dual)) {
             const auto found = describe(given, saved[0].get_device());
             const auto backward = found ? Backward::of(number) : nullptr;
+            if (backward && backward->flash && !grads[1].defined()) {
+                auto by = backward->flash->backward(grads[0], at::TensorList(saved).slice(0, count), saved.back(),
+                                                    saved[count].select(0, 0));
+                for (size_t i = 0; i < count; ++i)
+                    if (ctx->needs_input_grad(i)) result[i] = std::move(by[i]);
+                return result;
+            }
             const auto entry = backward ? backward->find(found->key()) : std::nullopt;
             if (entry) {
                 const auto stream = static_cast<uint64_t>(ctx->saved_data["stream"].toInt());
@@ -310,7 +371,7 @@ struct Replayed : torch::autograd::Function<Replayed> {
                     // Summed over what the input was broadcast along.
                     const Tensor& full = made[entry->room_of[i]];
                     const Tensor its = full.sizes() == saved[i].sizes() ? full : full.sum_to_size(saved[i].sizes());
-                    result[i] = its.to(saved[i].scalar_type());
+                    result[i] = in(saved[i].scalar_type(), its);
                 }
                 return result;
             }
@@ -330,6 +391,214 @@ struct Replayed : torch::autograd::Function<Replayed> {
     }
 };
 
+// A gate times what it is the gate of, in the dtype of the latter, where both are followed. The gradient of a gate is a sum over
+// all that it is broadcast along, taken in float32.
+struct Gated : torch::autograd::Function<Gated> {
+    static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& out, const Tensor& gate) {
+        ctx->save_for_backward({out, gate});
+        return in(out.scalar_type(), out * gate);
+    }
+
+    static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
+        const vector<Tensor> saved = ctx->get_saved_variables();
+        const Tensor &grad = grads[0], &out = saved[0], &gate = saved[1];
+        vector<Tensor> result(2);
+        if (!grad.defined()) return result;
+        if (ctx->needs_input_grad(0)) result[0] = in(out.scalar_type(), grad * gate);
+        if (ctx->needs_input_grad(1))
+            result[1] = in(gate.scalar_type(), (in(at::kFloat, grad) * out).sum_to_size(gate.sizes()));
+        return result;
+    }
+};
+
+// ---- Calls that are known
+
+// What a call comes to that was planned in Python. Plans there own it, and it is found by all that calls depend on as long as they
+// live. Under the lock of Python.
+class Known {
+public:
+    explicit Known(std::string key) : key_(std::move(key)) {}
+    Known(const Known&) = delete;
+    virtual ~Known() {
+        const auto found = all().find(key_);
+        if (found != all().end() && found->second.expired()) all().erase(found);
+    }
+    // Nothing where somebody has to be told in Python.
+    virtual std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>& addresses) const = 0;
+
+    static std::shared_ptr<Known> of(const std::string& key) {
+        const auto found = all().find(key);
+        return found == all().end() ? nullptr : found->second.lock();
+    }
+    static std::shared_ptr<Known> keep(std::shared_ptr<Known> known) {
+        all()[known->key_] = known;
+        return known;
+    }
+
+private:
+    // Never destroyed: plans may outlive what ends with the program.
+    static std::unordered_map<std::string, std::weak_ptr<Known>>& all() {
+        static auto& map = *new std::unordered_map<std::string, std::weak_ptr<Known>>;
+        return map;
+    }
+
+    std::string key_;
+};
+
+// `_Plan` in mmfast/fusion/triton_direct.py whose launches are recorded; with ``flash`` those that merge what it gives.
+class Recorded : public Known {
+public:
+    Recorded(std::string key, std::shared_ptr<Recording> recording, const std::array<size_t, 2>& result, bool tracked,
+             bool keeps_out, std::optional<Flash> flash, int64_t number, std::string plan, py::object runtime,
+             vector<py::object> kernels)
+        : Known(std::move(key)),
+          recording_(std::move(recording)),
+          result_(result),
+          tracked_(tracked),
+          keeps_out_(keeps_out),
+          flash_(flash),
+          number_(number),
+          plan_(std::move(plan)),
+          runtime_(std::move(runtime)),
+          kernels_(std::move(kernels)) {}
+
+    std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>& addresses) const override {
+        if (is_watched()) return std::nullopt;
+        const c10::Device device = tensors[0].device();
+        void* handle = nullptr;
+        if (!device.is_cpu()) handle = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+        const auto stream = reinterpret_cast<uint64_t>(handle);
+        const auto make = [&] {
+            vector<Tensor> parts;
+            vector<uint64_t> places;
+            if (flash_) {
+                parts = flash_->forward(tensors);
+                for (const Tensor& part : parts)
+                    places.push_back(reinterpret_cast<uint64_t>(part.const_data_ptr()));
+            }
+            const vector<Tensor> made = recording_->again(flash_ ? places : addresses, stream);
+            return Attended(made[result_[0]], made[result_[1]]);
+        };
+        if (!tracked_) return make();
+        const vector<Tensor> made = Replayed::apply(at::TensorList(tensors), std::function<Attended()>(make), number_,
+                                                    plan_, stream, keeps_out_);
+        return Attended(made[0], made[1]);
+    }
+
+private:
+    // As `is_watched` of mmfast/_launch.py.
+    bool is_watched() const {
+        static PyObject* const enter = PyUnicode_InternFromString("launch_enter_hook");
+        static PyObject* const leave = PyUnicode_InternFromString("launch_exit_hook");
+        static PyObject* const calls = PyUnicode_InternFromString("calls");
+        static PyObject* const before = PyUnicode_InternFromString("pre_run_hooks");
+        for (PyObject* const name : {enter, leave}) {
+            py::object hook = runtime_.attr(py::handle(name));
+            if (py::hasattr(hook, py::handle(calls))) hook = hook.attr(py::handle(calls));
+            if (is_true(hook)) return true;
+        }
+        return std::any_of(kernels_.begin(), kernels_.end(),
+                           [](const py::object& kernel) { return is_true(kernel.attr(py::handle(before))); });
+    }
+    static bool is_true(const py::object& x) {
+        const int truth = PyObject_IsTrue(x.ptr());
+        if (truth < 0) throw py::error_already_set();
+        return truth;
+    }
+
+    std::shared_ptr<Recording> recording_;
+    std::array<size_t, 2> result_;
+    bool tracked_, keeps_out_;
+    std::optional<Flash> flash_;
+    int64_t number_;
+    std::string plan_;
+    py::object runtime_;
+    vector<py::object> kernels_;
+};
+
+// `_Composed` in mmfast/fusion/triton_direct.py: scaled_dot_product_attention of each source, and the sum with its gates.
+class Composed : public Known {
+public:
+    struct Part {
+        bool grouped, wide;
+        std::optional<double> number;
+        bool gate;
+    };
+
+    Composed(std::string key, int64_t batch, double scale, bool causal, vector<std::tuple<bool, bool, py::object>> parts)
+        : Known(std::move(key)), batch_(batch), scale_(scale), causal_(causal) {
+        for (const auto& [grouped, wide, gate] : parts) {
+            const bool tensor = py::isinstance<py::str>(gate);
+            const bool number = !tensor && !gate.is_none();
+            parts_.push_back(
+                {grouped, wide, number ? std::optional<double>(gate.cast<double>()) : std::nullopt, tensor});
+        }
+    }
+
+    std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>&) const override {
+        if (at::impl::torch_function_mode_enabled()) return std::nullopt;
+        const py::gil_scoped_release release;
+        const Tensor query = whole(tensors[0]);
+        const auto type = query.scalar_type();
+        auto next = tensors.begin() + 1;
+        Tensor total;
+        for (const Part& part : parts_) {
+            const Tensor key = whole(*next++), value = whole(*next++);
+            Tensor out =
+                at::scaled_dot_product_attention(query, key, value, {}, 0.0, causal_, scale_, part.grouped);
+            if (part.gate && part.wide && parts_.size() == 1) return Attended(Gated::apply(out, *next), Tensor());
+            if (part.wide) out = in(at::kFloat, out);
+            if (part.gate) out = out * in(out.scalar_type(), *next++);
+            else if (part.number) out = out * *part.number;
+            total = total.defined() ? total + out : out;
+        }
+        return Attended(in(type, total), Tensor());
+    }
+
+private:
+    Tensor whole(const Tensor& t) const {
+        return batch_ < 0 || t.size(0) == batch_ ? t : t.expand({batch_, -1, -1, -1});
+    }
+
+    int64_t batch_;
+    double scale_;
+    bool causal_;
+    vector<Part> parts_;
+};
+
+// `mmfast.cross_attention` without dropout, softcap and weights: (output, log-sum-exps or None) of a call that is known; of others
+// (the key of all that it depends on, its tensors, their addresses); None for what is not for `triton_direct` at all. As `_called`
+// there. ``free``: the caller leaves the backend to us.
+py::object called(py::handle source_class, py::handle query, py::handle sources, py::handle fusion, py::handle scale,
+                  py::handle is_causal, bool lse, bool free) {
+    if (!nobody_looks_on() || (free && backend_is_asked_for()) || !PyUnicode_Check(fusion.ptr())) return py::none();
+    const bool joint = PyUnicode_CompareWithASCIIString(fusion.ptr(), "joint") == 0;
+    if (!joint && PyUnicode_CompareWithASCIIString(fusion.ptr(), "decoupled") != 0) return py::none();
+    if (!scale.is_none() && !PyFloat_CheckExact(scale.ptr()) && !PyLong_CheckExact(scale.ptr())) return py::none();
+    const double number = scale.is_none() ? 0.0 : PyFloat_AsDouble(scale.ptr());
+    const int causal = PyObject_IsTrue(is_causal.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    vector<int64_t> what(3);
+    const auto tensors = parts_of(source_class, query, sources, what);
+    if (!tensors) return py::none();
+    const c10::Device at = tensors->front().device();
+    if (at::autocast::is_autocast_enabled(at.type())) return py::none();
+    if (!at.is_cpu() && c10::impl::VirtualGuardImpl(at.type()).getDevice() != at) return py::none();
+    const int64_t device = at.is_cpu() ? -1 : at.index();
+    what[0] = joint | causal << 1 | lse << 2 | !scale.is_none() << 3 | c10::GradMode::is_enabled() << 4;
+    what[1] = device;
+    what[2] = same_bits(number);
+    const auto found = describe(*tensors, device);
+    if (!found) return py::none();
+    what.insert(what.end(), found->what.begin(), found->what.end());
+    const std::string key = Description{what, {}}.key();
+    if (const auto known = Known::of(key)) {
+        if (const auto result = known->attend(*tensors, found->addresses))
+            return py::make_tuple(result->first, lse ? py::cast(result->second) : py::none());
+    }
+    return py::make_tuple(py::bytes(key), *tensors, found->addresses);
+}
+
 }  // namespace
 
 void bind_fusion_replay(py::module_& m) {
@@ -348,13 +617,22 @@ void bind_fusion_replay(py::module_& m) {
         if (!found) return py::none();
         return py::make_tuple(py::bytes(found->key()), found->addresses);
     });
-    m.def("fusion_call_of", &call_of);
-    m.def("fusion_replayed", [](const vector<Tensor>& tensors, const Recording& forward,
-                                const vector<uint64_t>& addresses, const std::array<size_t, 2>& result,
-                                const Backward& backward, const std::string& plan, uint64_t stream, bool keeps_out) {
-        return Replayed::apply(at::TensorList(tensors), forward, addresses, result, backward.number, plan, stream,
-                               keeps_out);
+    py::class_<Known, std::shared_ptr<Known>>(m, "KnownCall");
+    m.def("fusion_keep_recorded",
+          [](const py::bytes& key, std::shared_ptr<Recording> recording, const std::array<size_t, 2>& result,
+             bool tracked, bool keeps_out, const std::optional<std::pair<double, bool>>& flash, Backward& backward,
+             std::string plan, py::object runtime, vector<py::object> kernels) {
+              std::optional<Flash> its;
+              if (flash) backward.flash = its = Flash{flash->first, flash->second};
+              return Known::keep(std::make_shared<Recorded>(key, std::move(recording), result, tracked, keeps_out, its,
+                                                            backward.number, std::move(plan), std::move(runtime),
+                                                            std::move(kernels)));
+          });
+    m.def("fusion_keep_composed", [](const py::bytes& key, int64_t batch, double scale, bool causal,
+                                     vector<std::tuple<bool, bool, py::object>> parts) {
+        return Known::keep(std::make_shared<Composed>(key, batch, scale, causal, std::move(parts)));
     });
+    m.def("fusion_called", &called);
 }
 
 }  // namespace mmfast

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmfast import _backend
-from mmfast.fusion import routes_cuda, triton
+from mmfast.fusion import merged, routes_cuda, triton
 from mmfast.fusion._inputs import FUSIONS, Source, as_sources, batch_of, check_options, positive_scale, prepare
-from mmfast.fusion.recording import Recording, record, stream_of
+from mmfast.fusion.recording import Recording, record
 from mmfast.fusion.reference import Attention
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,30 +41,51 @@ def attention(
     None where there is more to do, or where a check fails, for others to say why."""
     if type(query) not in _PLAIN or not (query.is_cuda or (_INTERPRETED and backend == "triton")):
         return None
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend.nobody_looks_on():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend._TRITON:
         return None
-    if torch.is_autocast_enabled(query.device.type) or (backend is None and os.environ.get("MMFAST_BACKEND")):
-        return None
-    if fusion not in FUSIONS or type(scale) not in _NUMBERS or not _backend._TRITON:
-        return None
-    device = query.get_device()
-    if device >= 0 and device != torch._C._cuda_getDevice():
-        return None
-    found = _call_of(Source, query, sources, device)
+    found = _called(Source, query, sources, fusion, scale, is_causal, lse, backend is None)
     if found is None:
         return None
-    signature, tensors, addresses = found
-    key = fusion, scale, bool(is_causal), lse, device, torch.is_grad_enabled(), signature
+    if len(found) == 2:
+        out, each = found
+        return Attention(out, each.unbind(0) if lse else (), None)
+    key, tensors, addresses = found
     plan = _plans.get(key, False)
     if plan is False:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         plan = _plans[key] = _plan(tensors, as_sources(sources), fusion, scale, bool(is_causal), lse)
-    return None if plan is None else plan(tensors, addresses)
+    if plan is None:
+        return None
+    result = plan(tensors, addresses)
+    if _backend._C is not None:
+        plan.tell(key, tensors)
+    return result
 
 
-def _parts(_source, query: Tensor, sources: Sequence, device: int) -> tuple[Hashable, list[Tensor], list[int]] | None:
-    """All that a call depends on, its tensors, and their addresses: ``fusion_call_of`` of the extension, in Python."""
+def _called_by_python(
+    _source, query: Tensor, sources: Sequence, fusion: str, scale: float | None, is_causal: bool, lse: bool, free: bool
+) -> tuple[Hashable, list[Tensor], list[int]] | None:
+    """All that a call depends on, its tensors, and their addresses; None for what is not for this module, and with
+    ``free``, where the backend may be chosen, where it is chosen already.
+
+    ``fusion_called`` of the extension, in Python; the extension has the results of plans that have told it of them."""
+    if not _backend.nobody_looks_on() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if (free and os.environ.get("MMFAST_BACKEND")) or fusion not in FUSIONS or type(scale) not in _NUMBERS:
+        return None
+    device = query.get_device()
+    if device >= 0 and device != torch._C._cuda_getDevice():
+        return None
+    found = _parts(query, sources, device)
+    if found is None:
+        return None
+    what, tensors, addresses = found
+    return (fusion, scale, bool(is_causal), lse, device, torch.is_grad_enabled(), what), tensors, addresses
+
+
+def _parts(query: Tensor, sources: Sequence, device: int) -> tuple[Hashable, list[Tensor], list[int]] | None:
+    """What sources are made of, all tensors, and their addresses."""
     if query.is_nested or query.dim() != 4:
         return None
     if type(sources) is Source or (type(sources) is tuple and len(sources) == 2 and type(sources[0]) in _PLAIN):
@@ -117,7 +138,7 @@ def _in_four(x: Tensor, place: int, query: Tensor) -> Tensor | None:
 
 
 _described = _describe if _backend._C is None else _backend._C.fusion_described
-_call_of = _parts if _backend._C is None else _backend._C.fusion_call_of
+_called = _called_by_python if _backend._C is None else _backend._C.fusion_called
 
 
 # ---- What is kept of a call
@@ -163,6 +184,14 @@ class _Composed:
         # The gradient of a gate is a sum over all that it is broadcast along: in half precision it might overflow.
         self.wide = [torch.is_grad_enabled() and isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources]
         self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
+        self.known = None
+
+    def tell(self, key: bytes, _tensors: Sequence[Tensor]) -> None:
+        """The extension of what to do with calls of this ``key``."""
+        if self.known is None and self.scale > 0:
+            parts = list(zip(self.grouped, self.wide, self.gates, strict=True))
+            batch = -1 if self.batch is None else self.batch
+            self.known = _backend._C.fusion_keep_composed(key, batch, self.scale, self.causal, parts)
 
     def __call__(self, tensors: Sequence[Tensor], _addresses: Sequence[int]) -> Attention:
         query, *rest = tensors
@@ -211,26 +240,61 @@ class _Plan:
 
     def _begin(self) -> None:
         self.forward: Recording | bool = True  # not made yet; or False: not to be had
+        self.known = None
         self.backward: dict[Hashable, Recording | bool] = {}
         self.native_backward = None
         if _backend._C is not None:
             self.native_backward = _backend._C.RecordedBackward()
             _alive[self.native_backward.number] = self
 
+    def tell(self, key: bytes, tensors: Sequence[Tensor]) -> None:
+        """The extension of the recording that calls of this ``key`` make again."""
+        forward, flash = self.forward, None  # another thread may be recording
+        if self.known is not None or forward is True:
+            return
+        if not forward and self.is_flash(tensors):
+            forward, flash = self.record_merge(tensors), (self.options[5], self.options[3])
+        self.known = False
+        if forward and forward.native is not None:
+            from triton import knobs
+
+            kernels = [call.kernel for call in forward.calls]
+            self.known = _backend._C.fusion_keep_recorded(
+                key, forward.native, forward.result, self.tracked, self.joint, flash, self.native_backward, self.text,
+                knobs.runtime, kernels,
+            )  # fmt: skip
+
+    def is_flash(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether flash takes each of several sources as it is."""
+        query, *rest = tensors
+        keys, values, *others = self.lists
+        if self.engine != "flash" or len(keys) == 1 or any(others) or self.options[5] <= 0 or not query.is_cuda:
+            return False
+        if query.shape[3] % 8 or any(x.stride(3) != 1 or not x.shape[2] for x in tensors):
+            return False
+        if any(x.shape[0] != query.shape[0] or x.shape[3] != query.shape[3] for x in rest):
+            return False
+        sources = [Source(tensors[i], tensors[j]) for i, j in zip(keys, values, strict=True)]
+        return all(merged.pick(query, s, self.options[3], self.engine) == "flash" for s in sources)
+
+    def record_merge(self, tensors: Sequence[Tensor]) -> Recording | bool:
+        """Of what flash gives for each source."""
+        from mmfast.fusion import triton_split
+
+        with torch.no_grad():
+            query, causal, scale = tensors[0], self.options[3], self.options[5]
+            pairs = zip(*([tensors[i] for i in part] for part in self.lists[:2]), strict=True)
+            parts = [merged._one("flash", query, key, value, None, causal, scale) for key, value in pairs]
+            outs, lses = zip(*parts, strict=True)
+
+            def merge() -> tuple[Tensor, Tensor]:
+                out, lse = triton_split.merge(outs, lses, query.dtype)
+                return out, lse[None]
+
+            return record(merge, [*outs, *lses])[1]
+
     def __call__(self, tensors: Sequence[Tensor], addresses: list[int]) -> Attention:
-        forward = self.forward  # another thread may be recording
-        native = None if type(forward) is bool else forward.native
-        if native is not None and not forward.is_watched():
-            stream = stream_of(forward.device.index)
-            if self.tracked:
-                at = forward.result
-                out, lse = _backend._C.fusion_replayed(
-                    tensors, native, addresses, at, self.native_backward, self.text, stream, self.joint
-                )
-            else:
-                made = native.again(addresses, stream)
-                out, lse = (made[i] for i in forward.result)
-        elif self.tracked:
+        if self.tracked:
             out, lse = _Tracked.apply(self, addresses, *tensors)
         else:
             out, lse = self.compute(tensors, addresses)

@@ -59,6 +59,8 @@ from mmfast.fusion.triton_tiles import (
 )
 
 SUM = 6  # blocks of queries that take as long as it takes to write and add up the sums of a program, by bytes
+# Numbers that differ from batch to batch where lengths do: compiled once, and not for 1, multiples of 16 and others.
+_ANY = ("row_limit", "chunks", "blocks", "row_blocks")
 KEPT = 128  # keys of a softmax whose scores, or weights and gradients, are kept in registers until their sum is known
 
 
@@ -127,7 +129,7 @@ def _tile(
         return k, load_values(src, b, h, columns, limit, value_dim, BV, DOT, BY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _forward(
     query, query_strides, sources, out, out_strides, lse, lse_strides, row_lengths, heads, row_limit, dim, value_dim,
     chunks, blocks, scale2,
@@ -360,7 +362,7 @@ def _weights_and_gradient(
     return tl.exp2(s - shift[:, None]), tl.dot(do, tl.trans(v), input_precision=PREC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _backward(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, out, out_strides, lse, lse_strides,
     grad_query, grad_query_strides, grad_gates, outs, partial, row_lengths, batch, heads, row_limit, dim, value_dim,
@@ -488,11 +490,11 @@ def _backward(
             offset += WIDE[t]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _add_up(
-    partial, outs, batch, heads, row_blocks,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr,
-    TOTAL: tl.constexpr, PITCH: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr,
+    partial, outs, batch, heads, row_blocks, chunks,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ITEMS: tl.constexpr, GROUP: tl.constexpr, TOTAL: tl.constexpr,
+    PITCH: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: sums over chunks, the heads that share a key and, if it is shared, the batch."""
     rows = tl.program_id(0) % row_blocks * BS + tl.arange(0, BS)
@@ -504,7 +506,7 @@ def _add_up(
             b, h = item // key_heads, item % key_heads
             if b < out.batch:
                 total = tl.zeros([BS, BW], tl.float32)
-                for i in range(COUNT[n]):
+                for i in range(chunks * (ITEMS[n] * GROUP[n])):
                     at = i % (ITEMS[n] * GROUP[n])
                     of = (
                         ((i // (ITEMS[n] * GROUP[n])) * batch + b + at // GROUP[n]) * heads
@@ -623,9 +625,8 @@ def _sum_up(partial: Tensor, outs: tuple[_Sum, ...], layout: dict) -> None:
     rows = 16
     row_blocks = triton.cdiv(max(o.rows for o in outs), rows)
     grid = (row_blocks * max(o.batch * heads // g for o, g in zip(outs, group, strict=True)), len(outs))
-    counts = tuple(chunks * i * g for i, g in zip(items, group, strict=True))
     launch(
-        _add_up, grid, partial, outs, batch, heads, row_blocks, ROW=tuple(row), COLUMN=tuple(column),
-        ITEMS=tuple(items), GROUP=tuple(group), COUNT=counts, TOTAL=total, PITCH=pitch, BS=rows,
-        BW=max(layout["BD"], layout["BV"]), num_warps=4,
+        _add_up, grid, partial, outs, batch, heads, row_blocks, chunks, ROW=tuple(row), COLUMN=tuple(column),
+        ITEMS=tuple(items), GROUP=tuple(group), TOTAL=total, PITCH=pitch, BS=rows, BW=max(layout["BD"], layout["BV"]),
+        num_warps=4,
     )  # fmt: skip

@@ -164,7 +164,8 @@ def test_plan_that_is_told_again(build):
     tensors, call = build()
     out = outputs(tensors, call, "triton", True)[0].detach()  # whose graph would keep the plan
     (plan,) = triton_direct._plans.values()
-    given = triton_direct._call_of(Source, *call(tensors)[:2], -1)[1]
+    query, sources, _ = call(tensors)
+    given = triton_direct._called(Source, query, sources, "joint", None, False, True, False)[1]
     with torch.no_grad():
         _, lse = plan.compute(given, [x.data_ptr() for x in given])
         args = torch.randn_like(out), None, given, out if plan.joint else None, lse
