@@ -10,11 +10,12 @@ Note: [Rows that own their gradient]
 Note: [What a tile costs]
   Beside its products a tile of 128 rows and 64 columns has 8192 pairs, of which each instruction of a warp does 32.
   So all that is the same for every pair is found before, by `settle`: points and norms are scaled such that a product
-  and a sum give the exponent of 2, terms whose γ double are one exponential and a polynomial of it, and nothing is
+  and its norms are the exponent of 2, terms whose γ double are one exponential and a polynomial of it, and nothing is
   masked but in tiles at the diagonal and at the end of a sample (which `narrow` leaves to its last loop, as it does
-  kernels of any other form). The weights of a tile are two parts, as the points are. For Gaussians no weight is above
-  Σ|γw|, which takes the place of each row's largest one; where the rows of a block turn out to be far below that, and
-  would lose digits, the last loop goes through all tiles again, about the largest weight of each row so far.
+  kernels of any other form, and points so far apart that rounding may leave negative distances of any size). The
+  weights of a tile are two parts, as the points are. For Gaussians no weight is above Σ|γw|, which takes the place of
+  each row's largest one; where the rows of a block turn out to be far below that, and would lose digits, the last loop
+  goes through all tiles again, about the largest weight of each row so far.
 
   A block of columns is half as wide as the rows are many, so that registers hold everything for two programs on a
   multiprocessor, of which one multiplies while the other evaluates kernels.
@@ -115,10 +116,12 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
     ``mean`` (b, WIDTH): what is taken from the points. ``table`` (b, T, 4): the terms ``given``, with `FIND` in units
     of the mean squared distance, 2 Σ over the pairs that count / ``divisor``. ``numbers`` (b, ``room``):
 
-    0. what a product of scaled points is multiplied with to give the measure, twice it for distances
+    0. what a product of scaled points is multiplied with: twice their factor in distances, whose unit is for
+       Gaussians such that the last term's kernel is 2^-measure
     1. 1 where `narrow` may take its short way
-    2. the measure's unit: for Gaussians such that the last term's kernel is 2^-measure
-    3. the points' scale, a power of two that takes the largest below 2^15, or 1
+    2. what squared norms of scaled points are multiplied with, half of 0. and negative
+    3. the points' scale, a power of two that takes the largest below 2^15, or 1 (any smaller one would cost the second
+       part of a point its last bits)
     4. its inverse
     5. what the derivatives of 6 + T are to be multiplied with
     6. w of each term; from 6 + T on its derivative, -γw, times 2^15 / Σ|γw|; from 6 + 2 T on γ log2 e in that unit
@@ -175,9 +178,8 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
         exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
         power = 15 - tl.where(top > 0, exponent, 0)
         power = tl.minimum(tl.maximum(power, -MOST), MOST)
+    scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
     inverse = ((127 - power) << 23).to(tl.float32, bitcast=True)
-    tl.store(numbers + 3, ((127 + power) << 23).to(tl.float32, bitcast=True))
-    tl.store(numbers + 4, inverse)
 
     # Of distances a length divides the squares.
     bound = tl.full((), 0.0, tl.float64)
@@ -200,10 +202,11 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
         before = g.to(tl.float32)
     unit = tl.full((), 1.0, tl.float32)
     if LADDER:
-        wide = top.to(tl.float64)
-        usable = (rate > 1e-30) & (rate < 1e30) & (rate * wide * wide * DIM < 1e35)
-        unit = tl.where(usable, rate.to(tl.float32), 1.0)
-        fast = doubles & usable & (bound > 1e-30) & (bound < 1e30)
+        usable = (rate > 1e-30) & (rate < 1e30)
+        largest = rate * top * top * DIM  # no squared norm is larger, in the unit
+        unit = tl.where(usable & (largest < 1e35), rate.to(tl.float32), 1.0)
+        # Rounding may leave distances of -2^-21 of the norms: so little that no power of u is above 2^(1/2).
+        fast = doubles & usable & (largest * 2 ** (count - 1) < 2**20) & (bound > 1e-30) & (bound < 1e30)
         tl.store(numbers + 1, tl.where(fast, 1.0, 0.0))
         bound = tl.where(fast, bound, 1.0)
         tl.store(numbers + 5, (bound / 32768).to(tl.float32))
@@ -216,8 +219,11 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
             tl.store(numbers + FIRST_NUMBER + 2 * count + t, (g * LOG2E / unit).to(tl.float32))
     else:
         tl.store(numbers + 1, 0.0)
-    tl.store(numbers, inverse * inverse * ((1 if DOT else 2) * unit))
-    tl.store(numbers + 2, unit)
+    factor = inverse * inverse * ((1 if DOT else 2) * unit)
+    tl.store(numbers, factor)
+    tl.store(numbers + 2, -0.5 * factor)
+    tl.store(numbers + 3, scale)
+    tl.store(numbers + 4, inverse)
 
 
 @triton.jit
@@ -227,7 +233,7 @@ def arrange(x, y, mean, numbers, hi, lo, norms, n, m, x_item, x_stride, x_col, y
             BLOCK: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """Points of both samples, y from row ``second`` on, and zeros after each: ``hi`` and ``lo`` (b, rows, WIDTH).
 
-    ``norms`` (b, rows): their squared norms, of the rounded points with `OWN`, in the measure's unit and negative.
+    ``norms`` (b, rows): their squared norms, of the rounded points with `OWN`, times the factor that `settle` gives.
     """
     block, item = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     to = block * BLOCK + tl.arange(0, BLOCK)
@@ -238,16 +244,16 @@ def arrange(x, y, mean, numbers, hi, lo, norms, n, m, x_item, x_stride, x_col, y
     k = tl.arange(0, WIDTH)
     if CENTRED:
         v = tl.where(there[:, None] & (k < DIM)[None, :], v - tl.load(mean + item * WIDTH + k)[None, :], 0)
-    unit, scale = tl.load(numbers + item * room + 2), tl.load(numbers + item * room + 3)
+    factor, scale = tl.load(numbers + item * room + 2), tl.load(numbers + item * room + 3)
     scaled = v * scale
     head = scaled.to(TYPE)
-    if OWN:
-        v = head.to(tl.float32) / scale
     place = (item * rows + to.to(tl.int64))[:, None] * WIDTH + k[None, :]
     tl.store(hi + place, head)
     if SPLIT == 2:
         tl.store(lo + place, (scaled - head.to(tl.float32)).to(TYPE))
-    tl.store(norms + item * rows + to, -(tl.sum(v * v, 1).to(tl.float64) * unit).to(tl.float32))
+    if OWN:
+        scaled = head.to(tl.float32)
+    tl.store(norms + item * rows + to, tl.sum(scaled * scaled, 1) * factor)
 
 
 # ---- The pairs
@@ -297,8 +303,8 @@ def _polynomial(powers, factors, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _columns(hi, lo, norms, start, at, SPLIT: tl.constexpr, COLS: tl.constexpr, UPCAST: tl.constexpr):
-    """Points of a block of columns and their norms."""
+def _columns(hi, lo, start, at, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """Points of a block of columns."""
     WIDTH: tl.constexpr = at.shape[1]
     b = tl.load(hi + start * WIDTH + at)
     b_lo = b
@@ -306,7 +312,7 @@ def _columns(hi, lo, norms, start, at, SPLIT: tl.constexpr, COLS: tl.constexpr, 
         b_lo = tl.load(lo + start * WIDTH + at)
     if UPCAST:
         b, b_lo = b.to(tl.float32), b_lo.to(tl.float32)
-    return b, b_lo, tl.load(norms + start + tl.arange(0, COLS))
+    return b, b_lo
 
 
 @triton.jit
@@ -382,7 +388,8 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
     table += item * (4 * count)
     i = first + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
-    at = tl.arange(0, COLS)[:, None] * WIDTH + d[None, :]
+    columns = tl.arange(0, COLS)
+    at = columns[:, None] * WIDTH + d[None, :]
     row_whole = _inside(first, ROWS, n, second, m)
     factor = tl.load(numbers)
     a_norms = tl.load(norms + i)
@@ -410,11 +417,18 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
         for t in tl.static_range(count):
             weights = weights + (tl.load(numbers + FIRST_NUMBER + t),)  # noqa: RUF005
             slopes = slopes + (tl.load(numbers + FIRST_NUMBER + count + t),)  # noqa: RUF005
+        ahead = tl.load(norms + begin.to(tl.int64) * COLS + columns)
         for part in tl.static_range(2 if GRAD else 1):
             for tile in range(begin if part == 0 else above, below if part == 0 else last):
-                b, b_lo, b_norms = _columns(hi, lo, norms, tl.cast(tile, tl.int64) * COLS, at, SPLIT, COLS, UPCAST)
-                s = _products(a, a_lo, b, b_lo, SPLIT) * factor + (a_norms[:, None] + b_norms[None, :])
-                u = tl.exp2(tl.minimum(s, 0.0, propagate_nan=tl.PropagateNan.ALL))
+                start = tl.cast(tile, tl.int64) * COLS
+                b, b_lo = _columns(hi, lo, start, at, SPLIT, UPCAST)
+                b_norms = ahead
+                if GRAD:  # no registers are left for norms that come ahead: they come with the points
+                    b_norms = tl.load(norms + start + columns)
+                else:
+                    ahead = tl.load(norms + tl.cast(tl.minimum(tile + 1, below - 1), tl.int64) * COLS + columns)
+                z = _products(a, a_lo, b, b_lo, SPLIT)
+                u = tl.exp2(z * factor + (a_norms[:, None] + b_norms[None, :]))
                 powers = (u,)
                 for t in tl.static_range(count - 2):
                     powers = powers + (powers[t] * powers[t],)  # noqa: RUF005
@@ -438,16 +452,16 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
         if tile >= above:
             tile = last + (tile - above)
         start = tl.cast(tile, tl.int64) * COLS
-        j = start + tl.arange(0, COLS)
-        b, b_lo, b_norms = _columns(hi, lo, norms, start, at, SPLIT, COLS, UPCAST)
+        j = start + columns
+        b, b_lo = _columns(hi, lo, start, at, SPLIT, UPCAST)
         z = _products(a, a_lo, b, b_lo, SPLIT) * factor
         whole = row_whole & _inside(start, COLS, n, second, m) & ((tile < diagonal) | (tile >= behind))
         if LADDER:
-            s = tl.minimum(z + (a_norms[:, None] + b_norms[None, :]), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            s = tl.minimum(z + (a_norms[:, None] + tl.load(norms + j)[None, :]), 0.0, propagate_nan=tl.PropagateNan.ALL)
             sums, h = _gaussian_rows(s, numbers, table, whole, i, j, n, second, m, count)
         else:
             if not DOT:
-                z = _not_negative(-(z + (a_norms[:, None] + b_norms[None, :])), tl.float32)
+                z = _not_negative(-(z + (a_norms[:, None] + tl.load(norms + j)[None, :])), tl.float32)
             v, h = _terms(z, table, FAMILIES, 0, count, False, tl.float32)
             h = _counting(h, whole, i, j, n, second, m)
             sums = tl.sum(_counting(v, whole, i, j, n, second, m), 1)
