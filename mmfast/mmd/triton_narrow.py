@@ -276,29 +276,25 @@ def _gaussian_rows(s, numbers, table, whole, i, j, n, second, m, COUNT: tl.const
 
     Each term is added up by itself: a tile of values beside that of derivatives would take too many registers.
     """
-    sums = tl.sum(s * 0, 1)
-    h = s * 0
-    for t in tl.static_range(COUNT):
+    w, g = tl.load(table).to(tl.float32), tl.load(table + 1).to(tl.float32)
+    rates = numbers + FIRST_NUMBER + 2 * COUNT
+    u = _counting(tl.exp2(s * tl.load(rates)), whole, i, j, n, second, m)
+    sums = w * tl.sum(u, 1)
+    h = (-g * w) * u
+    for t in tl.static_range(1, COUNT):
         w, g = tl.load(table + t * 4).to(tl.float32), tl.load(table + t * 4 + 1).to(tl.float32)
-        rate = tl.load(numbers + FIRST_NUMBER + 2 * COUNT + t)
-        u = _counting(tl.exp2(s * rate), whole, i, j, n, second, m)
-        if t == 0:
-            sums = w * tl.sum(u, 1)
-            h = (-g * w) * u
-        else:
-            sums += w * tl.sum(u, 1)
-            h += (-g * w) * u
+        u = _counting(tl.exp2(s * tl.load(rates + t)), whole, i, j, n, second, m)
+        sums += w * tl.sum(u, 1)
+        h += (-g * w) * u
     return sums, h
 
 
 @triton.jit
 def _polynomial(powers, factors, COUNT: tl.constexpr):
     """Σ factors_t u^(2^(COUNT - 1 - t)), over u, from the powers u, u^2, u^4 and so on."""
-    found = powers[0] * 0 + factors[0]
-    if COUNT > 1:
-        found = powers[COUNT - 2] * factors[0] + factors[1]
-        for t in tl.static_range(2, COUNT):
-            found = found * powers[COUNT - 1 - t] + factors[t]
+    found = factors[0]
+    for t in tl.static_range(1, COUNT):
+        found = found * powers[COUNT - 1 - t] + factors[t]
     return found
 
 

@@ -65,6 +65,7 @@ for name, need in (("value", False), ("gradients", True)):
         "shared": kernel.metadata.shared,
         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
         "copies": kernel.asm["ptx"].count("cp.async.cg"),
+        "ahead": len(re.findall(r"ttg.async_wait .*num = [1-9]", kernel.asm["ttgir"])),
     }
 print(json.dumps(found))
 """
@@ -78,6 +79,7 @@ def test_two_programs_share_a_multiprocessor():
     found = json.loads(done.stdout)
     for name, kernel in found.items():
         assert kernel["registers"] <= 128 and kernel["shared"] <= 113 * 1024, (name, kernel)
+        assert kernel["ahead"] >= (1 if name == "value" else 2), (name, kernel)  # points are not waited for at once
         assert kernel["wgmma"] >= (12 if name == "value" else 24) and kernel["copies"], (name, kernel)
     # What they keep in memory is for five exponentials, where lengths do not double.
     assert found["value"]["stack"] <= 128 and found["gradients"]["stack"] <= 640, found
