@@ -136,6 +136,22 @@ def test_small_batches(name, estimator, n):
     assert sorted(on_device) == ["distances", "values"]
 
 
+@pytest.mark.parametrize("name", ["dan", "no_ladder", "imq"])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_large_batches_of_few_features(name, estimator):
+    """Five launches for a value and one for gradients, on tiles with and without masks."""
+    kernel, d = cases.KERNELS[name]
+    cases.check_kernel(name, "triton", DEVICE, 700, 1500, estimator=estimator)
+    x, y = (t.float().cuda().requires_grad_() for t in cases.samples(700, 1500, d))
+    mmd.mmd2(x, y, kernel, estimator)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that is a launch for each piece of memory
+    one = torch.ones((), device=DEVICE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(mmd.mmd2(x, y, kernel, estimator), (x, y), one)
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert on_device == ["survey", "settle", "arrange", "narrow", "combine", "finish"]
+
+
 @pytest.mark.parametrize("d", [5, 40, 2048])
 def test_small_batches_in_features(d):
     x, y = (t.cuda() for t in cases.samples(64, 50, d))

@@ -8,12 +8,13 @@ everything else goes to the operators of `mmfast.mmd.op`, which take any number 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.mmd import _precision, op, reference
+from mmfast.mmd import _precision, large, op, reference
 from mmfast.mmd.bandwidth import MeanDistance
 from mmfast.mmd.estimators import coefficients, constant
 from mmfast.mmd.kernels import Kernel, fixed_terms
@@ -74,15 +75,15 @@ def form(x: Tensor, y: Tensor, coefs: Tensor, terms: Terms, diagonal: bool = Fal
     Without i = j in the first two sums, or with them where ``diagonal``; without i = j in the third where ``aligned``.
     With ``terms.rule`` the terms' lengths are multiples of what it finds.
     """
-    counts = _counts(terms.rule, x.shape[1], y.shape[1])
-    inputs = x, y, coefs, terms.params, list(terms.families), counts, diagonal, aligned
+    pairs = counts(terms.rule, x.shape[1], y.shape[1])
+    inputs = x, y, coefs, terms.params, list(terms.families), pairs, diagonal, aligned
     keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if keep and not torch.compiler.is_compiling() and type(x) is type(y) is Tensor:
         return _Small.apply(*inputs)
     return _ops.mmd_small.default(*inputs, keep)[0]
 
 
-def _counts(rule: MeanDistance | None, n: int, m: int) -> list[int]:
+def counts(rule: MeanDistance | None, n: int, m: int) -> list[int]:
     """Do pairs of x, of y and of both count in a rule's mean, and what twice their sum is divided by (or 0)."""
     if rule is None:
         return [0, 0, 0, 0]
@@ -220,20 +221,21 @@ def _definition(x, y, length, coefs, params, families, diagonal, aligned) -> Ten
 _ESTIMATORS = ("unbiased", "biased", "one_sample_u")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_KEPT = 512
-_ways: dict[tuple, _Way] = {}  # of kernels that each step builds anew; the others remember their own
+# Of kernels that each step builds anew; the others remember their own. False: there is none.
+_ways: dict[tuple, _Way | large.Way | Literal[False]] = {}
 
 
 def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | None) -> Tensor | None:
     """`mmfast.mmd2` of ``(n, d)`` and ``(m, d)`` with as little done on the host as there can be, or None.
 
-    None where a check fails, for others to say why, for what `takes` would not, for what is not dense, and where
-    anything but autograd looks on.
+    None where a check fails, for others to say why, for what neither `takes` nor `mmfast.mmd.large` would, for what is
+    not dense, and where anything but autograd looks on.
     """
     if torch.compiler.is_compiling() or not (_is_matrix(x) and _is_matrix(y)) or not _backend.nobody_looks_on():
         return None
     (n, d), (m, other) = x.shape, y.shape
     dtype, device = x.dtype, x.device
-    if other != d or n > MOST_ROWS or m > MOST_ROWS or y.dtype != dtype or y.device != device:
+    if other != d or y.dtype != dtype or y.device != device:
         return None
     if _backend.choose("mmd", device, backend)[0] not in ("cuda", "triton"):
         return None
@@ -245,13 +247,13 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | No
         numbers = kernel.numbers
         way = None if numbers is None else _ways.get((numbers, like))
         if way is None:
-            way = _find_way(x, y, kernel, like)
-            if way is None:
-                return None
+            way = _find_way(x, y, kernel, like) or False
             if numbers is not None and len(_ways) < _MOST_KEPT:
                 _ways[numbers, like] = way
         if len(kernel._cache) < _MOST_KEPT:
             kernel._cache[like] = way
+    if not way:
+        return None
     if keep:
         return _Matrices.apply(x, y, way)
     return way.compute(x, y)[0]
@@ -281,7 +283,7 @@ class _Way:
         self.launches, self.params = triton_small_launch, params
         self.coefs = constant(coefficients(estimator, n, m), self.device)
         self.dot = METRIC[families[0]] == DOT
-        self.problem = families, tuple(_counts(rule, n, m)), estimator == "biased", estimator == "one_sample_u"
+        self.problem = families, tuple(counts(rule, n, m)), estimator == "biased", estimator == "one_sample_u"
         self.plan = triton_small_launch.plan(self.shape, self.strides, self.dtype, *self.problem, keep)
         self.gradients = {}
         self.like_value = torch.empty((), dtype=torch.float32, device=self.device)
@@ -312,8 +314,10 @@ class _Way:
         return by_x[0] if need_x else None, by_y[0] if need_y else None
 
 
-def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | None:
+def _find_way(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> _Way | large.Way | None:
     estimator, n, m = like[:3]
+    if n > MOST_ROWS or m > MOST_ROWS:
+        return large.find(x, y, kernel, like)
     if min(n, m) < 2 or estimator not in _ESTIMATORS or (estimator == "one_sample_u" and n != m):
         return None
     terms = fixed_terms(kernel, x, y)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from mmfast._launch import launch_as_given
-from mmfast.mmd import triton_narrow, triton_sweep
+from mmfast.mmd import triton_narrow_launch, triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
     BY_DIFFERENCES,
@@ -35,16 +35,12 @@ from mmfast.mmd.triton_points import (
 )
 
 
-def _problem(
-    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, narrow: bool = False
-) -> Problem:
+def _problem(x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False) -> Problem:
     """Pairs of x with y; without ``y``, or of both samples ``pooled``, each pair of points once."""
     params, dims, families, layers = kernel
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
     sizes = sizes_for(x, max(dims, default=1), kind)
-    if narrow:
-        sizes = triton_narrow.sizes(sizes, dims[0])
     samples = [x] if y is None else [x, y]
     scales = scales_of(samples, plan.dims, plan.how, kind, sizes)
     b, n = x.shape[:2]
@@ -107,9 +103,14 @@ def _apart(part: Tensor) -> Tensor:
 
 def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need, precision="float32"):
     b, n, m = x.shape[0], x.shape[1], y.shape[1]
+    coefs = coefs.detach().to(x.device, torch.float64).contiguous()
+    double = torch.float64
     plain = wx is None and wy is None and not need[4] and b * n * m > 0
-    narrow = plain and triton_narrow.takes(layout((dims, families, layers)), format_of([x.dtype], precision))
-    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, narrow=narrow)
+    if plain and triton_narrow_launch.takes(layout((dims, families, layers)), format_of([x.dtype], precision)):
+        given = params.detach().to(x.device, double).contiguous()
+        found = triton_narrow_launch.quadratic(x, y, coefs, given, families, precision, need, need[5])
+        return *found, _nothing(x, double), _nothing(x, double), _nothing(params, double)
+    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True)
     z, block = problem.x, problem.sizes.block
     weights = None
     if wx is not None or wy is not None:
@@ -117,8 +118,6 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         both[:, :n] = 1 if wx is None else wx
         both[:, z.second : z.second + m] = 1 if wy is None else wy
         weights = both, both
-    coefs = coefs.detach().to(x.device, torch.float64).contiguous()
-    double = torch.float64
 
     def of(found: Tensor | None, first: int, count: int, wanted: bool, dtype: torch.dtype) -> Tensor:
         if not wanted:
@@ -126,10 +125,6 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         part = found[:, first : first + count]
         return _apart(part) if first else part.contiguous()  # of one item the first is a view of both
 
-    if narrow:
-        value, sums, grad = triton_narrow.quadratic(problem, coefs, need[0] or need[1], need[5])
-        by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
-        return value, sums, by_x, by_y, _nothing(x, double), _nothing(x, double), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None

@@ -1,4 +1,4 @@
-"""Quadratic forms of points of few features, and their gradients, in one launch that keeps no tile of the matrix.
+"""Triton kernels of quadratic forms of points of few features: no tile of the matrix is kept, and launches are few.
 
 Note: [Rows that own their gradient]
   `mmfast.mmd.triton_sweep` looks at each pair once and keeps the gradient's weights in memory, to multiply them with
@@ -7,112 +7,387 @@ Note: [Rows that own their gradient]
   and their gradient, and passes over columns: each pair is seen from both sides, which is 4 products instead of 3 and
   its kernel twice, and nothing but the result is written.
 
-  The weights of a tile are two parts, as the points are, about the largest of their row so far: what has been added up
-  is rescaled when a larger one comes. A block of columns is half as wide as the rows are many, so that registers hold
-  everything for two programs on a multiprocessor, of which one multiplies while the other evaluates kernels.
+Note: [What a tile costs]
+  Beside its products a tile of 128 rows and 64 columns has 8192 pairs, of which each instruction of a warp does 32.
+  So all that is the same for every pair is found before, by `settle`: points and norms are scaled such that a product
+  and its norms are the exponent of 2, terms whose γ double are one exponential and a polynomial of it, and nothing is
+  masked but in tiles at the diagonal and at the end of a sample (which `narrow` leaves to its last loop, as it does
+  kernels of any other form, and points so far apart that rounding may leave negative distances of any size). The
+  weights of a tile are two parts, as the points are. For Gaussians no weight is above Σ|γw|, which takes the place of
+  each row's largest one; where the rows of a block turn out to be far below that, and would lose digits, the last loop
+  goes through all tiles again, about the largest weight of each row so far.
+
+  A block of columns is half as wide as the rows are many, so that registers hold everything for two programs on a
+  multiprocessor, of which one multiplies while the other evaluates kernels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mmfast._launch import launch_as_given
-from mmfast.mmd.triton_launch import Problem, processors
-from mmfast.mmd.triton_points import BY_DOT, BY_PRODUCTS, INTERPRETED, Format, Layout, triton_type
 from mmfast.mmd.triton_sweep import _inside
-from mmfast.mmd.triton_terms import _doubles, _not_negative, _rate, _terms
-from mmfast.mmd.triton_tuning import Sizes
+from mmfast.mmd.triton_terms import LOG2E, _not_negative, _terms
 
-MOST_FEATURES = 128
+MOST_POWERS = tl.constexpr(8)  # terms of a polynomial: more would not fit in registers
+FIRST_NUMBER = tl.constexpr(6)  # of those that a kernel's terms have, see `settle`
+
+
+# ---- Before the pairs
 
 
 @triton.jit
-def _counting(t, whole, i, j, n, second, m, GRAD: tl.constexpr):
+def _points(x, y, of_y, item, rows, there, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, DIM: tl.constexpr,
+            WIDTH: tl.constexpr):  # fmt: skip
+    """Rows of one sample as float32, 0 where there is nothing."""
+    k = tl.arange(0, WIDTH)
+    begin = tl.where(of_y, y + item * y_item, x + item * x_item)
+    stride = tl.where(of_y, y_stride, x_stride).to(tl.int64)
+    col = tl.where(of_y, y_col, x_col).to(tl.int64)
+    at = rows.to(tl.int64)[:, None] * stride + k[None, :] * col
+    return tl.load(begin + at, mask=there[:, None] & (k < DIM)[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def survey(x, y, columns, squares, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, blocks_x, blocks, each,
+           FIND: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of ``each`` rows of a sample: ``columns`` (b, blocks, 4, WIDTH), of what is finite there the mean, what was
+    lost in rounding it (the sum of the differences), the least and the largest; with `FIND` the sum of the squared
+    differences from that mean, ``squares`` (b, blocks)."""
+    block, item = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    of_y = block >= blocks_x
+    first = (block - tl.where(of_y, blocks_x, 0)) * each
+    count = tl.where(of_y, m, n)
+    last = tl.minimum(first + each, count)
+    k = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    least, most = tl.full((WIDTH,), float("inf"), tl.float32), tl.full((WIDTH,), -float("inf"), tl.float32)
+    for begin in range(first, last, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        there = rows < last
+        v = _points(x, y, of_y, item, rows, there, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, DIM, WIDTH)
+        fine = there[:, None] & (tl.abs(v) < float("inf"))
+        total += tl.sum(tl.where(fine, v, 0), 0)
+        least = tl.minimum(least, tl.min(tl.where(fine, v, float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.where(fine, v, -float("inf")), 0))
+    mean = total / (last - first).to(tl.float32)
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, 0)
+    rest = tl.zeros((WIDTH,), tl.float32)
+    square = tl.full((), 0.0, tl.float64)
+    for begin in range(first, last, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        there = rows < last
+        v = _points(x, y, of_y, item, rows, there, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, DIM, WIDTH)
+        v = tl.where(there[:, None] & (k < DIM)[None, :], v - mean[None, :], 0)
+        rest += tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0), 0)
+        if FIND:
+            square += tl.sum(tl.sum(v.to(tl.float64) * v.to(tl.float64), 1), 0)
+    place = item * blocks + block
+    to = columns + place * (4 * WIDTH) + k
+    tl.store(to, mean)
+    tl.store(to + WIDTH, rest)
+    tl.store(to + 2 * WIDTH, least)
+    tl.store(to + 3 * WIDTH, most)
+    if FIND:
+        tl.store(squares + place, square)
+
+
+@triton.jit
+def _surveyed(columns, first, n, m, blocks_x, blocks, each, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Of some blocks: where they stand, which there are and which are of y, their rows, and their sums in float64."""
+    at = first + tl.arange(0, LANES)
+    there, of_y = at < blocks, at >= blocks_x
+    begin = tl.where(of_y, at - blocks_x, at) * each
+    size = tl.minimum(each, tl.where(of_y, m, n) - begin).to(tl.float64)
+    place = columns + at[:, None] * (4 * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    mean = tl.load(place, mask=there[:, None], other=0).to(tl.float64)
+    rest = tl.load(place + WIDTH, mask=there[:, None], other=0).to(tl.float64)
+    return at, place, there, of_y, tl.where(there, size, 1.0), mean, rest
+
+
+@triton.jit
+def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks, each, room, count_xx, count_yy,
+           count_xy, divisor,
+           FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, FIND: tl.constexpr, LEAST: tl.constexpr,
+           CENTRED: tl.constexpr, SCALED: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+           LANES: tl.constexpr):  # fmt: skip
+    """All numbers that are the same for every pair of an item, from what `survey` has found.
+
+    ``mean`` (b, WIDTH): what is taken from the points. ``table`` (b, T, 4): the terms ``given``, with `FIND` in units
+    of the mean squared distance, 2 Σ over the pairs that count / ``divisor``. ``numbers`` (b, ``room``):
+
+    0. what a product of scaled points is multiplied with: twice their factor in distances, whose unit is for
+       Gaussians such that the last term's kernel is 2^-measure
+    1. 1 where `narrow` may take its short way
+    2. what squared norms of scaled points are multiplied with, half of 0. and negative
+    3. the points' scale, a power of two that takes the largest below 2^15, or 1 (any smaller one would cost the second
+       part of a point its last bits)
+    4. its inverse
+    5. what the derivatives of 6 + T are to be multiplied with
+    6. w of each term; from 6 + T on its derivative, -γw, times 2^15 / Σ|γw|; from 6 + 2 T on γ log2 e in that unit
+    """
+    item = tl.program_id(0).to(tl.int64)
+    columns += item * blocks * (4 * WIDTH)
+    squares += item * blocks
+    numbers += item * room
+    k = tl.arange(0, WIDTH)
+    count: tl.constexpr = len(FAMILIES)
+    sum_x, sum_y = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
+    least, most = tl.full((WIDTH,), float("inf"), tl.float32), tl.full((WIDTH,), -float("inf"), tl.float32)
+    for first in range(0, blocks, LANES):
+        at, place, there, of_y, size, own, rest = _surveyed(
+            columns, first, n, m, blocks_x, blocks, each, WIDTH, LANES
+        )  # fmt: skip
+        total = own * size[:, None] + rest
+        sum_x += tl.sum(tl.where(of_y[:, None], 0, total), 0)
+        sum_y += tl.sum(tl.where(of_y[:, None], total, 0), 0)
+        least = tl.minimum(least, tl.min(tl.load(place + 2 * WIDTH, mask=there[:, None], other=float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.load(place + 3 * WIDTH, mask=there[:, None], other=-float("inf")), 0))
+    n_x, n_y = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
+    centre = tl.zeros((WIDTH,), tl.float32)
+    if CENTRED:
+        centre = ((sum_x + sum_y) / (n_x + n_y)).to(tl.float32)
+    tl.store(mean + item * WIDTH + k, centre)
+
+    length = tl.full((), 1.0, tl.float64)
+    if FIND:
+        mean_x, mean_y = sum_x / n_x, sum_y / n_y
+        square_x, square_y = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+        for first in range(0, blocks, LANES):
+            at, place, there, of_y, size, own, rest = _surveyed(
+                columns, first, n, m, blocks_x, blocks, each, WIDTH, LANES
+            )  # fmt: skip
+            off = rest * (1 / size)[:, None]
+            apart = own + off - tl.where(of_y[:, None], mean_y[None, :], mean_x[None, :])
+            found = tl.load(squares + at, mask=there, other=0)
+            found += size * tl.sum(tl.where((k < DIM)[None, :], apart * apart - off * off, 0), 1)
+            found = tl.where(there, found, 0)
+            square_x += tl.sum(tl.where(of_y, 0, found), 0)
+            square_y += tl.sum(tl.where(of_y, found, 0), 0)
+        between = tl.sum((mean_x - mean_y) * (mean_x - mean_y), 0)
+        between = n_x * square_y + n_y * square_x + n_x * n_y * between
+        length = count_xx * (n_x * square_x) + count_yy * (n_y * square_y) + count_xy * between
+        length = 2 * length / divisor
+        length = tl.where(length < LEAST, LEAST, length)
+        length = tl.where(length < float("inf"), length, float("nan"))
+
+    top = tl.max(tl.where(k < DIM, tl.maximum(most - centre, centre - least), 0), 0)
+    top = tl.where((top > 0) & (top < float("inf")), top, 0)
+    power = tl.full((), 0, tl.int32)
+    if SCALED:
+        exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+        power = 15 - tl.where(top > 0, exponent, 0)
+        power = tl.minimum(tl.maximum(power, -MOST), MOST)
+    scale = ((127 + power) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - power) << 23).to(tl.float32, bitcast=True)
+
+    # Of distances a length divides the squares.
+    bound = tl.full((), 0.0, tl.float64)
+    doubles = tl.full((), 1, tl.int1)
+    before = tl.full((), 0.0, tl.float32)
+    rate = tl.full((), 0.0, tl.float64)
+    for t in tl.static_range(count):
+        w, g = tl.load(given + t * 4), tl.load(given + t * 4 + 1)
+        if FIND:
+            g = g / length
+        to = table + item * (4 * count) + t * 4
+        tl.store(to, w)
+        tl.store(to + 1, g)
+        tl.store(to + 2, tl.load(given + t * 4 + 2))
+        tl.store(to + 3, tl.load(given + t * 4 + 3))
+        bound += tl.abs(g * w)
+        rate = g * LOG2E
+        if t > 0:
+            doubles = doubles & (before == 2 * g.to(tl.float32))
+        before = g.to(tl.float32)
+    unit = tl.full((), 1.0, tl.float32)
+    if LADDER:
+        usable = (rate > 1e-30) & (rate < 1e30)
+        largest = rate * top * top * DIM  # no squared norm is larger, in the unit
+        unit = tl.where(usable & (largest < 1e35), rate.to(tl.float32), 1.0)
+        # Rounding may leave distances of -2^-21 of the norms: so little that no power of u is above 2^(1/2).
+        fast = doubles & usable & (largest * 2 ** (count - 1) < 2**20) & (bound > 1e-30) & (bound < 1e30)
+        tl.store(numbers + 1, tl.where(fast, 1.0, 0.0))
+        bound = tl.where(fast, bound, 1.0)
+        tl.store(numbers + 5, (bound / 32768).to(tl.float32))
+        for t in tl.static_range(count):
+            w, g = tl.load(given + t * 4), tl.load(given + t * 4 + 1)
+            if FIND:
+                g = g / length
+            tl.store(numbers + FIRST_NUMBER + t, w.to(tl.float32))
+            tl.store(numbers + FIRST_NUMBER + count + t, (-g * w * (32768 / bound)).to(tl.float32))
+            tl.store(numbers + FIRST_NUMBER + 2 * count + t, (g * LOG2E / unit).to(tl.float32))
+    else:
+        tl.store(numbers + 1, 0.0)
+    factor = inverse * inverse * ((1 if DOT else 2) * unit)
+    tl.store(numbers, factor)
+    tl.store(numbers + 2, -0.5 * factor)
+    tl.store(numbers + 3, scale)
+    tl.store(numbers + 4, inverse)
+
+
+@triton.jit
+def arrange(x, y, mean, numbers, hi, lo, norms, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, second, rows,
+            blocks, room,
+            CENTRED: tl.constexpr, SPLIT: tl.constexpr, OWN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+            BLOCK: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    """Points of both samples, y from row ``second`` on, and zeros after each: ``hi`` and ``lo`` (b, rows, WIDTH).
+
+    ``norms`` (b, rows): their squared norms, of the rounded points with `OWN`, times the factor that `settle` gives.
+    """
+    block, item = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    to = block * BLOCK + tl.arange(0, BLOCK)
+    of_y = block * BLOCK >= second
+    source = to - tl.where(of_y, second, 0)
+    there = source < tl.where(of_y, m, n)
+    v = _points(x, y, of_y, item, source, there, n, m, x_item, x_stride, x_col, y_item, y_stride, y_col, DIM, WIDTH)
+    k = tl.arange(0, WIDTH)
+    if CENTRED:
+        v = tl.where(there[:, None] & (k < DIM)[None, :], v - tl.load(mean + item * WIDTH + k)[None, :], 0)
+    factor, scale = tl.load(numbers + item * room + 2), tl.load(numbers + item * room + 3)
+    scaled = v * scale
+    head = scaled.to(TYPE)
+    place = (item * rows + to.to(tl.int64))[:, None] * WIDTH + k[None, :]
+    tl.store(hi + place, head)
+    if SPLIT == 2:
+        tl.store(lo + place, (scaled - head.to(tl.float32)).to(TYPE))
+    if OWN:
+        scaled = head.to(tl.float32)
+    tl.store(norms + item * rows + to, tl.sum(scaled * scaled, 1) * factor)
+
+
+# ---- The pairs
+
+
+@triton.jit
+def _counting(t, whole, i, j, n, second, m):
     """0 where a pair does not count: nearly all tiles are ``whole``."""
     if not whole:
         i_there = (i < n) | ((i >= second) & (i < second + m))
         j_there = (j < n) | ((j >= second) & (j < second + m))
-        seen = i_there[:, None] & j_there[None, :]
-        seen = seen & ((i[:, None] != j[None, :]) if GRAD else (i[:, None] > j[None, :]))
+        seen = i_there[:, None] & j_there[None, :] & (i[:, None] != j[None, :])
         t = tl.where(seen, t, 0)
     return t
 
 
 @triton.jit
-def _gaussian_rows(z, table, whole, i, j, n, second, m, COUNT: tl.constexpr, GRAD: tl.constexpr):
-    """Rows' sums of Σ w exp(-γ z), and its derivative; see `mmfast.mmd.triton_terms`.
+def _gaussian_rows(s, numbers, table, whole, i, j, n, second, m, COUNT: tl.constexpr):
+    """Rows' sums of Σ w exp(-γ z), and its derivative by z, of the measure ``s`` in its unit.
 
     Each term is added up by itself: a tile of values beside that of derivatives would take too many registers.
     """
-    if _doubles(table, 0, COUNT, tl.float32):
-        last = table + (COUNT - 1) * 4
-        w, g = tl.load(last).to(tl.float32), tl.load(last + 1).to(tl.float32)
-        u = _counting(tl.exp2(z * _rate(last, tl.float32)), whole, i, j, n, second, m, GRAD)
-        sums = w * tl.sum(u, 1)
-        h = (-g * w) * u
-        for t in tl.static_range(COUNT - 1):
-            at = table + (COUNT - 2 - t) * 4
-            w, g = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32)
-            u = u * u
-            sums += w * tl.sum(u, 1)
-            h += (-g * w) * u
-    else:
-        w, g = tl.load(table).to(tl.float32), tl.load(table + 1).to(tl.float32)
-        u = _counting(tl.exp2(z * _rate(table, tl.float32)), whole, i, j, n, second, m, GRAD)
-        sums = w * tl.sum(u, 1)
-        h = (-g * w) * u
-        for t in tl.static_range(1, COUNT):
-            at = table + t * 4
-            w, g = tl.load(at).to(tl.float32), tl.load(at + 1).to(tl.float32)
-            u = _counting(tl.exp2(z * _rate(at, tl.float32)), whole, i, j, n, second, m, GRAD)
-            sums += w * tl.sum(u, 1)
-            h += (-g * w) * u
+    w, g = tl.load(table).to(tl.float32), tl.load(table + 1).to(tl.float32)
+    rates = numbers + FIRST_NUMBER + 2 * COUNT
+    u = _counting(tl.exp2(s * tl.load(rates)), whole, i, j, n, second, m)
+    sums = w * tl.sum(u, 1)
+    h = (-g * w) * u
+    for t in tl.static_range(1, COUNT):
+        w, g = tl.load(table + t * 4).to(tl.float32), tl.load(table + t * 4 + 1).to(tl.float32)
+        u = _counting(tl.exp2(s * tl.load(rates + t)), whole, i, j, n, second, m)
+        sums += w * tl.sum(u, 1)
+        h += (-g * w) * u
     return sums, h
 
 
 @triton.jit
-def narrow(hi, lo, norms, factors, table, coefs, inverses, totals, grads,
-           rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, first_strips, items, STRIP,
+def _polynomial(powers, factors, COUNT: tl.constexpr):
+    """Σ factors_t u^(2^(COUNT - 1 - t)), over u, from the powers u, u^2, u^4 and so on."""
+    found = factors[0]
+    for t in tl.static_range(1, COUNT):
+        found = found * powers[COUNT - 1 - t] + factors[t]
+    return found
+
+
+@triton.jit
+def _columns(hi, lo, start, at, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """Points of a block of columns."""
+    WIDTH: tl.constexpr = at.shape[1]
+    b = tl.load(hi + start * WIDTH + at)
+    b_lo = b
+    if SPLIT == 2:
+        b_lo = tl.load(lo + start * WIDTH + at)
+    if UPCAST:
+        b, b_lo = b.to(tl.float32), b_lo.to(tl.float32)
+    return b, b_lo
+
+
+@triton.jit
+def _products(a, a_lo, b, b_lo, SPLIT: tl.constexpr):
+    z = tl.dot(a, tl.trans(b), out_dtype=tl.float32)
+    if SPLIT == 2:
+        z = tl.dot(a, tl.trans(b_lo), z, out_dtype=tl.float32)
+        z = tl.dot(a_lo, tl.trans(b), z, out_dtype=tl.float32)
+    return z
+
+
+@triton.jit
+def _pulled(acc, weight, g, b, b_lo, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, OWN: tl.constexpr,
+            TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Adds a tile of weights, and their products with the points of its columns.
+
+    With `OWN` what is added up are the weights' parts: points that are not centred need it.
+    """
+    head = g.to(TYPE)
+    rounded = head.to(tl.float32)
+    low = (g - rounded).to(TYPE)
+    if UPCAST:
+        head, low = rounded, low.to(tl.float32)
+    if not OWN:
+        weight += tl.sum(g, 1)
+    else:
+        weight += tl.sum(rounded, 1)
+        if KEEP_SPLIT == 2:
+            weight += tl.sum(low.to(tl.float32), 1)
+    acc = tl.dot(head, b, acc, out_dtype=tl.float32)
+    if KEEP_SPLIT == 2:
+        acc = tl.dot(low, b, acc, out_dtype=tl.float32)
+    if SPLIT == 2:
+        acc = tl.dot(head, b_lo, acc, out_dtype=tl.float32)
+    return acc, weight
+
+
+@triton.jit
+def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
+           rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, first_strips, items, STRIP, room,
            FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
            OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
            WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """A block of `ROWS` rows with ``STRIP`` blocks of `COLS` columns of one sample: their part of the sums.
 
-    ``totals`` (b, row_tiles, strips): of pairs i > j, or with `GRAD` of all with i != j. ``grads`` (strips, b, rows,
-    WIDTH): what these columns add to the gradient. With `OWN` the weights' sum is that of their parts: points that are
-    not centred need it.
+    ``totals`` (b, row_tiles, strips): of pairs i > j. ``grads`` (strips, b, rows, WIDTH): what these columns add to the
+    gradient. Without `ALL` sums are left out whose coefficient is 0.
     """
     pid = tl.program_id(0) % (row_tiles * strips)
     item = (tl.program_id(0) // (row_tiles * strips)).to(tl.int64)
     row, strip = pid % row_tiles, pid // row_tiles
+    count: tl.constexpr = len(FAMILIES)
     begin = strip * STRIP
     end = tl.minimum(begin + STRIP, split_tiles)
     if strip >= first_strips:
         begin = split_tiles + (strip - first_strips) * STRIP
         end = tl.minimum(begin + STRIP, col_tiles)
+    diagonal, behind = row * (ROWS // COLS), (row + 1) * (ROWS // COLS)
     if not GRAD:
-        end = tl.minimum(end, (row + 1) * (ROWS // COLS))
+        end = tl.minimum(end, behind)
     first = row.to(tl.int64) * ROWS
     of_y, with_y = first >= second, strip >= first_strips
     c_xx, c_yy, c_xy = tl.load(coefs), tl.load(coefs + 1), tl.load(coefs + 2)
     scalar = tl.where(of_y == with_y, tl.where(of_y, 2 * c_yy, 2 * c_xx), c_xy)
     if not ALL:
         end = tl.where(scalar == 0, begin, end)  # what a coefficient leaves out may even be NaN
+    end = tl.maximum(begin, end)
 
     hi += item * rows * WIDTH
     lo += item * rows * WIDTH
     norms += item * rows
+    numbers += item * room
+    table += item * (4 * count)
     i = first + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
-    at = tl.arange(0, COLS)
+    columns = tl.arange(0, COLS)
+    at = columns[:, None] * WIDTH + d[None, :]
     row_whole = _inside(first, ROWS, n, second, m)
-    factor = tl.load(factors + item)
+    factor = tl.load(numbers)
     a_norms = tl.load(norms + i)
     a = tl.load(hi + i[:, None] * WIDTH + d[None, :])
     a_lo = a
@@ -124,56 +399,77 @@ def narrow(hi, lo, norms, factors, table, coefs, inverses, totals, grads,
     most = tl.full((ROWS,), 1e-30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for tile in range(begin, end):
+
+    # The short way's tiles: from begin to ``below``, those left of the diagonal, and with `GRAD` from ``above`` to
+    # ``last``, whose pairs the rows of others count.
+    below, above, last = begin, begin, begin
+    if LADDER and count <= MOST_POWERS:
+        short = (tl.load(numbers + 1) > 0) & row_whole
+        whole_end = tl.where(with_y, split_tiles + m // COLS, n // COLS)
+        last = tl.where(short, tl.maximum(begin, tl.minimum(end, whole_end)), begin)
+        below = tl.minimum(last, tl.maximum(begin, diagonal))
+        above = tl.minimum(last, tl.maximum(begin, behind))
+        weights, slopes = (), ()
+        for t in tl.static_range(count):
+            weights = weights + (tl.load(numbers + FIRST_NUMBER + t),)  # noqa: RUF005
+            slopes = slopes + (tl.load(numbers + FIRST_NUMBER + count + t),)  # noqa: RUF005
+        ahead = tl.load(norms + begin.to(tl.int64) * COLS + columns)
+        for part in tl.static_range(2 if GRAD else 1):
+            for tile in range(begin if part == 0 else above, below if part == 0 else last):
+                start = tl.cast(tile, tl.int64) * COLS
+                b, b_lo = _columns(hi, lo, start, at, SPLIT, UPCAST)
+                b_norms = ahead
+                if GRAD:  # no registers are left for norms that come ahead: they come with the points
+                    b_norms = tl.load(norms + start + columns)
+                else:
+                    ahead = tl.load(norms + tl.cast(tl.minimum(tile + 1, below - 1), tl.int64) * COLS + columns)
+                z = _products(a, a_lo, b, b_lo, SPLIT)
+                u = tl.exp2(z * factor + (a_norms[:, None] + b_norms[None, :]))
+                powers = (u,)
+                for t in tl.static_range(count - 2):
+                    powers = powers + (powers[t] * powers[t],)  # noqa: RUF005
+                if part == 0:
+                    total += tl.sum(u * _polynomial(powers, weights, count), 1).to(tl.float64)
+                if GRAD:
+                    g = u * _polynomial(powers, slopes, count)
+                    acc, weight = _pulled(acc, weight, g, b, b_lo, SPLIT, KEEP_SPLIT, OWN, TYPE, UPCAST)
+        if GRAD:
+            # Weights are good to 2^-25, of up to 2^15: enough where they are 2^-4 in the mean.
+            pairs = ((below - begin + last - above) * COLS).to(tl.float32)
+            fine = tl.min((tl.abs(weight) * 16 >= pairs).to(tl.int32), 0) > 0
+            acc = tl.where(fine, acc, 0)
+            weight, total = tl.where(fine, weight, 0), tl.where(fine, total, 0)
+            most = tl.where(fine & (pairs > 0), tl.load(numbers + 5) * 16384.0, most)
+            below, above = tl.where(fine, below, begin), tl.where(fine, above, begin)
+            last = tl.where(fine, last, begin)
+
+    for t in range(0, (above - below) + (end - last)):
+        tile = below + t
+        if tile >= above:
+            tile = last + (tile - above)
         start = tl.cast(tile, tl.int64) * COLS
-        j = start + at
-        b = tl.load(hi + j[:, None] * WIDTH + d[None, :])
-        b_lo = b
-        b_norms = tl.load(norms + j)
-        if SPLIT == 2:
-            b_lo = tl.load(lo + j[:, None] * WIDTH + d[None, :])
-        if UPCAST:
-            b, b_lo = b.to(tl.float32), b_lo.to(tl.float32)
-        z = tl.dot(a, tl.trans(b), out_dtype=tl.float32)
-        if SPLIT == 2:
-            z = tl.dot(a, tl.trans(b_lo), z, out_dtype=tl.float32)
-            z = tl.dot(a_lo, tl.trans(b), z, out_dtype=tl.float32)
-        z = z * (factor if DOT else -2 * factor)
-        if not DOT:
-            z = _not_negative((a_norms[:, None] + b_norms[None, :]) + z, tl.float32)
-        whole = row_whole & _inside(start, COLS, n, second, m)
-        whole = whole & ((start + COLS <= first) | (GRAD & (start >= first + ROWS)))
+        j = start + columns
+        b, b_lo = _columns(hi, lo, start, at, SPLIT, UPCAST)
+        z = _products(a, a_lo, b, b_lo, SPLIT) * factor
+        whole = row_whole & _inside(start, COLS, n, second, m) & ((tile < diagonal) | (tile >= behind))
         if LADDER:
-            sums, h = _gaussian_rows(z, table, whole, i, j, n, second, m, len(FAMILIES), GRAD)
+            s = tl.minimum(z + (a_norms[:, None] + tl.load(norms + j)[None, :]), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            sums, h = _gaussian_rows(s, numbers, table, whole, i, j, n, second, m, count)
         else:
-            v, h = _terms(z, table, FAMILIES, 0, len(FAMILIES), False, tl.float32)
-            h = _counting(h, whole, i, j, n, second, m, GRAD)
-            sums = tl.sum(_counting(v, whole, i, j, n, second, m, GRAD), 1)
-        total += sums.to(tl.float64)
+            if not DOT:
+                z = _not_negative(-(z + (a_norms[:, None] + tl.load(norms + j)[None, :])), tl.float32)
+            v, h = _terms(z, table, FAMILIES, 0, count, False, tl.float32)
+            h = _counting(h, whole, i, j, n, second, m)
+            sums = tl.sum(_counting(v, whole, i, j, n, second, m), 1)
+        # Each pair of the diagonal's square is there twice.
+        total += tl.where(tile < diagonal, sums, tl.where(tile < behind, 0.5 * sums, 0)).to(tl.float64)
         if GRAD:
             size = tl.max(tl.abs(h), 1)
             now = tl.maximum(most, tl.where(size < float("inf"), size, 0))
             shrink = most / now
             most = now
-            g = h * (16384.0 / now)[:, None]
-            head = g.to(TYPE)
-            if UPCAST:
-                head = head.to(tl.float32)
-            weight = weight * shrink
-            if not OWN:
-                weight += tl.sum(g, 1)
-            else:
-                weight += tl.sum(head.to(tl.float32), 1)
-            acc = tl.dot(head, b, acc * shrink[:, None], out_dtype=tl.float32)
-            if KEEP_SPLIT == 2:
-                low = (g - head.to(tl.float32)).to(TYPE)
-                if UPCAST:
-                    low = low.to(tl.float32)
-                if OWN:
-                    weight += tl.sum(low.to(tl.float32), 1)
-                acc = tl.dot(low, b, acc, out_dtype=tl.float32)
-            if SPLIT == 2:
-                acc = tl.dot(head, b_lo, acc, out_dtype=tl.float32)
+            acc, weight = _pulled(acc * shrink[:, None], weight * shrink, h * (16384.0 / now)[:, None], b, b_lo, SPLIT,
+                                  KEEP_SPLIT, OWN, TYPE, UPCAST)  # fmt: skip
 
     tl.store(totals + (item * row_tiles + row) * strips + strip, tl.sum(total, 0))
     if GRAD:
@@ -182,15 +478,21 @@ def narrow(hi, lo, norms, factors, table, coefs, inverses, totals, grads,
             if SPLIT == 2:
                 own += tl.load(lo + i[:, None] * WIDTH + d[None, :]).to(tl.float32)
             acc = 2 * (weight[:, None] * own - acc)
-        acc = acc * (most * (scalar.to(tl.float32) * tl.load(inverses + item) / 16384.0))[:, None]
+        acc = acc * (most * (scalar.to(tl.float32) * tl.load(numbers + 4) / 16384.0))[:, None]
         to = (strip.to(tl.int64) * items + item) * rows + i
         tl.store(grads + to[:, None] * WIDTH + d[None, :], acc)
 
 
+# ---- After them
+
+
 @triton.jit
-def combine(totals, coefs, sums, value, row_tiles, strips, of_x, first_strips, TWICE: tl.constexpr,
-            LANES: tl.constexpr):  # fmt: skip
-    """``sums`` (b, 3) from what programs have found, and their combination ``value`` (b)."""
+def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, first_strips, COUNT: tl.constexpr,
+            DIAGONAL: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """``sums`` (b, 3) over i != j from what programs have found, and their combination ``value`` (b).
+
+    `DIAGONAL` adds each point's kernel with itself, Σw, for kernels of distances.
+    """
     item = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     xx, yy, xy = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
@@ -201,74 +503,37 @@ def combine(totals, coefs, sums, value, row_tiles, strips, of_x, first_strips, T
         xx += tl.where(of_y | with_y, 0, found)
         yy += tl.where(of_y & with_y, found, 0)
         xy += tl.where(of_y & (with_y == 0), found, 0)
-    s_xx, s_yy, s_xy = tl.sum(xx, 0) * TWICE, tl.sum(yy, 0) * TWICE, tl.sum(xy, 0)
+    s_xx, s_yy, s_xy = 2 * tl.sum(xx, 0), 2 * tl.sum(yy, 0), tl.sum(xy, 0)
     tl.store(sums + item * 3, s_xx)
     tl.store(sums + item * 3 + 1, s_yy)
     tl.store(sums + item * 3 + 2, s_xy)
-    tl.store(value + item, s_xx * tl.load(coefs) + s_yy * tl.load(coefs + 1) + s_xy * tl.load(coefs + 2))
+    c_xx, c_yy = tl.load(coefs), tl.load(coefs + 1)
+    found = s_xx * c_xx + s_yy * c_yy + s_xy * tl.load(coefs + 2)
+    if DIAGONAL:
+        own = tl.full((), 0.0, tl.float64)
+        for t in tl.static_range(COUNT):
+            own += tl.load(table + item * (4 * COUNT) + t * 4)
+        found += own * (c_xx * n + c_yy * m)
+    tl.store(value + item, found.to(value.dtype.element_ty))
 
 
-def takes(plan: Layout, kind: Format) -> bool:
-    """One layer of few features, whose pairs are measured by products on tensor cores."""
-    return (
-        plan.layers == 1
-        and plan.how[0] in (BY_PRODUCTS, BY_DOT)
-        and plan.dims[0] <= MOST_FEATURES
-        and kind.compute != torch.float64
-    )
-
-
-def _shape(width: int, gradient: bool, old: bool) -> tuple[int, int, int, int | None]:
-    """Rows and columns of a program's tiles, warps, and registers: two programs share a multiprocessor.
-
-    ``old``: before sm_90, where tensor cores take their operands from registers.
-    """
-    if INTERPRETED:
-        return 32, 16, 4, None
-    return (128, 64, 8, 128) if width <= 64 and not (old and gradient) else (64, 64, 4, None)
-
-
-@functools.cache
-def _old(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-
-
-def sizes(found: Sizes, dim: int) -> Sizes:
-    """All features in one step."""
-    block = 32 if INTERPRETED else 128
-    return dataclasses.replace(found, block=block, step=max(16, triton.next_power_of_2(dim)))
-
-
-def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums (b, 3) over pairs with i != j of x, of y and of both, after their combination; its gradient (b, rows, D)."""
-    z, kind, plan = problem.x, problem.kind, problem.layout
-    b, device = problem.items, z.hi.device
-    rows, cols, warps, registers = _shape(z.width, gradient, _old(device))
-    row_tiles, col_tiles, split = z.rows // rows, z.rows // cols, z.second // cols
-    # Enough programs to keep everyone at work, of which some end early where each pair is seen once.
-    wanted = 2 if INTERPRETED else -(-(8 if gradient else 32) * processors(device) // max(1, b * row_tiles))
-    strip = max(1, -(-col_tiles // wanted))
-    first_strips = triton.cdiv(split, strip)
-    strips = first_strips + triton.cdiv(col_tiles - split, strip)
-    totals = torch.empty(b, row_tiles, strips, dtype=torch.float64, device=device)
-    grads = torch.empty(strips if gradient else 0, b, z.rows, z.width, dtype=torch.float32, device=device)
-    launch_as_given(
-        narrow, (row_tiles * strips * b,),
-        (
-            z.hi, z.lo, z.norms, problem.scales.factors, problem.params, coefs, problem.scales.inverses, totals, grads,
-            z.rows, z.n, z.second, z.m, row_tiles, col_tiles, split, strips, first_strips, b, strip,
-        ),
-        dict(
-            FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, GRAD=gradient, ALL=all_sums,
-            OWN=kind.raw, SPLIT=kind.parts, KEEP_SPLIT=kind.kept_parts, ROWS=rows, COLS=cols, WIDTH=z.width,
-            TYPE=triton_type(kind.type), UPCAST=INTERPRETED, num_warps=warps, num_stages=2, maxnreg=registers,
-        ),
-    )  # fmt: skip
-    sums = torch.empty(b, 3, dtype=torch.float64, device=device)
-    value = torch.empty(b, dtype=torch.float64, device=device)
-    launch_as_given(
-        combine, (b,),
-        (totals, coefs, sums, value, row_tiles, strips, z.second // rows, first_strips),
-        dict(TWICE=1 if gradient else 2, LANES=16 if INTERPRETED else 1024, num_warps=8),
-    )  # fmt: skip
-    return value, sums, grads.sum(0)[..., : plan.dims[0]] if gradient else None
+@triton.jit
+def finish(grads, by, grad_x, grad_y, n, m, second, rows, strips, items, by_item, first_block, blocks,
+           BY: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``grad_x`` (b, n, DIM) and ``grad_y`` (b, m, DIM): the sums over strips, with `BY` times ``by`` (b)."""
+    block, item = tl.program_id(0) % blocks + first_block, (tl.program_id(0) // blocks).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, WIDTH)
+    found = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for strip in range(0, strips):
+        place = (tl.cast(strip, tl.int64) * items + item) * rows + at
+        found += tl.load(grads + place[:, None] * WIDTH + k[None, :])
+    if BY:
+        found = found * tl.load(by + item * by_item).to(tl.float32)
+    of_y = block * BLOCK >= second
+    to = (at - tl.where(of_y, second, 0)).to(tl.int64)
+    mask = (to < tl.where(of_y, m, n))[:, None] & (k < DIM)[None, :]
+    if of_y:
+        tl.store(grad_y + (item * m + to)[:, None] * DIM + k[None, :], found.to(grad_y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(grad_x + (item * n + to)[:, None] * DIM + k[None, :], found.to(grad_x.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ from mmfast.mmd.triton_tuning import Sizes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 FEW = 16  # features up to which squared distances are summed difference by difference
-_MAX_SCALE = 60
+MAX_SCALE = 60
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 # How a layer's pairs are measured.
@@ -179,7 +179,7 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
             triton_prepare.powers,
             (b * layers,),
             (most, scales, inverses, factors, sum(blocks)),
-            dict(MOST=_MAX_SCALE, LANES=16 if INTERPRETED else 1024),
+            dict(MOST=MAX_SCALE, LANES=16 if INTERPRETED else 1024),
         )
     return Scales(mean, scales, inverses, factors, centred)
 

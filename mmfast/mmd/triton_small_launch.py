@@ -57,20 +57,20 @@ class Plan:
     def scratch(self, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``partial``, ``sums`` and ``ticket``."""
         return (
-            _piece(room, torch.float32, 0, self.sums // 4),
-            _piece(room, torch.float64, self.sums, (self.ticket - self.sums) // 8),
-            _piece(room, torch.int32, self.ticket, (self.length - self.ticket) // 4),
+            piece(room, torch.float32, 0, self.sums // 4),
+            piece(room, torch.float64, self.sums, (self.ticket - self.sums) // 8),
+            piece(room, torch.int32, self.ticket, (self.length - self.ticket) // 4),
         )
 
     def kept(self, room: Tensor) -> tuple[Tensor, Tensor]:
         """``length`` and ``weights``, which are empty where nothing is found or kept."""
         return (
-            _piece(room, torch.float64, self.length, *self.lengths),
-            _piece(room, torch.float32, self.weights, *self.matrices),
+            piece(room, torch.float64, self.length, *self.lengths),
+            piece(room, torch.float32, self.weights, *self.matrices),
         )
 
 
-def _piece(room: Tensor, dtype: torch.dtype, begin: int, *shape: int) -> Tensor:
+def piece(room: Tensor, dtype: torch.dtype, begin: int, *shape: int) -> Tensor:
     strides = [1]
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * size)

@@ -35,6 +35,7 @@ x, y = points(300, 200), points(280, 200)
 differentiated(mmd.mmd2(points(50, 20), points(40, 20), backend="triton"))
 differentiated(mmd.mmd2(points(2, 50, 20), points(2, 40, 20), backend="triton"))
 differentiated(mmd.mmd2(points(300, 20), points(280, 20), backend="triton"))
+differentiated(mmd.mmd2(points(2, 300, 20), points(2, 280, 20), k.Gaussian(3.0), backend="triton"))
 differentiated(mmd.mmd2(x, y, k.Gaussian(3.0), backend="triton"))
 differentiated(mmd.mmd2(x, y, k.Laplacian(3.0, p=1), backend="triton"))
 differentiated(mmd.lmmd(x, y, torch.rand(300, 3), torch.rand(280, 3), k.Gaussian(3.0), backend="triton"))
@@ -50,8 +51,8 @@ def test_every_kernel_of_mmd_is_launched():
     found = run(_MMD)
     assert found[:3] == ["distances", "values", "gradient"]
     assert set(found) == {
-        "combine", "count_digits", "distances", "extents", "gradient", "multiply", "narrow", "powers", "prepare",
-        "signs", "sweep", "values",
+        "arrange", "combine", "count_digits", "distances", "extents", "finish", "gradient", "multiply", "narrow",
+        "powers", "prepare", "settle", "signs", "survey", "sweep", "values",
     }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import json, pathlib, re, subprocess, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmfast.mmd import triton as ours, triton_narrow, triton_points, triton_prepare, triton_tuning
+from mmfast.mmd import triton_narrow, triton_narrow_launch
 
-TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 launches = []
 
@@ -27,9 +27,8 @@ class Launch:  # in place of a kernel: keeps what it is launched with
         return lambda *args, **named: launches.append((self.kernel, args, named))
 
 
-for module, name in ((triton_prepare, "extents"), (triton_prepare, "powers"), (triton_prepare, "prepare"),
-                     (triton_narrow, "narrow"), (triton_narrow, "combine")):
-    setattr(module, name, Launch(getattr(module, name)))
+for name in ("survey", "settle", "arrange", "narrow", "combine", "finish"):
+    setattr(triton_narrow, name, Launch(getattr(triton_narrow, name)))
 
 
 def compiled(kernel, args, named):
@@ -50,14 +49,11 @@ def compiled(kernel, args, named):
 
 
 found = {}
-triton_points.use(triton_tuning.default("sm_90", 64, torch.float16, 2))
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-for name, terms, need in (("value", 5, False), ("gradients", 5, True)):
+for name, need in (("value", False), ("gradients", True)):
     launches.clear()
-    x, params = torch.empty(1, 16384, 64, device="meta"), torch.empty(terms, 4, dtype=torch.float64, device="meta")
-    zeros = [0] * terms
-    ours.quadratic_forward(x, x, None, None, torch.empty(3, device="meta"), params, [64], zeros, zeros,
-                           [need, need, False, False, False, False])
+    x, numbers = torch.empty(1, 16384, 64, device="meta"), torch.empty(20, dtype=torch.float64, device="meta")
+    triton_narrow_launch.quadratic(x, x, numbers, numbers, [0] * 5, "float32", (need, need), False)
     kernel = compiled(*next(launch for launch in launches if launch[0].__name__ == "narrow"))
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "kernel.cubin")
@@ -69,6 +65,7 @@ for name, terms, need in (("value", 5, False), ("gradients", 5, True)):
         "shared": kernel.metadata.shared,
         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
         "copies": kernel.asm["ptx"].count("cp.async.cg"),
+        "ahead": len(re.findall(r"ttg.async_wait .*num = [1-9]", kernel.asm["ttgir"])),
     }
 print(json.dumps(found))
 """
@@ -82,6 +79,7 @@ def test_two_programs_share_a_multiprocessor():
     found = json.loads(done.stdout)
     for name, kernel in found.items():
         assert kernel["registers"] <= 128 and kernel["shared"] <= 113 * 1024, (name, kernel)
+        assert kernel["ahead"] >= (1 if name == "value" else 2), (name, kernel)  # points are not waited for at once
         assert kernel["wgmma"] >= (12 if name == "value" else 24) and kernel["copies"], (name, kernel)
     # What they keep in memory is for five exponentials, where lengths do not double.
     assert found["value"]["stack"] <= 128 and found["gradients"]["stack"] <= 640, found

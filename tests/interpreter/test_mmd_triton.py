@@ -8,7 +8,7 @@ import torch
 
 from mmfast import kernels as k
 from mmfast import mmd
-from mmfast.mmd import small, triton_launch, triton_narrow, triton_prepare
+from mmfast.mmd import small, triton_launch, triton_narrow_launch, triton_prepare
 
 BACKEND, DEVICE = "triton", "cpu"
 
@@ -76,7 +76,9 @@ def test_matmul_of_half_precision():
 
 def _wide(monkeypatch):
     """Few features as many: the sweep that keeps tiles, in place of the launch that keeps none."""
-    monkeypatch.setattr(triton_narrow, "MOST_FEATURES", 0)
+    monkeypatch.setattr(triton_narrow_launch, "MOST_FEATURES", 0)
+    monkeypatch.setattr(small, "_find_way", lambda *args: None)
+    monkeypatch.setattr(small, "_ways", {})
 
 
 @pytest.mark.parametrize("name", ["gaussian", "dan", "no_ladder", "imq", "poly"])
@@ -86,21 +88,112 @@ def test_wide(name, monkeypatch):
     cases.check_kernel(name, BACKEND, DEVICE, 35, 34)
 
 
+def _watch(monkeypatch) -> list[str]:
+    """Which launches there are."""
+    names = []
+    real = triton_narrow_launch.launch
+    monkeypatch.setattr(
+        triton_narrow_launch, "launch", lambda kernel, *args: names.append(kernel.__name__) or real(kernel, *args)
+    )
+    return names
+
+
+VALUE = ["survey", "settle", "arrange", "narrow", "combine"]
+
+
+@pytest.mark.parametrize("by", ["matrices", "operator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dan", "no_ladder", "imq", "poly"])
-def test_narrow(name, dtype, monkeypatch):
+def test_narrow(name, dtype, by, monkeypatch):
     """Blocks with each pair, at the edge and on the diagonal, of several strips; values alone and with gradients."""
-    calls = []
-    computed = triton_narrow.quadratic
-    monkeypatch.setattr(triton_narrow, "quadratic", lambda *args: calls.append(args[2]) or computed(*args))
+    if by == "operator":
+        monkeypatch.setattr(small, "_is_matrix", lambda t: False)
+    names = _watch(monkeypatch)
     floor = None if dtype == torch.float32 else 1e-4
     cases.check_kernel(name, BACKEND, DEVICE, 70, 75, dtype, floor, estimator="biased")
-    assert calls == [True]
+    assert names == [*VALUE, "finish"]
     x, y = (t.to(dtype) for t in cases.samples(70, 75, cases.KERNELS[name][1]))
     value = mmd.mmd2(x, y, cases.KERNELS[name][0], backend=BACKEND)
-    assert calls == [True, False]
+    assert names == [*VALUE, "finish", *VALUE]
     expected = mmd.mmd2(x.double(), y.double(), cases.KERNELS[name][0], backend="reference")
     torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+class _Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_launches_of_matrices(estimator, monkeypatch):
+    """The bandwidth and both gradients included: six launches, and of PyTorch room for what they leave."""
+    names = _watch(monkeypatch)
+    monkeypatch.setattr(mmd.small._backend, "nobody_looks_on", lambda: True)
+    monkeypatch.setattr(triton_narrow_launch, "launch", lambda kernel, *args: names.append(kernel.__name__))
+    x, y = (t.float().requires_grad_() for t in cases.samples(70, 75, 37))
+    kernel = k.MultiGaussian()
+    mmd.mmd2(x, y, kernel, estimator, backend=BACKEND)
+    names.clear()
+    with _Counted() as counted:
+        value = mmd.mmd2(x, y, kernel, estimator, backend=BACKEND)
+    assert names == VALUE
+    assert set(counted.names) <= {"aten::empty.memory_format", "aten::empty_like"} and len(counted.names) <= 4
+    torch.autograd.grad(value, (x, y))
+    assert names == [*VALUE, "finish"]
+
+
+@pytest.mark.parametrize(
+    "rule", [mmd.bandwidth.MeanDistance(points, scale=0.7) for points in mmd.bandwidth.POINTS], ids=mmd.bandwidth.POINTS
+)
+def test_narrow_finds_lengths(rule):
+    """The mean over each choice of pairs, of data far from the origin, against the rule itself."""
+    x, y = cases.samples(70, 75, 37)
+    y = y * torch.linspace(1, 2, 75)[:, None]  # not the same in each block of rows
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(rule), backend=b))
+    cases.compare(function, (x + 30, y + 30), BACKEND, DEVICE, floor=1e-5)
+
+
+def test_narrow_twice(monkeypatch):
+    """Second derivatives of what six launches compute, with the length that they found."""
+    x, y = cases.samples(35, 20, 20)
+    names = _watch(monkeypatch)
+
+    def function(b, x, y):
+        x, y = x.requires_grad_(), y.requires_grad_()
+        by_x, by_y = torch.autograd.grad(mmd.mmd2(x, y, k.MultiGaussian(), backend=b), (x, y), create_graph=True)
+        return torch.autograd.grad(by_x.square().sum() + by_y.sin().sum(), (x, y))
+
+    cases.compare(function, (x, y), BACKEND, DEVICE, floor=1e-5)
+    assert names == [*VALUE, "finish"]
+
+
+def test_narrow_bad_rows():
+    """What is not finite is so in the length that is found in it, and a given one leaves the other rows alone."""
+    x, y = (t.float() for t in cases.samples(70, 75, 37))
+    for bad in (float("nan"), float("inf")):
+        x[3, 5] = bad
+        assert mmd.mmd2(x, y, k.MultiGaussian(), backend=BACKEND).isnan()
+        leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+        value = mmd.mmd2(*leaves, k.MultiGaussian([40.0, 80.0]), backend=BACKEND)
+        assert value.isnan()
+        by_x, by_y = torch.autograd.grad(value, leaves)
+        assert by_x[3].isnan().all() and by_y.isnan().all()
+
+
+def test_narrow_short_way():
+    """Blocks whose weights are all far below the largest there can be take the long way, with all their digits."""
+    x, y = cases.samples(64, 64, 20)
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(0.9), backend=b))
+    out, eager, gold = cases.three_ways(function, (x, y), BACKEND, DEVICE)
+    for a, e, g in zip(out[1:], eager[1:], gold[1:], strict=True):
+        row = g.abs().amax(1, keepdim=True)
+        assert row.max() < 1e-4  # of weights up to 1
+        assert ((a - g).abs() / row).max() <= 4 * ((e - g).abs() / row).max() + 1e-5
 
 
 @pytest.mark.parametrize("order", [1, -1])

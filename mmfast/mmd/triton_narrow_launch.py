@@ -1,0 +1,276 @@
+"""Launches the kernels of quadratic forms of few features: five for a value, whatever the rows, and one for gradients.
+
+All that depends on nothing but shapes is found once, in a `Plan`; see `mmfast.mmd.triton_narrow`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mmfast._backend import on_device_of
+from mmfast._launch import launch
+from mmfast.mmd import triton_narrow
+from mmfast.mmd.bandwidth import least_length
+from mmfast.mmd.triton_launch import processors
+from mmfast.mmd.triton_points import (
+    BY_DOT,
+    BY_PRODUCTS,
+    INTERPRETED,
+    MAX_SCALE,
+    Format,
+    Layout,
+    format_of,
+    layout,
+    padded,
+    triton_type,
+)
+from mmfast.mmd.triton_small_launch import Launch, piece
+
+MOST_FEATURES = 128
+_BLOCK, _LANES = (16, 16) if INTERPRETED else (64, 32)  # rows, and blocks of rows, that a program looks at at once
+_PARTS = 3 if INTERPRETED else 128  # of all rows, each surveyed by a program
+_LONGEST = 2 if INTERPRETED else 128  # blocks of columns that are added up in one gradient
+_LEAST = least_length(torch.float32)
+
+
+def takes(plan: Layout, kind: Format) -> bool:
+    """One layer of few features, whose pairs are measured by products on tensor cores."""
+    return (
+        plan.layers == 1
+        and plan.how[0] in (BY_PRODUCTS, BY_DOT)
+        and plan.dims[0] <= MOST_FEATURES
+        and kind.compute != torch.float64
+    )
+
+
+def _shape(width: int, gradient: bool, old: bool) -> tuple[int, int, dict[str, int | None]]:
+    """Rows and columns of a program's tiles, and options: two programs share a multiprocessor.
+
+    With three stages points are on their way while pairs are evaluated. ``old``: before sm_90, where tensor cores take
+    their operands from registers.
+    """
+    if INTERPRETED:
+        return 32, 16, {}
+    if width <= 64 and not (old and gradient):
+        return 128, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    return 64, 64, {"num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+
+
+@functools.cache
+def _old(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Of a batch: its launches, and where in the room that they share things begin, in bytes.
+
+    What is left for the gradient is a room of its own: ``table`` (b, T, 4), and from ``grads`` on (strips, b, rows,
+    width).
+    """
+
+    survey: Launch
+    settle: Launch
+    arrange: Launch
+    narrow: Launch
+    combine: Launch
+    pieces: tuple[tuple[torch.dtype, tuple[int, ...], int], ...]  # dtype, shape and begin
+    end: int
+    table: tuple[int, int, int]
+    grads: int
+    parts: tuple[int, int, int, int]
+    kept: int
+    second: int
+
+    def scratch(self, room: Tensor) -> list[Tensor]:
+        """``columns``, ``squares``, ``mean``, ``numbers``, ``hi``, ``lo``, ``norms`` and ``totals``."""
+        return [piece(room, dtype, begin, *shape) for dtype, shape, begin in self.pieces]
+
+    def of_gradient(self, room: Tensor) -> tuple[Tensor, Tensor]:
+        """``table`` and ``grads``."""
+        return piece(room, torch.float64, 0, *self.table), piece(room, torch.float32, self.grads, *self.parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    shape: tuple[int, int, int, int], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    families: tuple[int, ...], precision: str, counts: tuple[int, ...], keep: bool, all_sums: bool, diagonal: bool,
+) -> Plan:  # fmt: skip
+    """Of ``shape`` (b, n, m, d), and the strides of both samples; ``counts`` as `mmfast.mmd.small` has them."""
+    b, n, m, d = shape
+    of = layout(((d,), families, (0,) * len(families)))
+    kind = format_of([dtype], precision)
+    dot = of.how[0] == BY_DOT
+    width = max(16, triton.next_power_of_2(d))
+    rows, cols, options = _shape(width, keep, _old(device))
+    second = padded(n, rows)
+    every = second + padded(m, rows)
+    row_tiles, col_tiles, split = every // rows, every // cols, second // cols
+    if keep:
+        # As few as keep everyone at work: each leaves a gradient to be added up.
+        slots = 2 if INTERPRETED else 2 * processors(device)
+        least = max(2, triton.cdiv(col_tiles, _LONGEST))
+        wanted = min(range(least, least + 32), key=lambda s: (-(-b * row_tiles * s // slots) / s + 0.01 * s, s))
+    else:
+        # Enough to keep everyone at work, of which some end early.
+        wanted = 2 if INTERPRETED else -(-32 * processors(device) // max(1, b * row_tiles))
+    strip = max(1, -(-col_tiles // wanted))
+    first_strips = triton.cdiv(split, strip)
+    strips = first_strips + triton.cdiv(col_tiles - split, strip)
+    each = padded(triton.cdiv(n + m, max(1, _PARTS // b)), _BLOCK)
+    blocks_x = triton.cdiv(n, each)
+    blocks = blocks_x + triton.cdiv(m, each)
+    terms = len(families)
+    room = padded(6 + 3 * terms, 16)
+
+    find, centred = counts[3] > 0, not kind.raw and not dot
+    types = {"DIM": d, "WIDTH": width}
+    tile = {"FAMILIES": families, "LADDER": of.ladders[0], "DOT": dot}
+    parts = {"SPLIT": kind.parts, "TYPE": triton_type(kind.type)}
+    points = (torch.float32, torch.float64, torch.float32, torch.float32, kind.type, kind.type, torch.float32)
+    shapes = (
+        (b, blocks, 4, width), (b, blocks), (b, width), (b, room), (b, every, width),
+        (b, every, width) if kind.parts == 2 else (0,), (b, every), (b, row_tiles, strips),
+    )  # fmt: skip
+    pieces, end = [], 0
+    for piece_type, piece_shape in zip((*points, torch.float64), shapes, strict=True):
+        pieces.append((piece_type, piece_shape, end))
+        size = piece_type.itemsize
+        for side in piece_shape:
+            size *= side
+        end += padded(size, 16)  # each begins where Triton looks for it
+    of_table = padded(8 * b * 4 * terms, 16)
+    grads = (strips, b, every, width) if keep else (0, 1, 1, 1)
+    size = grads[0] * grads[1] * grads[2] * grads[3] * 4
+    return Plan(
+        Launch(
+            (blocks * b,), (n, m, *strides, blocks_x, blocks, each),
+            {"FIND": find, **types, "BLOCK": _BLOCK, "num_warps": 4},
+        ),
+        Launch(
+            (b,), (n, m, blocks_x, blocks, each, room, *counts),
+            {
+                **tile, "FIND": find, "LEAST": _LEAST, "CENTRED": centred, "SCALED": kind.scaled, "MOST": MAX_SCALE,
+                **types, "LANES": _LANES, "num_warps": 8,
+            },
+        ),
+        Launch(
+            (every // _BLOCK * b,), (n, m, *strides, second, every, every // _BLOCK, room),
+            {
+                "CENTRED": centred, "SPLIT": kind.parts, "OWN": kind.rounds, **types, "BLOCK": _BLOCK,
+                "TYPE": parts["TYPE"], "num_warps": 4,
+            },
+        ),
+        Launch(
+            (row_tiles * strips * b,),
+            (every, n, second, m, row_tiles, col_tiles, split, strips, first_strips, b, strip, room),
+            {
+                **tile, "GRAD": keep, "ALL": all_sums, "OWN": kind.raw, **parts, "KEEP_SPLIT": kind.kept_parts,
+                "ROWS": rows, "COLS": cols, "WIDTH": width, "UPCAST": INTERPRETED, **options,
+            },
+        ),
+        Launch(
+            (b,), (n, m, row_tiles, strips, second // rows, first_strips),
+            {"COUNT": terms, "DIAGONAL": diagonal, "LANES": 16 if INTERPRETED else 1024, "num_warps": 8},
+        ),
+        tuple(pieces), end, (b, terms, 4), of_table, grads, of_table + size, second,
+    )  # fmt: skip
+
+
+def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: Tensor, sums: Tensor) -> Tensor:
+    """Fills ``value`` and ``sums``; returns what the gradient needs, `Plan.of_gradient`."""
+    room = torch.empty(p.end, dtype=torch.uint8, device=x.device)
+    kept = torch.empty(p.kept, dtype=torch.uint8, device=x.device)
+    begin, table = room.data_ptr(), kept.data_ptr()
+    columns, squares, mean, numbers, hi, lo, norms, totals = (begin + at for _, _, at in p.pieces)
+    at_x, at_y, at_given, at_coefs = x.data_ptr(), y.data_ptr(), given.data_ptr(), coefs.data_ptr()
+    key = p
+    if (at_x | at_y | at_given | at_coefs) & 15:
+        key = p, at_x & 15, at_y & 15, at_given & 15, at_coefs & 15
+    views = []
+
+    def of(*names: int) -> list[Tensor]:
+        """Tensors, where somebody looks at them; from 8 on what is kept."""
+        if not views:
+            views.extend((*p.scratch(room), *p.of_gradient(kept)))
+        return [views[name] for name in names]
+
+    to = p.survey
+    launch(
+        triton_narrow.survey, to.grid, lambda: (x, y, *of(0, 1), *to.numbers), to.constants, key,
+        (at_x, at_y, columns, squares, *to.numbers),
+    )  # fmt: skip
+    settle = p.settle
+    launch(
+        triton_narrow.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 8), *settle.numbers),
+        settle.constants, key, (columns, squares, at_given, mean, numbers, table, *settle.numbers),
+    )  # fmt: skip
+    arrange = p.arrange
+    launch(
+        triton_narrow.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
+        key, (at_x, at_y, mean, numbers, hi, lo, norms, *arrange.numbers),
+    )  # fmt: skip
+    narrow = p.narrow
+    launch(
+        triton_narrow.narrow, narrow.grid, lambda: (*of(4, 5, 6, 3, 8), coefs, *of(7, 9), *narrow.numbers),
+        narrow.constants, key,
+        (hi, lo, norms, numbers, table, at_coefs, totals, table + p.grads, *narrow.numbers),
+    )  # fmt: skip
+    combine = p.combine
+    launch(
+        triton_narrow.combine, combine.grid, lambda: (*of(7), coefs, *of(8), sums, value, *combine.numbers),
+        combine.constants, (key, value.dtype),
+        (totals, at_coefs, table, sums.data_ptr(), value.data_ptr(), *combine.numbers),
+    )  # fmt: skip
+    return kept
+
+
+def backward(
+    p: Plan, kept: Tensor, by: Tensor | None, like_x: Tensor, like_y: Tensor, need: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of (b, n, d) and (b, m, d), times ``by`` (b) where it is given; empty where not needed."""
+    grad_x, grad_y = (
+        torch.empty(like.shape if needed else (0,), dtype=dtype, device=like.device)
+        for like, needed in ((like_x, need[0]), (like_y, need[1]))
+    )
+    _, b, rows, width = p.parts
+    (n, d), m = like_x.shape[-2:], like_y.shape[-2]
+    first, last = 0 if need[0] else p.second // _BLOCK, (rows if need[1] else p.second) // _BLOCK
+    blocks = last - first
+    numbers = n, m, p.second, rows, p.parts[0], b, 0 if by is None or not by.dim() else by.stride(0), first, blocks
+    grads, at = kept.data_ptr() + p.grads, kept if by is None else by
+    launch(
+        triton_narrow.finish, (blocks * b,), lambda: (p.of_gradient(kept)[1], at, grad_x, grad_y, *numbers),
+        {"BY": by is not None, "DIM": d, "WIDTH": width, "BLOCK": _BLOCK, "num_warps": 4},
+        (p, need[0], need[1], dtype, at.dtype, numbers[6], at.data_ptr() & 15),
+        (grads, at.data_ptr(), grad_x.data_ptr(), grad_y.data_ptr(), *numbers),
+    )  # fmt: skip
+    return grad_x, grad_y
+
+
+def quadratic(
+    x: Tensor, y: Tensor, coefs: Tensor, params: Tensor, families: Sequence[int], precision: str, need: Sequence[bool],
+    all_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of batches: the value (b,), its sums (b, 3) over pairs with i != j, and its gradients, empty where not needed."""
+    x, y = x.detach(), y.detach()
+    (b, n, d), m, device = x.shape, y.shape[1], x.device
+    keep = bool(need[0] or need[1])
+    strides = *x.stride(), *y.stride()
+    p = plan(
+        (b, n, m, d), strides, x.dtype, device, tuple(families), precision, (0, 0, 0, 0), keep, all_sums, False
+    )  # fmt: skip
+    sums = torch.empty(b, 3, dtype=torch.float64, device=device)
+    value = torch.empty(b, dtype=torch.float64, device=device)
+    with on_device_of(x):
+        kept = forward(p, x, y, params, coefs, value, sums)
+        if keep:
+            return value, sums, *backward(p, kept, None, x, y, need, torch.float32)
+    return value, sums, *(torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
