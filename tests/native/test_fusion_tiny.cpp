@@ -1,5 +1,6 @@
 // The GPU's block of threads for heads of a few features, run on the host against sums in double, its threads in an order
 // that changes from phase to phase, since no result may depend on it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
