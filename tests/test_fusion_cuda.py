@@ -114,6 +114,58 @@ def test_head_dims(dim, dtype):
     agrees("short", torch.randn(2, 4, 1000, dim).double(), sources, {}, dtype)
 
 
+needs_tiny = pytest.mark.skipif(not routes_cuda._HAS_TINY, reason="the extension has no kernels for CUDA")
+
+
+@needs_tiny
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("dim", [1, 3, 6, 8, 11, 16, (4, 13), (7, 2)])
+@pytest.mark.parametrize("rows, keys", [(32, 1), (50, 50), (129, 513), (500, 500), (300, 1501)])
+def test_tiny_heads(rows, keys, dim, of_lse):
+    dim, value_dim = dim if isinstance(dim, tuple) else (dim, dim)
+    query = torch.randn(3, 5, rows, dim).double()
+    source = Source(torch.randn(3, 5, keys, dim).double(), torch.randn(3, 5, keys, value_dim).double())
+    agrees("tiny", query, [source], {}, torch.float32, of_lse)
+    lengths = torch.tensor([0, keys, keys // 2])
+    beyond = (torch.arange(keys) >= lengths[:, None])[:, None, :, None]
+    key, value = (x.masked_fill(beyond, torch.nan) for x in source[:2])
+    agrees("tiny", query, [Source(key, value, lengths=lengths)], {"scale": -0.7}, torch.float32, of_lse)
+
+
+@needs_tiny
+@pytest.mark.parametrize("key_is", [torch.nan, torch.inf, -torch.inf, 1e12, 400.0])
+def test_scores_of_tiny_heads(key_is):
+    """What is not finite comes out where the reference has it; scores may be of any size."""
+    query, key, value = torch.rand(2, 3, 70, 6) + 0.5, torch.randn(2, 3, 200, 6), torch.randn(2, 3, 200, 6)
+    key[0, 1, 150:, 2] = key_is * (1 + torch.arange(50))
+    query, key, value = (x.cuda() for x in (query, key, value))
+    options = {"fusion": "joint", "scale": 1.0}
+    found = fused.run("tiny", query, [Source(key, value)], is_causal=False, **options)
+    expected = reference.attention(query, [Source(key, value)], **options)
+    torch.testing.assert_close(found.out, expected.out, equal_nan=True, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.lses[0], expected.lses[0], equal_nan=True)
+
+
+@needs_tiny
+def test_tiny_heads_by_recordings():
+    """Second calls, which launch what the first ones wrote down, on other values and with other gradients."""
+    for turn in range(4):
+        query, key, value = (torch.randn(24, 5, 500, 6, device="cuda").requires_grad_() for _ in range(3))
+        lengths = torch.randint(0, 501, (24,), device="cuda") if turn % 2 else None
+        source = Source(key, value, lengths=lengths)
+        assert routes_cuda.choose(query, [source], "joint", lse=True) == "tiny"
+        out, lse = cross_attention(query, source, return_lse=True)
+        expected, of_lse = cross_attention(query, source, return_lse=True, backend="reference")
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(lse, of_lse, atol=2e-6, rtol=1e-5)
+        up = torch.randn_like(out)
+        found = torch.autograd.grad(out, (query, key, value), up, create_graph=True)
+        wanted = torch.autograd.grad(expected, (query, key, value), up, create_graph=True)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)
+        twice = [torch.autograd.grad(sum(x.square().sum() for x in g), query)[0] for g in (found, wanted)]
+        torch.testing.assert_close(*twice, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["split", "skip", "flash", "efficient", "cudnn"])
 @pytest.mark.parametrize("of_lse", [False, True])
 def test_long_keys(engine, of_lse):
@@ -189,7 +241,13 @@ def masked(requires_grad=True):
     return query, [sources[0]._replace(mask=mask, lengths=None)], options
 
 
-BUILDS = (adapter, few_queries, several, padded, masked)
+def tiny(requires_grad=True):
+    query = torch.randn(4, 5, 500, 6, device="cuda").requires_grad_(requires_grad)
+    text = torch.randn(4, 5, 400, 6, device="cuda").requires_grad_(requires_grad)
+    return query, [Source(text, text, lengths=torch.tensor([400, 0, 7, 399], device="cuda"))], {}
+
+
+BUILDS = (adapter, few_queries, several, padded, masked, tiny)
 
 
 def step(query, sources, options):

@@ -181,6 +181,15 @@ def of_shape(batch, heads, rows, keys, dim=64, key_heads=None, dtype=torch.bfloa
         (of_shape(4, 32, 8, (6404,), 128, key_heads=8), "joint", "few queries"),
         (of_shape(4, 32, 1024, (6404,), 128, mask=torch.empty(1, device="meta")), "joint", "long, masked"),
         (of_shape(2, 24, 4096, (4429,)), "joint", "long, one source"),
+        (of_shape(24, 5, 500, (500,), 6, dtype=torch.float32), "joint", "tiny heads"),
+        (of_shape(24, 5, 500, (5000,), 16, dtype=torch.float32, lengths=torch.empty(24)), "decoupled", "tiny heads"),
+        (of_shape(24, 5, 500, (500,), 6), "joint", "few keys, one source"),
+        (of_shape(24, 5, 500, (200,), 17, dtype=torch.float32), "joint", "few keys, one source"),
+        (of_shape(24, 6, 500, (500,), 6, key_heads=3, dtype=torch.float32), "joint", "few keys, one source"),
+        (of_shape(24, 5, 500, (500,), 6, dtype=torch.float32, gate=0.5), "decoupled", "few keys, decoupled"),
+        (of_shape(24, 5, 500, (50, 50), 6, dtype=torch.float32), "joint", "few keys, several sources"),
+        (of_shape(24, 5, 31, (50,), 6, dtype=torch.float32), "joint", "few keys, one source"),
+        (of_shape(24, 5, 60, (5000,), 6, dtype=torch.float32), "joint", "few queries"),
         (of_shape(2, 24, 4096, (4096, 333)), "joint", "long, several sources"),
         (of_shape(1, 1, 1, (2**40,)), "joint", "few queries"),
     ],
@@ -193,6 +202,7 @@ def test_table_knows_every_kind():
     assert {case.kind for case in routes_cuda.CASES} == {key.kind for key in routes_cuda.TABLE}
     for case in routes_cuda.CASES:
         options = {"lengths": torch.empty(case.batch, device="meta")} if case.masked else {}
+        options["dtype"] = torch.float32 if case.kind == "tiny heads" else torch.bfloat16
         shape = of_shape(case.batch, case.heads, case.rows, case.keys, case.dim, **options)
         assert routes_cuda.kind_of(*shape, case.fusion) == case.kind
 
@@ -223,7 +233,16 @@ def test_tiles_cover_the_keys():
 def test_tuned_table(tmp_path, monkeypatch):
     """The fastest comes first, then who can do what it cannot; a file that holds nonsense changes nothing."""
     monkeypatch.setattr(routes_cuda, "TABLE", dict(routes_cuda.TABLE))
-    times = {"short": 3.0, "split": 1.0, "skip": None, "flash": 2.0, "sdpa": None, "efficient": None, "cudnn": None}
+    times = {
+        "tiny": None,
+        "short": 3.0,
+        "split": 1.0,
+        "skip": None,
+        "flash": 2.0,
+        "sdpa": None,
+        "efficient": None,
+        "cudnn": None,
+    }
     lines = []
     table = routes_cuda.tune(lambda case, half, gradients, engine: times[engine], lines.append)
     assert len(table) == len(lines) == len(routes_cuda.TABLE)

@@ -407,6 +407,7 @@ std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> differentiate(const A
 }  // namespace
 
 void bind_fusion_replay(py::module_& m);
+void bind_fusion_tiny(py::module_& m);
 
 void bind_fusion(py::module_& m) {
     using Release = py::call_guard<py::gil_scoped_release>;
@@ -420,6 +421,7 @@ void bind_fusion(py::module_& m) {
     m.def("fusion_backward", &differentiate, Release());
     m.def("fusion_weights", &fusion::weigh, Release());
     bind_fusion_replay(m);
+    bind_fusion_tiny(m);
 }
 
 }  // namespace mmfast

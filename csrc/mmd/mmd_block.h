@@ -27,6 +27,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/exp2.h"
 #include "mmd/mmd_core.h"
 
 namespace mmfast {
@@ -65,17 +66,7 @@ template <class T>
 struct Numbers {
     using V = T;
     static MMFAST_INLINE T exp(T x) { return ::exp(x); }
-    // On a GPU one instruction for float: within 2 ulp, and 0 below the normal numbers.
-    static MMFAST_INLINE T exp2(T x) {
-#ifdef __CUDA_ARCH__
-        if constexpr (sizeof(T) == sizeof(float)) {
-            float y;
-            asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-            return y;
-        }
-#endif
-        return std::exp2(x);
-    }
+    static MMFAST_INLINE T exp2(T x) { return fast_exp2(x); }
     static MMFAST_INLINE T log(T x) { return ::log(x); }
     static MMFAST_INLINE T sqrt(T x) { return ::sqrt(x); }
 };

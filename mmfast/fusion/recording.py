@@ -1,9 +1,10 @@
-"""Launches of Triton kernels written down once and made again, for calls that differ in addresses only.
+"""Launches of kernels written down once and made again, for calls that differ in addresses only.
 
 Triton's own launch looks at every argument, entry by entry of every tuple, and the Python before it works out grids,
 strides and tiles: for two sources 300 µs, more than the kernels take. All of it depends on shapes, strides, dtypes and
 alignments alone. So the first call of a kind records what it allocates (`room`) and launches (`launch`), and the ones
-that follow allocate the same and hand the compiled kernels the new addresses.
+that follow allocate the same and hand the compiled kernels the new addresses. Kernels of the extension, which launches
+them itself, tell what they were given (`launched`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +43,28 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         recorder.launches.append((kernel, grid, args, constants, compiled))
 
 
+class Told(NamedTuple):
+    """A launch of the extension's own: its one argument in words of 64 bits, of which some are addresses."""
+
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    words: list[int]
+    addresses: list[tuple[int, int]]  # place, address
+
+
+def is_recorded() -> bool:
+    return getattr(_local, "recorder", None) is not None
+
+
+def launched(launches: Sequence[tuple]) -> None:
+    """Writes down `Told` launches that have been made."""
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.launches += [Told(*one) for one in launches]
+
+
 def spoil() -> None:
     """What is computed here no recording would repeat: operators of PyTorch."""
     recorder = getattr(_local, "recorder", None)
@@ -51,7 +75,7 @@ def spoil() -> None:
 class _Recorder:
     def __init__(self) -> None:
         self.made: list[Tensor] = []
-        self.launches: list[tuple] = []
+        self.launches: list[tuple] = []  # of `launch`, or `Told`
         self.spoilt = False
 
 
@@ -84,8 +108,10 @@ class Recording:
         self.rooms = [(t.shape, t.stride(), t.dtype) for t in made]
         self.device = inputs[0].device
         self.result = tuple(self._place(part, slots, len(inputs)) for part in result)
-        self.calls = [_Call(*one, slots) for one in recorder.launches]
+        self.calls = [_Call(*one, slots) for one in recorder.launches if not isinstance(one, Told)]
         self.native = self._native(recorder.launches, slots)
+        if len(self.calls) < len(recorder.launches) and (self.calls or self.native is None):
+            raise _Unfit  # only the extension can launch these, and only by itself
 
     def _place(self, part, slots: dict[int, int], first: int):
         """An index of the memory that is made, in whose place its view of this form is allocated."""
@@ -101,14 +127,24 @@ class Recording:
 
     def _native(self, launches: Sequence[tuple], slots: dict[int, int]):
         """The same in the extension, which launches without Python; None where it or the kernels are not for that."""
-        if _backend._C is None or not all(map(_is_simple, (compiled for *_, compiled in launches))):
+        compiled = (one[-1] for one in launches if not isinstance(one, Told))
+        if _backend._C is None or not all(map(_is_simple, compiled)):
             return None
         try:
             native = _backend._C.Recording([(list(s), list(of), kind) for s, of, kind in self.rooms], self.device)
         except RuntimeError:  # no driver
             return None
-        for call, (_, _, args, _, compiled) in zip(self.calls, launches, strict=True):
-            words, pointers = [], []
+        calls = iter(self.calls)
+        for one in launches:
+            if isinstance(one, Told):
+                *how, addresses = one
+                if any(address not in slots for _, address in addresses):
+                    raise _Unfit
+                # The words lie side by side, so the first of them is where the one argument begins.
+                native.add(*how, [(place, slots[address]) for place, address in addresses])
+                continue
+            _, _, args, _, compiled = one
+            call, words, pointers = next(calls), [], []
             types = compiled.src.signature.values()
             for kind, value in _flat(tuple(types), (*args, *call.tail)):
                 if kind[0] == "*":
@@ -130,11 +166,17 @@ class Recording:
     def again(self, inputs: Sequence[Tensor], addresses: Sequence[int]) -> tuple:
         """The result for ``inputs``, which lie at ``addresses``."""
         device = self.device
+        if not self.calls:
+            made = self.native.again(addresses, stream_of(device.index))
+            return self._result(made)
         made = [torch.empty_strided(s, of, dtype=kind, device=device) for s, of, kind in self.rooms]
         where = [*addresses, *[t.data_ptr() for t in made]]
         stream = stream_of(device.index)
         for call in self.calls:
             call(stream, where, (inputs, made))
+        return self._result(made)
+
+    def _result(self, made: Sequence[Tensor]) -> tuple:
         return tuple(
             None if at is None else made[at] if type(at) is int else [None if i is None else made[i] for i in at]
             for at in self.result

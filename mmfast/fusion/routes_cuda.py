@@ -6,6 +6,7 @@ table names engines in order of preference; the first that can (`able`) does it:
     short       `triton_short`: all keys on chip, one pass over the queries
     split       `triton_split`: split over the keys, for few queries
     skip        `triton_skip`: only tiles of keys that masks and lengths leave
+    tiny        `tiny`: heads of a few features in float32, where the extension has kernels for CUDA
     flash, efficient, cudnn     `merged`: torch's kernel for each source, merged through the log-sum-exps
     sdpa        scaled_dot_product_attention itself
     reference   plain PyTorch
@@ -30,12 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.fusion._inputs import Source, batch_of, keys_and_values, positive_scale
 
 RESIDENT = (
     36864  # elements of keys and values in their tiles: 144 accumulators for each of 256 threads, 144 KB in float32
 )
 FEW_QUERIES = 64  # rows that one tile of the product holds
+TINY_FEATURES, TINY_QUERIES = 16, 32  # of "tiny": at most, at least (a warp)
+_HAS_TINY = hasattr(_backend._C, "fusion_tiny_forward")
 
 
 class Key(NamedTuple):
@@ -59,6 +63,8 @@ _BY_KIND = {
     # "efficient" visits every key and reads the mask for every head; "flash" is that too, but for lengths alone.
     "long, masked": ("skip", "flash"),
     "long, several sources": ("flash",),
+    # Tiles of the matrix unit are mostly padding; in half precision, of one product and not three, they still win.
+    "tiny heads": ("tiny", "short", "sdpa", "flash"),
 }
 TABLE: dict[Key, tuple[str, ...]] = {
     Key(kind, half, gradients): engines
@@ -67,6 +73,8 @@ TABLE: dict[Key, tuple[str, ...]] = {
     for gradients in (True, False)
 }
 TABLE[Key("few queries", half=False, gradients=False)] = ("split", "flash")
+for _gradients in (True, False):
+    del TABLE[Key("tiny heads", half=True, gradients=_gradients)]
 
 
 # ---- Kinds of calls
@@ -116,11 +124,26 @@ def folds(query: Tensor, sources: Sequence[Source], batch: int) -> tuple[int, in
     return batch if alone else 1, groups.pop() if len(groups) == 1 else 1
 
 
-def kind_of(query: Tensor, sources: Sequence[Source], fusion: str) -> str:
-    """The kind of a call, a row of the table."""
+def is_tiny(query: Tensor, sources: Sequence[Source]) -> bool:
+    """Whether heads, source and number of queries are for "tiny"."""
+    only = sources[0]
+    bare = len(sources) == 1 and only.mask is None and only.bias is None and only.gate is None
+    if not bare or query.dtype != torch.float32 or query.shape[2] < TINY_QUERIES:
+        return False
+    if max(query.shape[3], only.value.shape[3]) > TINY_FEATURES:
+        return False
+    whole = all(x.shape[0] == query.shape[0] and x.shape[1] == query.shape[1] for x in (only.key, only.value))
+    return whole and query.shape[0] * query.shape[1] * max(query.shape[2], only.key.shape[2]) < 2**31
+
+
+def kind_of(query: Tensor, sources: Sequence[Source], fusion: str, tiny: bool = True) -> str:
+    """The kind of a call, a row of the table; without ``tiny`` where there was no kernel for tiny heads."""
     several = len(sources) > 1
     decoupled = fusion == "decoupled" and (several or sources[0].gate is not None)
+    tiny = tiny and is_tiny(query, sources)
     if fits(query, sources):
+        if tiny:
+            return "tiny heads"
         if decoupled:
             return "few keys, decoupled"
         return "few keys, several sources" if several else "few keys, one source"
@@ -128,6 +151,8 @@ def kind_of(query: Tensor, sources: Sequence[Source], fusion: str) -> str:
         shared, group = folds(query, sources, batch_of(query, list(sources)))
         if query.shape[2] * shared * group <= FEW_QUERIES:
             return "few queries"
+    if tiny:
+        return "tiny heads"
     if any(x is not None for s in sources for x in (s.mask, s.bias, s.lengths)):
         return "long, masked"
     return "long, several sources" if several else "long, one source"
@@ -143,6 +168,8 @@ def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse
         few = query.shape[2] <= FEW_QUERIES  # which may be rows of one product where they share keys, and not in sdpa
         shared = few and folds(query, sources, batch_of(query, list(sources))) != (1, 1)
         return len(sources) == 1 and plain and not lse and only.key.shape[2] > 0 and not shared
+    if engine == "tiny":
+        return _HAS_TINY and query.device.type == "cuda" and is_tiny(query, sources)
     if engine == "skip":  # in float32, of three products, no faster than "efficient"
         return query.dtype != torch.float32
     if engine in ("efficient", "cudnn", "flash"):
@@ -161,14 +188,15 @@ def engines_for(kind: str, half: bool, gradients: bool, device: str, index: int)
     return engines
 
 
-def choose(query: Tensor, sources: Sequence[Source], fusion: str, lse: bool) -> str:
-    """The engine for a call; ``lse``: its log-sum-exp is asked for."""
+def choose(query: Tensor, sources: Sequence[Source], fusion: str, lse: bool, plain: bool = True) -> str:
+    """The engine for a call; ``lse``: its log-sum-exp is asked for; ``plain``: neither causal nor to be summed."""
     gradients = torch.is_grad_enabled() and (
         query.requires_grad
         or any(s.key.requires_grad or s.value.requires_grad for s in sources)
         or any(isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources)
     )
-    kind, device = kind_of(query, sources, fusion), query.device
+    tiny = plain and able("tiny", query, sources, fusion, lse)
+    kind, device = kind_of(query, sources, fusion, tiny), query.device
     for engine in engines_for(kind, query.dtype != torch.float32, gradients, device.type, device.index or 0):
         if able(engine, query, sources, fusion, lse):
             return engine
@@ -202,8 +230,10 @@ CASES = (
     Case("long, one source", 2, 24, 4096, 64, (4429,)),
     Case("long, masked", 4, 32, 1024, 128, (6404,), "joint", True),
     Case("long, several sources", 2, 24, 4096, 64, (4096, 333)),
+    Case("tiny heads", 24, 5, 500, 6, (500,)),
+    Case("tiny heads", 24, 5, 500, 12, (500,)),
 )
-CANDIDATES = ("short", "split", "skip", "flash", "efficient", "cudnn", "sdpa")
+CANDIDATES = ("tiny", "short", "split", "skip", "flash", "efficient", "cudnn", "sdpa")
 
 
 def cache_file(index: int | None = None) -> Path:

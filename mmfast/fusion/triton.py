@@ -2,9 +2,9 @@
 
 ``mmfast::fusion_device_forward`` and ``_backward`` run one of several engines: ``"short"``, the kernels of
 `triton_short` for few keys, with every option but dropout and softcap; ``"split"``, those of `triton_split` for few
-queries; ``"skip"``, those of `triton_skip` for long keys that masks leave a part of; and those of `merged`, torch's own
-kernels source by source. All but the first know one softmax without gates; their backward is that of `merged`.
-`routes_cuda.choose` decides.
+queries; ``"skip"``, those of `triton_skip` for long keys that masks leave a part of; ``"tiny"``, those of `tiny` for
+heads of a few features; and those of `merged`, torch's own kernels source by source. All but the first know one softmax
+without gates; the backward of "split" and "skip" is that of `merged`. `routes_cuda.choose` decides.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attention(
     if nothing(query, sources):
         mean = "mean" if weights else False
         return reference.attention(query, sources, fusion=fusion, scale=scale, is_causal=is_causal, weights=mean)
-    engine = routes_cuda.choose(query, sources, fusion, lse or weights)
+    engine = routes_cuda.choose(query, sources, fusion, lse or weights, plain=not is_causal)
     result = run(engine, query, sources, fusion=fusion, scale=scale, is_causal=is_causal)
     return result._replace(weights=mean_weights(query, sources, result.lses, scale, is_causal)) if weights else result
 
@@ -152,7 +152,7 @@ def pool(
     """The sum of the outputs over the queries ``(B, H, D_v)``, float32; None where the kernels cannot sum at once."""
     if can(query, sources, dropout_p, softcap, False) is not None or nothing(query, sources):
         return None
-    if routes_cuda.choose(query, sources, fusion, True) != "short":
+    if routes_cuda.choose(query, sources, fusion, True, plain=False) != "short":
         return None
     return short(
         query, sources, fusion=fusion, scale=scale, is_causal=is_causal, pool=True, row_lengths=row_lengths
@@ -236,7 +236,11 @@ def forward(
             from mmfast.fusion import triton_short  # here: on the CPU `merged` does without Triton
 
             return triton_short.forward(query, sources, joint, causal, scale, batch, pool, row_lengths)
-        if engine == "split":
+        if engine == "tiny":
+            from mmfast.fusion import tiny
+
+            out, lse = tiny.forward(query, sources[0], scale)
+        elif engine == "split":
             from mmfast.fusion import triton_split
 
             out, lse = triton_split.forward(query, sources, causal, scale, batch)
@@ -269,6 +273,10 @@ def launched_backward(
     if engine != "short":
         of_lse = None if grad_lse is None else grad_lse[0]
         with _backend.on_device_of(query):
+            if engine == "tiny":
+                from mmfast.fusion import tiny
+
+                return *tiny.backward(grad_out, of_lse, query, sources[0], out, lse[0], scale), []
             return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
     from mmfast.fusion import triton_short
 

@@ -160,7 +160,7 @@ def _plan(
         return None  # something had to be converted
     if triton.can(query, prepared, 0.0, None, False) is not None or triton.nothing(query, prepared):
         return None
-    engine = routes_cuda.choose(query, prepared, fusion, lse)
+    engine = routes_cuda.choose(query, prepared, fusion, lse, plain=not causal)
     decoupled = fusion == "decoupled" and (len(prepared) > 1 or prepared[0].gate is not None)
     bare = query.is_cuda and all(s.mask is s.bias is s.lengths is None and s.key.shape[2] for s in prepared)
     if engine == "sdpa" or (engine != "short" and decoupled):
