@@ -7,13 +7,14 @@ and multiply them with the points. Nothing here looks at what the device has com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import triton
 from torch import Tensor
 
 from mmfast._launch import launch_as_given
-from mmfast.mmd import triton_narrow, triton_sweep
+from mmfast.mmd import triton_gram, triton_narrow, triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
     BY_DIFFERENCES,
@@ -36,15 +37,15 @@ from mmfast.mmd.triton_points import (
 
 
 def _problem(
-    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, narrow: bool = False
+    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, route: ModuleType | None = None
 ) -> Problem:
     """Pairs of x with y; without ``y``, or of both samples ``pooled``, each pair of points once."""
     params, dims, families, layers = kernel
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
     sizes = sizes_for(x, max(dims, default=1), kind)
-    if narrow:
-        sizes = triton_narrow.sizes(sizes, dims[0])
+    if route:
+        sizes = route.sizes(sizes, dims[0])
     samples = [x] if y is None else [x, y]
     scales = scales_of(samples, plan.dims, plan.how, kind, sizes)
     b, n = x.shape[:2]
@@ -105,11 +106,19 @@ def _apart(part: Tensor) -> Tensor:
 # ---- Quadratic forms
 
 
+def _route(x: Tensor, y: Tensor, kernel: Sequence, precision: str, gradient: bool) -> ModuleType | None:
+    """Whose kernels take a quadratic form without weights; the sweep takes the others."""
+    plan, kind = layout(kernel), format_of([x.dtype], precision)
+    if triton_narrow.takes(plan, kind):
+        return triton_narrow
+    return triton_gram if triton_gram.takes(plan, kind, x.shape[1] + y.shape[1], gradient) else None
+
+
 def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need, precision="float32"):
     b, n, m = x.shape[0], x.shape[1], y.shape[1]
     plain = wx is None and wy is None and not need[4] and b * n * m > 0
-    narrow = plain and triton_narrow.takes(layout((dims, families, layers)), format_of([x.dtype], precision))
-    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, narrow=narrow)
+    route = _route(x, y, (dims, families, layers), precision, need[0] or need[1]) if plain else None
+    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, route=route)
     z, block = problem.x, problem.sizes.block
     weights = None
     if wx is not None or wy is not None:
@@ -126,8 +135,8 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         part = found[:, first : first + count]
         return _apart(part) if first else part.contiguous()  # of one item the first is a view of both
 
-    if narrow:
-        value, sums, grad = triton_narrow.quadratic(problem, coefs, need[0] or need[1], need[5])
+    if route:
+        value, sums, grad = route.quadratic(problem, coefs, need[0] or need[1], need[5])
         by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
         return value, sums, by_x, by_y, _nothing(x, double), _nothing(x, double), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
