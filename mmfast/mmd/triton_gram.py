@@ -1,19 +1,19 @@
 """Quadratic forms of many points of many features, and their gradients, with matrix products by the vendor's library.
 
 Note: [Products by the library]
-  `mmfast.mmd.triton_sweep` multiplies and evaluates in one kernel. From some hundred features on products are nearly all
-  of it, and cuBLAS makes them 1.5 times as fast as tiles of a Triton kernel do, which more than pays for a panel of
+  `mmfast.mmd.triton_sweep` multiplies and evaluates in one kernel. From some hundred features on products are nearly
+  all of it, and cuBLAS makes them 1.5 times as fast as tiles of a Triton kernel do, which more than pays for a panel of
   products that is written and read once. A panel is some rows of the matrix with all columns up to its last row:
 
   1. cuBLAS: x_i · y_j in float32; of points in two parts one product of three times as many features.
-  2. `evaluate`: sums, and for a gradient the largest weight; then `scale_of`.
-  3. `evaluate` again: the weights in two parts, about the largest so far, and their sums by row and by column.
+  2. `evaluate`: sums, the gradient's weights in two parts, and these weights' sums by row and by column.
+  3. `scale_of`, and `evaluate` again where a weight was too large for the scale of the panels before.
   4. cuBLAS: weights times points for the panel's own rows, in shares of columns, and transposed for the rows before.
 
-  What is multiplied has one scale, so that cuBLAS can add it up; where a later panel has larger weights `settle` brings
-  what is there to the new scale. The second part is kept 2^12 times as large, which the products take back: weights
-  down to 2^-29 of the largest have all their digits. Tensor cores cut sums off where others round, so that no sum is
-  longer than `_SUMMED` terms before it is added to others in float32.
+  What is multiplied has one scale, so that cuBLAS can add it up; where a later panel needs another one `settle` brings
+  what is there to it. Second parts are kept 2^12 times as large and lie before the first ones, so that one product
+  takes both: weights down to 2^-26 of the largest have all their digits. Tensor cores cut sums off where others round,
+  so that no sum is longer than `_SUMMED` terms before it is added to others in float32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mmfast.mmd.triton_tuning import Sizes
 LEAST_ROWS, LEAST_ROWS_OF_VALUES, LEAST_FEATURES_OF_VALUES = 4096, 16384, 512
 _BYTES, _POINTS_SHARE = 2**29, 4  # of a panel: at least, and for each feature
 # Of a panel at most, 16 tiles of cuBLAS high; terms of a sum; shares of columns that are multiplied at a time.
-_ROWS, _SUMMED, _SHARES = (64, 64, 2) if INTERPRETED else (2048, 4096, 8)
+_ROWS, _SUMMED, _SHARES = (64, 96, 2) if INTERPRETED else (2048, 4096, 8)
 _TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (64, 128, 4)
 _LOW = tl.constexpr(4096.0)
 
@@ -45,14 +45,14 @@ _LOW = tl.constexpr(4096.0)
 @triton.jit
 def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo, row_sums, col_sums,
              n, second, m, first, row_tiles, columns, split_tiles, strips, first_strips, all_strips, STRIP,
-             FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, ALL: tl.constexpr, MOST: tl.constexpr,
-             KEEP: tl.constexpr, KEEP_SPLIT: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+             FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, ALL: tl.constexpr, KEEP: tl.constexpr,
+             AGAIN: tl.constexpr, KEEP_SPLIT: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
              TYPE: tl.constexpr):  # fmt: skip
     """A block of rows of a panel of ``products`` (rows, ``columns``) with ``STRIP`` tiles of columns of one sample.
 
-    ``totals`` (rows of tiles of all panels, ``all_strips``): of pairs i > j, and with `MOST` ``most`` (tiles, strips),
-    the largest weight of those. Or with `KEEP` of i != j the weights in parts, ``row_sums`` (rows, strips) and
-    ``col_sums`` (tiles, ``columns``) of them.
+    ``totals`` (rows of tiles of all panels, ``all_strips``): of pairs i > j. With `KEEP`, of pairs i != j, the weights
+    in parts, the largest of them ``most`` (tiles, strips), and their sums ``row_sums`` (rows, strips) and ``col_sums``
+    (tiles, ``columns``). `AGAIN`: only where `scale_of` says so, and only what depends on the scale.
     """
     local, strip = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     begin = strip * STRIP
@@ -66,8 +66,13 @@ def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo
     c_xx, c_yy, c_xy = tl.load(coefs), tl.load(coefs + 1), tl.load(coefs + 2)
     scalar = tl.where(of_y == with_y, tl.where(of_y, 2 * c_yy, 2 * c_xx), c_xy)
     counts = tl.where(scalar != 0, 1, 1 if ALL else 0) > 0  # what a coefficient leaves out may even be NaN
+    unit = tl.load(scale + 1)
+    writes = True
     if not KEEP:
         end = tl.where(counts, end, begin)
+    if AGAIN:
+        writes = tl.load(scale + 2) != 1
+        end = tl.where(writes, end, begin)
 
     i = start + tl.arange(0, ROWS)
     at = tl.arange(0, COLS)
@@ -77,64 +82,70 @@ def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo
     here = local.to(tl.int64) * ROWS * columns + tl.arange(0, ROWS)[:, None] * columns + at[None, :]
     total = tl.full((), 0.0, tl.float64)
     top = tl.full((), 0.0, tl.float32)
-    by_row = tl.zeros((ROWS,), tl.float64)
-    unit = tl.load(scale + 1)
-    weight = scalar.to(tl.float32)
-    for tile in range(begin, end):
+    by_row = tl.zeros((ROWS,), tl.float32)
+    weight = scalar.to(tl.float32) * unit
+    back = 1 / tl.maximum(unit, 1e-37)
+    for tile in tl.range(begin, end, num_stages=2):
         j = tile * COLS + at
         z = tl.load(products + here + tile * COLS)
         z = z * (factor if DOT else -2 * factor)
         if not DOT:
             z = _not_negative((a_norms[:, None] + tl.load(norms + j)[None, :]) + z, tl.float32)
         v, h = _terms(z, table, FAMILIES, 0, len(FAMILIES), LADDER, tl.float32)
+        below = tile * COLS + COLS <= start
         whole = row_whole & counts & _inside(tile * COLS, COLS, n, second, m)
-        whole = whole & ((tile * COLS + COLS <= start) | (KEEP & (tile * COLS >= start + ROWS)))
+        whole = whole & (below | (KEEP & (tile * COLS >= start + ROWS)))
         if not whole:
             seen = ((i < n) | ((i >= second) & (i < second + m)))[:, None]
-            seen = seen & ((j < n) | ((j >= second) & (j < second + m)))[None, :]
-            seen = seen & ((i[:, None] != j[None, :]) if KEEP else (i[:, None] > j[None, :])) & counts
-            v = tl.where(seen, v, 0)
-            h = tl.where(seen, h, 0)
-        if not KEEP:
-            total += tl.sum(tl.sum(v, 1).to(tl.float64), 0)
-            if MOST:
-                size = tl.abs(h * weight)
-                top = tl.maximum(top, tl.max(tl.max(tl.where(size < float("inf"), size, 0), 1), 0))
-        else:
-            g = h * (weight * unit)
+            seen = seen & ((j < n) | ((j >= second) & (j < second + m)))[None, :] & counts
+            v = tl.where(seen & (i[:, None] > j[None, :]), v, 0)
+            h = tl.where(seen & (i[:, None] != j[None, :]), h, 0)
+        if not AGAIN:
+            total += tl.where(tile * COLS < start + ROWS, tl.sum(v), 0).to(tl.float64)
+        if KEEP:
+            if not AGAIN:
+                size = tl.abs(h)
+                top = tl.maximum(top, tl.max(tl.where(size < float("inf"), size, 0)))
+            g = h * weight
             head = g.to(TYPE)
             tl.store(hi + here + tile * COLS, head)
+            if KEEP_SPLIT == 2:
+                low = ((g - head.to(tl.float32)) * _LOW).to(TYPE)
+                tl.store(lo + here + tile * COLS, low)
             if OWN:
                 g = head.to(tl.float32)
-            if KEEP_SPLIT == 2:
-                low = ((h * (weight * unit) - head.to(tl.float32)) * _LOW).to(TYPE)
-                tl.store(lo + here + tile * COLS, low)
-                if OWN:
+                if KEEP_SPLIT == 2:
                     g += low.to(tl.float32) * (1 / _LOW)
-            by_row += tl.sum(g, 1).to(tl.float64)
-            tl.store(col_sums + local.to(tl.int64) * columns + j, tl.sum(g, 0) * (1 / unit))
-    if not KEEP:
+            by_row += tl.sum(g, 1)
+            tl.store(col_sums + local.to(tl.int64) * columns + j, tl.sum(g, 0) * back)
+    if not AGAIN:
         tl.store(totals + (first // ROWS + local) * all_strips + strip, total)
-        if MOST:
-            tl.store(most + local * strips + strip, top)
-    else:
-        tl.store(row_sums + (local * ROWS + tl.arange(0, ROWS)) * strips + strip, by_row * (1 / unit).to(tl.float64))
+    if KEEP:
+        if not AGAIN:
+            tl.store(most + local * strips + strip, top * tl.abs(scalar.to(tl.float32)))
+        if writes:
+            rows = local * ROWS + tl.arange(0, ROWS)
+            tl.store(row_sums + rows * strips + strip, by_row * back)
 
 
 @triton.jit
 def scale_of(most, scale, count, LANES: tl.constexpr):
-    """Of weights: ``scale`` is the largest so far, the power of two that takes it below 2^15, and its change."""
+    """``scale``: the largest weight so far, the power of two that weights are kept by, and its change: 1 where none is.
+
+    It takes the largest below 2^12, and is left alone until one does not fit below 2^15.
+    """
     lanes = tl.arange(0, LANES)
     top = tl.zeros((LANES,), tl.float32)
     for first in range(0, count, LANES):
         top = tl.maximum(top, tl.load(most + first + lanes, mask=first + lanes < count, other=0))
     top = tl.maximum(tl.maximum(tl.max(top, 0), tl.load(scale)), 1e-30)
-    exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
-    unit = ((127 + 15 - exponent) << 23).to(tl.float32, bitcast=True)
-    before = tl.load(scale + 1)
     tl.store(scale, top)
+    before = tl.load(scale + 1)
+    fits = (before > 0) & (top * before < 32768)
+    exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    unit = tl.where(fits, before, ((127 + 12 - exponent) << 23).to(tl.float32, bitcast=True))
     tl.store(scale + 1, unit)
-    tl.store(scale + 2, tl.where(before > 0, unit / tl.where(before > 0, before, 1), 1))
+    tl.store(scale + 2, tl.where(before > 0, unit / tl.where(before > 0, before, 1), 0))
 
 
 @triton.jit
@@ -145,7 +156,7 @@ def settle(sums, scale, weights, row_sums, col_sums, first, columns, width, stri
     rows = start + tl.arange(0, ROWS)
     if start < first:
         change = tl.load(scale + 2)
-        if change != 1:
+        if change != 1:  # not the first panel, where it is 0
             d = tl.program_id(1) * COLS + tl.arange(0, COLS)
             at = sums + rows.to(tl.int64)[:, None] * width + d[None, :]
             there = (d < width)[None, :]
@@ -158,14 +169,17 @@ def settle(sums, scale, weights, row_sums, col_sums, first, columns, width, stri
                 found += tl.load(col_sums + tl.cast(t, tl.int64) * columns + rows).to(tl.float64)
         else:
             for s in range(0, strips):
-                found += tl.load(row_sums + (rows - first).to(tl.int64) * strips + s)
+                found += tl.load(row_sums + (rows - first) * strips + s).to(tl.float64)
         tl.store(weights + rows, found)
 
 
 @triton.jit
 def add_shares(shares, sums, count, part, first, rows, width, ADD: tl.constexpr, KEEP_SPLIT: tl.constexpr,
                SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """A panel's rows of ``sums``, or added to them, from ``shares`` (parts, ``count`` and more, rows, width)."""
+    """A panel's rows of ``sums``, or added to them, from ``shares``.
+
+    Those are (``count``, parts · rows, width) of the points' first parts, and from ``part`` on of the second ones.
+    """
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     there = (d < width)[None, :]
@@ -173,12 +187,13 @@ def add_shares(shares, sums, count, part, first, rows, width, ADD: tl.constexpr,
     total = tl.zeros((ROWS, COLS), tl.float32)
     each = tl.cast(rows, tl.int64) * width
     for s in range(0, count):
-        place = shares + s * each + at
-        total += tl.load(place, mask=there, other=0)
+        place = shares + s * KEEP_SPLIT * each + at
         if KEEP_SPLIT == 2:
-            total += tl.load(place + part, mask=there, other=0) * (1 / _LOW)
+            total += tl.load(place, mask=there, other=0) * (1 / _LOW)
+            place += each
+        total += tl.load(place, mask=there, other=0)
         if SPLIT == 2:
-            total += tl.load(place + (KEEP_SPLIT == 2) * part + part, mask=there, other=0)
+            total += tl.load(shares + part + s * each + at, mask=there, other=0)
     to = sums + first * tl.cast(width, tl.int64) + at
     if ADD:
         total += tl.load(to, mask=there, other=0)
@@ -218,12 +233,12 @@ def sizes(found: Sizes, dim: int) -> Sizes:
     return dataclasses.replace(found, block=_TILE_COLS)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = False) -> None:
-    """``out`` = alpha · a b in float32, or added to it, of batches of matrices in half precision."""
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out`` = a b in float32, or added to it, of batches of matrices in half precision."""
     if out.device.type == "cuda":
-        torch.baddbmm(out, a, b, torch.float32, beta=int(add), alpha=alpha, out=out)
+        torch.baddbmm(out, a, b, torch.float32, beta=int(add), out=out)
     else:
-        torch.baddbmm(out, a.float(), b.float(), beta=int(add), alpha=alpha, out=out)
+        torch.baddbmm(out, a.float(), b.float(), beta=int(add), out=out)
 
 
 def _apart(a: Tensor, b: Tensor, share: int) -> tuple[Tensor, Tensor]:
@@ -249,7 +264,8 @@ class _Item:
         self.table, self.gradient, self.device = problem.params, gradient, z.hi.device
         self.terms = dict(
             FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, ALL=all_sums, ROWS=_TILE_ROWS,
-            COLS=_TILE_COLS, OWN=kind.raw, KEEP_SPLIT=kind.kept_parts, TYPE=triton_type(kind.type), num_warps=4,
+            COLS=_TILE_COLS, OWN=kind.raw, KEEP_SPLIT=kind.kept_parts, TYPE=triton_type(kind.type), num_warps=8,
+            maxnreg=None if INTERPRETED else 128,
         )  # fmt: skip
         self.left, self.right = self.hi, self.hi
         if kind.parts == 2:  # the small products first
@@ -279,10 +295,10 @@ class _Item:
         self.products = self.empty(min(rows, z.rows) * z.rows)
         self.scale = torch.zeros(3, device=self.device)
         if self.gradient:
-            self.kept = [torch.empty_like(self.products, dtype=kind.type) for _ in range(kind.kept_parts)]
+            self.kept = self.empty(kind.kept_parts * self.products.numel(), dtype=kind.type)
             self.sums = self.empty(z.rows, z.width)
             self.weights = self.empty(z.rows, dtype=torch.float64)
-            self.shares = self.empty(kind.kept_parts + kind.parts - 1, _SHARES, min(rows, z.rows), z.width)
+            self.shares = self.empty((kind.kept_parts + kind.parts - 1) * _SHARES * min(rows, z.rows) * z.width)
         for first in range(0, z.rows, rows):
             self.panel(first, min(rows, z.rows - first), totals)
         if not self.gradient:
@@ -300,16 +316,14 @@ class _Item:
         tiles, strips = rows // _TILE_ROWS, self.strips(columns)
         products = self.products[: rows * columns].view(rows, columns)
         _multiply(self.left[None, first:columns], self.right[:columns].t()[None], products[None])
-        none = self.products
-        most = row_sums = col_sums = none
-        hi = lo = none
+        most = row_sums = col_sums = hi = lo = self.products
         if self.gradient:
             most = self.empty(tiles * strips)
-            row_sums, col_sums = self.empty(rows, strips, dtype=torch.float64), self.empty(tiles, columns)
-            kept = [k[: rows * columns].view(rows, columns) for k in self.kept]
-            hi, lo = kept[0], kept[-1]
+            row_sums, col_sums = self.empty(rows, strips), self.empty(tiles, columns)
+            kept = self.kept[: self.kind.kept_parts * rows * columns].view(-1, columns)
+            lo, hi = kept[:rows], kept[-rows:]
 
-        def evaluate_all(keep: bool) -> None:
+        def evaluate_all(again: bool) -> None:
             launch_as_given(
                 evaluate, (tiles * strips,),
                 (
@@ -317,7 +331,7 @@ class _Item:
                     row_sums, col_sums, z.n, z.second, z.m, first, tiles, columns, self.split, strips,
                     self.first_strips, totals.shape[1], _STRIP,
                 ),
-                dict(MOST=self.gradient, KEEP=keep, **self.terms),
+                dict(KEEP=self.gradient, AGAIN=again, **self.terms),
             )  # fmt: skip
 
         evaluate_all(False)
@@ -330,38 +344,39 @@ class _Item:
             (self.sums, self.scale, self.weights, row_sums, col_sums, first, columns, z.width, strips, tiles),
             dict(ROWS=_TILE_ROWS, COLS=_TILE_COLS),
         )  # fmt: skip
-        # What is multiplied: the first parts, and one of them with the other's second part.
-        pairs = [(kept[0], self.hi, 1.0)]
-        if self.kind.kept_parts == 2:
-            pairs.append((kept[1], self.hi, 1 / _LOW.value))
+        self.own_rows(first, rows, kept)
+        if not first:
+            return
+        before, points, low = self.sums[None, :first], self.hi[first:columns], self.lo[first:columns]
         if self.kind.parts == 2:
-            pairs.append((kept[0], self.lo, 1.0))
-        self.own_rows(first, rows, pairs)
-        if first:
-            before = self.sums[None, :first]
-            for weights, points, alpha in reversed(pairs):
-                _multiply(weights[:, :first].t()[None], points[None, first:columns], before, alpha, add=True)
+            _multiply(hi[:, :first].t()[None], low[None], before, add=True)
+        if self.kind.kept_parts == 2:
+            points = torch.cat((points * (1 / _LOW.value), points))
+        _multiply(kept[:, :first].t()[None], points[None], before, add=True)
 
-    def own_rows(self, first: int, rows: int, pairs: list[tuple[Tensor, Tensor, float]]) -> None:
+    def own_rows(self, first: int, rows: int, kept: Tensor) -> None:
         """The panel's rows of the sums: all its columns, in shares."""
-        z, columns = self.points, first + rows
+        z, kind, columns = self.points, self.kind, first + rows
         share = _share(columns // _TILE_COLS) * _TILE_COLS
-        room = self.shares.flatten()[: len(pairs) * _SHARES * rows * z.width].view(len(pairs), _SHARES, rows, z.width)
+        part = kind.kept_parts * _SHARES * rows * z.width
+        pairs = [(kept, self.hi, self.shares[:part].view(_SHARES, -1, z.width))]
+        if kind.parts == 2:
+            of_low = self.shares[part:][: _SHARES * rows * z.width].view(_SHARES, rows, z.width)
+            pairs.append((kept[-rows:], self.lo, of_low))
         for begin in range(0, columns, _SHARES * share):
             end = min(columns, begin + _SHARES * share)
             whole, rest = divmod(end - begin, share)
             middle = begin + whole * share
-            for out, (weights, points, _) in zip(room, pairs, strict=True):
+            for weights, points, out in pairs:
                 if whole:
                     _multiply(*_apart(weights[:, begin:middle], points[begin:middle], share), out[:whole])
                 if rest:
                     _multiply(weights[None, :, middle:end], points[None, middle:end], out[whole : whole + 1])
             launch_as_given(
                 add_shares, (rows // _TILE_ROWS, triton.cdiv(z.width, _TILE_COLS)),
-                (room, self.sums, whole + (rest > 0), room.stride(0), first, rows, z.width),
+                (self.shares, self.sums, whole + (rest > 0), part, first, rows, z.width),
                 dict(
-                    ADD=begin > 0, KEEP_SPLIT=self.kind.kept_parts, SPLIT=self.kind.parts, ROWS=_TILE_ROWS,
-                    COLS=_TILE_COLS,
+                    ADD=begin > 0, KEEP_SPLIT=kind.kept_parts, SPLIT=kind.parts, ROWS=_TILE_ROWS, COLS=_TILE_COLS,
                 ),
             )  # fmt: skip
 
