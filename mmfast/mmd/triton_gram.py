@@ -37,7 +37,7 @@ from mmfast.mmd.triton_tuning import Sizes
 LEAST_ROWS, LEAST_ROWS_OF_VALUES, LEAST_FEATURES_OF_VALUES = 4096, 16384, 512
 _BYTES, _POINTS_SHARE = 2**29, 4  # of a panel: at least, and for each feature
 # Of a panel at most, 16 tiles of cuBLAS high; terms of a sum; shares of columns that are multiplied at a time.
-_ROWS, _SUMMED, _SHARES = (64, 96, 2) if INTERPRETED else (2048, 4096, 8)
+_ROWS, _SUMMED, _SHARES = (64, 64, 2) if INTERPRETED else (2048, 4096, 8)
 _TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (64, 128, 4)
 _LOW = tl.constexpr(4096.0)
 
@@ -249,7 +249,7 @@ def _apart(a: Tensor, b: Tensor, share: int) -> tuple[Tensor, Tensor]:
 def _share(tiles: int) -> int:
     """Tiles of columns in a share: such that shares are as long as each other where that is near the longest."""
     least = -(-tiles * _TILE_COLS // _SUMMED)
-    even = next((s for s in range(least, 2 * least) if tiles % s == 0), least)
+    even = next((s for s in range(least, 3 * least // 2 + 1) if tiles % s == 0), least)
     return -(-tiles // even)
 
 
