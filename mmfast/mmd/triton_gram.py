@@ -101,7 +101,8 @@ def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo
             v = tl.where(seen & (i[:, None] > j[None, :]), v, 0)
             h = tl.where(seen & (i[:, None] != j[None, :]), h, 0)
         if not AGAIN:
-            total += tl.where(tile * COLS < start + ROWS, tl.sum(v), 0).to(tl.float64)
+            found = tl.sum(tl.sum(v, 0).to(tl.float64), 0)
+            total += tl.where(tile * COLS < start + ROWS, found, 0)
         if KEEP:
             if not AGAIN:
                 size = tl.abs(h)
