@@ -38,7 +38,7 @@ LEAST_ROWS, LEAST_ROWS_OF_VALUES, LEAST_FEATURES_OF_VALUES = 4096, 16384, 512
 _BYTES, _POINTS_SHARE = 2**29, 4  # of a panel: at least, and for each feature
 # Of a panel at most, 16 tiles of cuBLAS high; terms of a sum; shares of columns that are multiplied at a time.
 _ROWS, _SUMMED, _SHARES = (64, 64, 2) if INTERPRETED else (2048, 4096, 8)
-_TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (64, 128, 4)
+_TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (32, 128, 8)
 _LOW = tl.constexpr(4096.0)
 
 
@@ -164,13 +164,16 @@ def settle(sums, scale, weights, row_sums, col_sums, first, columns, width, stri
             tl.store(at, tl.load(at, mask=there, other=0) * change, mask=there)
     if tl.program_id(1) == 0:
         found = tl.zeros((ROWS,), tl.float64)
+        k = tl.arange(0, 32)
         if start < first:
             found += tl.load(weights + rows)
-            for t in range(0, row_tiles):
-                found += tl.load(col_sums + tl.cast(t, tl.int64) * columns + rows).to(tl.float64)
+            for t in range(0, row_tiles, 32):
+                at = col_sums + (t + k).to(tl.int64)[:, None] * columns + rows[None, :]
+                found += tl.sum(tl.load(at, mask=(t + k < row_tiles)[:, None], other=0).to(tl.float64), 0)
         else:
-            for s in range(0, strips):
-                found += tl.load(row_sums + (rows - first) * strips + s).to(tl.float64)
+            for s in range(0, strips, 32):
+                at = row_sums + (rows - first)[:, None] * strips + (s + k)[None, :]
+                found += tl.sum(tl.load(at, mask=(s + k < strips)[None, :], other=0).to(tl.float64), 1)
         tl.store(weights + rows, found)
 
 
@@ -265,8 +268,8 @@ class _Item:
         self.table, self.gradient, self.device = problem.params, gradient, z.hi.device
         self.terms = dict(
             FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, ALL=all_sums, ROWS=_TILE_ROWS,
-            COLS=_TILE_COLS, OWN=kind.raw, KEEP_SPLIT=kind.kept_parts, TYPE=triton_type(kind.type), num_warps=8,
-            maxnreg=None if INTERPRETED else 128,
+            COLS=_TILE_COLS, OWN=kind.raw, KEEP_SPLIT=kind.kept_parts, TYPE=triton_type(kind.type), num_warps=4,
+            maxnreg=None if INTERPRETED else 168,
         )  # fmt: skip
         self.left, self.right = self.hi, self.hi
         if kind.parts == 2:  # the small products first
