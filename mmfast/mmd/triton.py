@@ -1,7 +1,8 @@
 """The operators ``mmfast::mmd_*`` by Triton: on CUDA tensors, and on the CPU in Triton's interpreter.
 
 A sweep over tiles gives sums; gradients and products keep the tiles of a panel of rows, no more than the points take,
-and multiply them with the points. Nothing here looks at what the device has computed, and each sum has its order.
+and multiply them with the points. Quadratic forms of one kernel have faster ways: see `_route`. Nothing here looks at
+what the device has computed, and each sum has its order.
 """
 
 from __future__ import annotations

@@ -194,3 +194,15 @@ def test_by_library_far(order, by_library):
         assert row.min() < 1e-9 * row.max()
         worst = ((e - g).abs() / row).max()
         assert ((a - g).abs() / row).max() <= 4 * worst + 1e-5
+
+
+@pytest.mark.parametrize("dtype,taken", [(torch.float32, []), (torch.bfloat16, [True])])
+def test_by_library_adds_up_in_float32(dtype, taken, by_library):
+    """cuBLAS adds up float16 in float16 where PyTorch has been told so, and then the sweep multiplies."""
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_accumulation = True
+    try:
+        cases.check_kernel("gaussian", BACKEND, DEVICE, 19, 20, dtype, None if dtype == torch.float32 else 1e-4)
+    finally:
+        settings.allow_fp16_accumulation = False
+    assert by_library == taken
