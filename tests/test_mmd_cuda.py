@@ -49,7 +49,8 @@ def step(x, y, kernel=None):
     return value.detach(), *torch.autograd.grad(value, (a, b))
 
 
-SIZES = [(64, 64, 256), (256, 200, 700), (1500, 1100, 64), (1000, 900, 768), (500, 500, 3)]
+# The last one multiplies by cuBLAS, in three panels.
+SIZES = [(64, 64, 256), (256, 200, 700), (1500, 1100, 64), (1000, 900, 768), (500, 500, 3), (2500, 1700, 200)]
 
 
 @pytest.mark.parametrize("n,m,d", SIZES)
@@ -61,6 +62,15 @@ def test_sizes(n, m, d):
     gold = mmd.mmd2(a, b, backend="reference")
     for out, expected in zip(found, (gold, *torch.autograd.grad(gold, (a, b))), strict=True):
         assert (out - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_values_of_many():
+    """Without gradients cuBLAS multiplies from 16 384 points of 512 features on."""
+    x, y = (t.cuda() for t in cases.samples(9000, 8000, 520))
+    found = mmd.mmd2(x.float(), y.float())
+    with torch.no_grad():
+        gold = mmd.mmd2(x, y)
+    assert abs(found - gold) <= 1e-5 * abs(gold)
 
 
 @pytest.mark.parametrize("n,m,d", SIZES)

@@ -1,7 +1,8 @@
 """The operators ``mmfast::mmd_*`` by Triton: on CUDA tensors, and on the CPU in Triton's interpreter.
 
 A sweep over tiles gives sums; gradients and products keep the tiles of a panel of rows, no more than the points take,
-and multiply them with the points. Nothing here looks at what the device has computed, and each sum has its order.
+and multiply them with the points. Quadratic forms of one kernel have faster ways: see `_route`. Nothing here looks at
+what the device has computed, and each sum has its order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mmfast._launch import launch_as_given
-from mmfast.mmd import triton_narrow_launch, triton_sweep
+from mmfast.mmd import triton_gram, triton_narrow_launch, triton_sweep
 from mmfast.mmd.triton_launch import NEAR, Panel, Problem, Upstream, add_gradients, add_product, sweep
 from mmfast.mmd.triton_points import (
     BY_DIFFERENCES,
@@ -35,12 +36,16 @@ from mmfast.mmd.triton_points import (
 )
 
 
-def _problem(x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False) -> Problem:
+def _problem(
+    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, multiplied: bool = False
+) -> Problem:
     """Pairs of x with y; without ``y``, or of both samples ``pooled``, each pair of points once."""
     params, dims, families, layers = kernel
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
     sizes = sizes_for(x, max(dims, default=1), kind)
+    if multiplied:
+        sizes = triton_gram.sizes(sizes)
     samples = [x] if y is None else [x, y]
     scales = scales_of(samples, plan.dims, plan.how, kind, sizes)
     b, n = x.shape[:2]
@@ -106,11 +111,14 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
     coefs = coefs.detach().to(x.device, torch.float64).contiguous()
     double = torch.float64
     plain = wx is None and wy is None and not need[4] and b * n * m > 0
-    if plain and triton_narrow_launch.takes(layout((dims, families, layers)), format_of([x.dtype], precision)):
+    plan = layout((dims, families, layers))
+    kind = format_of([x.dtype], precision)
+    if plain and triton_narrow_launch.takes(plan, kind):
         given = params.detach().to(x.device, double).contiguous()
         found = triton_narrow_launch.quadratic(x, y, coefs, given, families, precision, need, need[5])
         return *found, _nothing(x, double), _nothing(x, double), _nothing(params, double)
-    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True)
+    multiplied = plain and triton_gram.takes(plan, kind, n + m, need[0] or need[1])
+    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, multiplied=multiplied)
     z, block = problem.x, problem.sizes.block
     weights = None
     if wx is not None or wy is not None:
@@ -125,6 +133,10 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         part = found[:, first : first + count]
         return _apart(part) if first else part.contiguous()  # of one item the first is a view of both
 
+    if multiplied:
+        value, sums, grad = triton_gram.quadratic(problem, coefs, need[0] or need[1], need[5])
+        by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
+        return value, sums, by_x, by_y, _nothing(x, double), _nothing(x, double), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None

@@ -23,7 +23,7 @@ import contextlib, json
 import stub_driver
 import torch
 from mmfast import kernels as k, mmd
-from mmfast.mmd import triton_points, triton_tuning
+from mmfast.mmd import triton_gram, triton_points, triton_tuning
 
 def points(*shape):
     return torch.randn(*shape).requires_grad_()
@@ -39,6 +39,8 @@ differentiated(mmd.mmd2(points(2, 300, 20), points(2, 280, 20), k.Gaussian(3.0),
 differentiated(mmd.mmd2(x, y, k.Gaussian(3.0), backend="triton"))
 differentiated(mmd.mmd2(x, y, k.Laplacian(3.0, p=1), backend="triton"))
 differentiated(mmd.lmmd(x, y, torch.rand(300, 3), torch.rand(280, 3), k.Gaussian(3.0), backend="triton"))
+triton_gram.LEAST_ROWS = 0
+differentiated(mmd.mmd2(x, y, k.Gaussian(3.0), backend="triton"))
 triton_points.use(triton_tuning.Sizes(block=32, step=32, strip=2))
 with contextlib.suppress(IndexError):  # what no kernel has found
     k.MedianDistance()(points(60, 20).detach(), points(50, 20).detach(), "triton")
@@ -51,8 +53,8 @@ def test_every_kernel_of_mmd_is_launched():
     found = run(_MMD)
     assert found[:3] == ["distances", "values", "gradient"]
     assert set(found) == {
-        "arrange", "combine", "count_digits", "distances", "extents", "finish", "gradient", "multiply", "narrow",
-        "powers", "prepare", "settle", "signs", "survey", "sweep", "values",
+        "add_shares", "arrange", "combine", "count_digits", "distances", "evaluate", "extents", "finish", "gradient",
+        "multiply", "narrow", "powers", "prepare", "scale_of", "settle", "signs", "survey", "sweep", "values",
     }  # fmt: skip
 
 

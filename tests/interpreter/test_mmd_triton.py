@@ -8,7 +8,7 @@ import torch
 
 from mmfast import kernels as k
 from mmfast import mmd
-from mmfast.mmd import small, triton_launch, triton_narrow_launch, triton_prepare
+from mmfast.mmd import small, triton_gram, triton_launch, triton_narrow_launch, triton_prepare
 
 BACKEND, DEVICE = "triton", "cpu"
 
@@ -236,3 +236,66 @@ def test_panels(monkeypatch):
     monkeypatch.setattr(triton_launch, "_POINTS_SHARE", 0)
     for a, b in zip(whole, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.fixture
+def by_library(monkeypatch):
+    """Few points of few features as many of many: products by the library. How often, and whether with gradients."""
+    _wide(monkeypatch)
+    for name in ("LEAST_ROWS", "LEAST_ROWS_OF_VALUES", "LEAST_FEATURES_OF_VALUES"):
+        monkeypatch.setattr(triton_gram, name, 0)
+    calls, computed = [], triton_gram.quadratic
+    monkeypatch.setattr(triton_gram, "quadratic", lambda *args: calls.append(args[2]) or computed(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dan", "no_ladder", "imq", "poly"])
+def test_by_library(name, dtype, by_library):
+    """Several panels and shares, tiles with each pair, at the edge and on the diagonal; values alone and gradients."""
+    floor = None if dtype == torch.float32 else 1e-4
+    cases.check_kernel(name, BACKEND, DEVICE, 70, 40, dtype, floor, estimator="biased")
+    assert by_library == [True]
+    x, y = (t.to(dtype) for t in cases.samples(70, 40, cases.KERNELS[name][1]))
+    value = mmd.mmd2(x, y, cases.KERNELS[name][0], backend=BACKEND)
+    assert by_library == ([True, False] if dtype == torch.float32 else [True])  # in one part the sweep is as fast
+    expected = mmd.mmd2(x.double(), y.double(), cases.KERNELS[name][0], backend="reference")
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "one_sample_u"])
+def test_by_library_of_batches(estimator, by_library):
+    """Of three items with room for their own; what has no coefficient counts for nothing."""
+    x, y = cases.samples(40, 40, 20, batch=(3,))
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(3.0), estimator, backend=b))
+    cases.compare(function, (x, y), BACKEND, DEVICE)
+    assert by_library == [True]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_by_library_far(order, by_library):
+    """As `test_narrow_far`: weights that grow from panel to panel, or do not, have one scale."""
+    x, y = cases.samples(100, 110, 20)
+    x, y = (t * torch.linspace(0.2, 2.5, len(t), dtype=torch.float64)[:, None] for t in (x, y))
+    if order < 0:
+        x, y = x.flip(0), y.flip(0)
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(0.5), backend=b))
+    out, eager, gold = cases.three_ways(function, (x, y), BACKEND, DEVICE)
+    assert by_library == [True]
+    for a, e, g in zip(out[1:], eager[1:], gold[1:], strict=True):
+        row = g.abs().amax(1, keepdim=True)
+        assert row.min() < 1e-9 * row.max()
+        worst = ((e - g).abs() / row).max()
+        assert ((a - g).abs() / row).max() <= 4 * worst + 1e-5
+
+
+@pytest.mark.parametrize("dtype,taken", [(torch.float32, []), (torch.bfloat16, [True])])
+def test_by_library_adds_up_in_float32(dtype, taken, by_library):
+    """cuBLAS adds up float16 in float16 where PyTorch has been told so, and then the sweep multiplies."""
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_accumulation = True
+    try:
+        cases.check_kernel("gaussian", BACKEND, DEVICE, 19, 20, dtype, None if dtype == torch.float32 else 1e-4)
+    finally:
+        settings.allow_fp16_accumulation = False
+    assert by_library == taken
