@@ -227,7 +227,7 @@ def takes(plan: Layout, kind: Format, rows: int, gradient: bool) -> bool:
         return False
     if kind.type == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
         return False  # PyTorch refuses products in float32 then
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         return False  # PyTorch refuses cuBLAS then, unless its workspace is settled before the process begins
     if gradient:
         return rows >= LEAST_ROWS

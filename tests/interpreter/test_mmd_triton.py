@@ -299,3 +299,16 @@ def test_by_library_adds_up_in_float32(dtype, taken, by_library):
     finally:
         settings.allow_fp16_accumulation = False
     assert by_library == taken
+
+
+def test_by_library_where_it_is_refused(by_library):
+    """PyTorch refuses cuBLAS in programs that ask for algorithms in a fixed order, unless its workspace is settled."""
+    x, y = (t.float().requires_grad_() for t in cases.samples(19, 20, 20))
+    before = torch.is_deterministic_algorithms_warn_only_enabled()
+    for warns in (False, True):
+        torch.use_deterministic_algorithms(True, warn_only=warns)
+        try:
+            mmd.mmd2(x, y, k.Gaussian(3.0), backend=BACKEND)
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=before)
+        assert by_library == [True] * warns
