@@ -164,7 +164,7 @@ except RuntimeError as error:
 else:
     raise AssertionError
 refused = recording(rooms)
-refused.add(8, (4, 2, 1), 64, 16, [0] * 6, [])
+refused.add(9, (4, 2, 1), 64, 16, [0] * 6, [])
 other = keep(refused, scale=0.7)
 try:
     attend(scale=0.7)
