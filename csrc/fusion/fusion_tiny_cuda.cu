@@ -1,20 +1,12 @@
 // Attention with heads of a few features on the GPU: fusion_tiny.h by blocks of kTinyThreads threads.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "common/check_cuda.h"
 #include "fusion/fusion_tiny_cuda.h"
 
 namespace mmfast {
 namespace fusion {
 namespace {
-
-void check(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // or the next one to ask would take it for its own
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 struct CudaBlock {
     template <class T>
@@ -69,7 +61,8 @@ TinyLaunch tiny_launch(TinyKernel kernel, TinyJob& job, int device) {
     const auto [chosen, per] = choose(kernel, job.dim > job.value_dim ? job.dim : job.value_dim);
     const int64_t rows = kernel == TinyKernel::of_key ? job.keys : job.rows;
     int processors = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "attention: multiprocessors");
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+               "attention: multiprocessors");
     // Blocks of more rows load the others less often; of fewer there are more to go around.
     job.row_warps = 2;
     if (rows <= 32 * per || 2 * tiny_blocks(job.batch, job.heads, rows, 2, per) < 3 * processors) job.row_warps = 1;
@@ -79,13 +72,13 @@ TinyLaunch tiny_launch(TinyKernel kernel, TinyJob& job, int device) {
 void tiny_start(const TinyLaunch& launch, TinyJob& job, cudaStream_t stream) {
     if (launch.blocks == 0) return;
     void* arguments[] = {&job};
-    check(cudaLaunchKernel(launch.kernel, dim3(launch.blocks), dim3(kTinyThreads), arguments, 0, stream),
-          "attention with heads of a few features");
+    check_cuda(cudaLaunchKernel(launch.kernel, dim3(launch.blocks), dim3(kTinyThreads), arguments, 0, stream),
+               "attention with heads of a few features");
 }
 
 void* tiny_function(const void* kernel) {
     cudaFunction_t function;
-    check(cudaGetFuncBySymbol(&function, kernel), "attention: a kernel's handle");
+    check_cuda(cudaGetFuncBySymbol(&function, kernel), "attention: a kernel's handle");
     return function;
 }
 

@@ -7,21 +7,14 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 
+#include "common/check_cuda.h"
 #include "mel/mel_block_backward.h"
 #include "mel/mel_block_tables.h"
 #include "mel/mel_cuda.h"
 
 namespace mmfast {
 namespace mel {
-
-inline void check_cuda(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // or the next one to ask would take it for its own
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 constexpr int kThreads = 288;  // 9 warps: a warp for each of the 9 rows of a 16-point first step
 

@@ -4,21 +4,14 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
+#include "common/check_cuda.h"
 #include "mmd/mmd_cuda.h"
 
 namespace mmfast {
 namespace mmd {
 namespace {
-
-void check(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // or the next one to ask would take it for its own
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 struct CudaBlock {
     template <class F>
@@ -61,7 +54,7 @@ void launch(const FewJob<T>& job, cudaStream_t stream) {
     const int64_t blocks = few_tiles(job.n, job.m, kFewRows) * job.shares * job.batch;
     if (blocks == 0) return;
     kernel_for<T, D>(job)<<<static_cast<unsigned>(blocks), kFewRows, 0, stream>>>(job);
-    check(cudaGetLastError(), "mmd: quadratic forms of few features");
+    check_cuda(cudaGetLastError(), "mmd: quadratic forms of few features");
 }
 
 }  // namespace
