@@ -172,9 +172,10 @@ MMFAST_INLINE void pair_block(int64_t pairs, const T* a, const T* rows, T* c, in
 #pragma GCC unroll 8
         for (int v = 0; v <= M; ++v) {
             T* const to = c + r * c_stride + v * N;
-            const Vec<T> x = v == M ? sum[r][2 * M]
-                                    : add_neighbours<T>(sum[r][smaller(2 * v, 2 * M)],
-                                                        sum[r][smaller(2 * v + 1, 2 * M)], std::make_index_sequence<N>());
+            const Vec<T> x = v == M
+                                 ? sum[r][2 * M]
+                                 : add_neighbours<T>(sum[r][smaller(2 * v, 2 * M)], sum[r][smaller(2 * v + 1, 2 * M)],
+                                                     std::make_index_sequence<N>());
             Simd<T>::store(to, x + Simd<T>::load(to));
         }
 }
@@ -192,8 +193,7 @@ void product_pairs(int64_t keys, int64_t pairs, const T* a, const T* rows, T* c,
     constexpr int kMost = (kProductWidth >= 4 ? 25 : 12) / (2 * M + 1), kRows = smaller(kMost, 12);
     int64_t i = 0;
     const auto block = [&]<int R>() __attribute__((always_inline)) {
-        for (; i + R <= keys; i += R)
-            pair_block<T, R, M, W>(pairs, a + i * W, rows, c + i * c_stride, c_stride);
+        for (; i + R <= keys; i += R) pair_block<T, R, M, W>(pairs, a + i * W, rows, c + i * c_stride, c_stride);
     };
     block.template operator()<kRows>();
     if constexpr (kRows > 4) block.template operator()<M ? 2 : 4>();

@@ -241,7 +241,8 @@ struct Flash {
     vector<Tensor> backward(const Tensor& grad, at::TensorList tensors, const Tensor& out, const Tensor& lse) const {
         const Tensor& query = tensors[0];
         const Tensor along = grad.stride(3) == 1 ? grad : grad.contiguous();
-        const Tensor seed = at::empty({2}, query.options().dtype(at::kUInt64));  // of the dropout that is not: nobody reads it
+        const Tensor seed =
+            at::empty({2}, query.options().dtype(at::kUInt64));  // of the dropout that is not: nobody reads it
         vector<Tensor> result(1);
         for (size_t i = 1; i + 1 < tensors.size(); i += 2) {
             auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_backward(
@@ -451,15 +452,8 @@ public:
     Recorded(std::string key, std::shared_ptr<Recording> recording, const std::array<size_t, 2>& result, bool tracked,
              bool keeps_out, std::optional<Flash> flash, int64_t number, std::string plan, py::object runtime,
              vector<py::object> kernels)
-        : Known(std::move(key)),
-          recording_(std::move(recording)),
-          result_(result),
-          tracked_(tracked),
-          keeps_out_(keeps_out),
-          flash_(flash),
-          number_(number),
-          plan_(std::move(plan)),
-          runtime_(std::move(runtime)),
+        : Known(std::move(key)), recording_(std::move(recording)), result_(result), tracked_(tracked),
+          keeps_out_(keeps_out), flash_(flash), number_(number), plan_(std::move(plan)), runtime_(std::move(runtime)),
           kernels_(std::move(kernels)) {}
 
     std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>& addresses) const override {
@@ -473,8 +467,7 @@ public:
             vector<uint64_t> places;
             if (flash_) {
                 parts = flash_->forward(tensors);
-                for (const Tensor& part : parts)
-                    places.push_back(reinterpret_cast<uint64_t>(part.const_data_ptr()));
+                for (const Tensor& part : parts) places.push_back(reinterpret_cast<uint64_t>(part.const_data_ptr()));
             }
             const vector<Tensor> made = recording_->again(flash_ ? places : addresses, stream);
             return Attended(made[result_[0]], made[result_[1]]);
@@ -525,7 +518,8 @@ public:
         bool gate;
     };
 
-    Composed(std::string key, int64_t batch, double scale, bool causal, vector<std::tuple<bool, bool, py::object>> parts)
+    Composed(std::string key, int64_t batch, double scale, bool causal,
+             vector<std::tuple<bool, bool, py::object>> parts)
         : Known(std::move(key)), batch_(batch), scale_(scale), causal_(causal) {
         for (const auto& [grouped, wide, gate] : parts) {
             const bool tensor = py::isinstance<py::str>(gate);
@@ -544,8 +538,7 @@ public:
         Tensor total;
         for (const Part& part : parts_) {
             const Tensor key = whole(*next++), value = whole(*next++);
-            Tensor out =
-                at::scaled_dot_product_attention(query, key, value, {}, 0.0, causal_, scale_, part.grouped);
+            Tensor out = at::scaled_dot_product_attention(query, key, value, {}, 0.0, causal_, scale_, part.grouped);
             if (part.gate && part.wide && parts_.size() == 1) return Attended(Gated::apply(out, *next), Tensor());
             if (part.wide) out = in(at::kFloat, out);
             if (part.gate) out = out * in(out.scalar_type(), *next++);
