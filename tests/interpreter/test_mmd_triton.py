@@ -17,6 +17,7 @@ BACKEND, DEVICE = "triton", "cpu"
 def _any_size(monkeypatch):
     """Sizes of these tests stand for larger ones; `test_mmd_small.py` is about small batches."""
     monkeypatch.setattr(small, "MOST_ROWS", 0)
+    monkeypatch.setattr(small, "_ways", {})  # what is found here is not for others
 
 
 @pytest.mark.parametrize("name", cases.KERNELS)
@@ -78,7 +79,6 @@ def _wide(monkeypatch):
     """Few features as many: the sweep that keeps tiles, in place of the launch that keeps none."""
     monkeypatch.setattr(triton_narrow_launch, "MOST_FEATURES", 0)
     monkeypatch.setattr(small, "_find_way", lambda *args: None)
-    monkeypatch.setattr(small, "_ways", {})
 
 
 @pytest.mark.parametrize("name", ["gaussian", "dan", "no_ladder", "imq", "poly"])
