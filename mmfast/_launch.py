@@ -7,8 +7,6 @@ which launches are alike.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import BuiltinFunctionType
 
@@ -120,9 +118,9 @@ def is_watched(kernel) -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks)
 
 
-def places(tensors: Sequence[Tensor]) -> tuple[list[int], tuple[bool, ...] | None]:
-    """The addresses of tensors, and which are multiples of 16: None where all are. The latter belongs into a key."""
-    addresses = [t.data_ptr() for t in tensors]
-    if functools.reduce(operator.or_, addresses, 0) & 15:
-        return addresses, tuple(a & 15 == 0 for a in addresses)
-    return addresses, None
+def key_at(key: Hashable, *addresses: int) -> Hashable:
+    """``key`` of launches at these addresses: Triton compiles for those that are multiples of 16, as nearly all are."""
+    odd = 0
+    for address in addresses:
+        odd |= address
+    return (key, *[address & 15 for address in addresses]) if odd & 15 else key

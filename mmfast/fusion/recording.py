@@ -19,7 +19,12 @@ from torch import Tensor
 
 from mmfast import _backend
 
-_local = threading.local()
+
+class _Local(threading.local):
+    recorder: _Recorder | None = None
+
+
+_local = _Local()
 
 
 class _Unfit(Exception):
@@ -29,7 +34,7 @@ class _Unfit(Exception):
 def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory on the device of ``like``."""
     made = like.new_empty(shape, dtype=dtype)
-    recorder = getattr(_local, "recorder", None)
+    recorder = _local.recorder
     if recorder is not None:
         recorder.made.append(made)
     return made
@@ -38,7 +43,7 @@ def room(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``."""
     compiled = kernel[grid](*args, **constants)
-    recorder = getattr(_local, "recorder", None)
+    recorder = _local.recorder
     if recorder is not None:
         recorder.launches.append((kernel, grid, args, constants, compiled))
 
@@ -55,19 +60,19 @@ class Told(NamedTuple):
 
 
 def is_recorded() -> bool:
-    return getattr(_local, "recorder", None) is not None
+    return _local.recorder is not None
 
 
 def launched(launches: Sequence[tuple]) -> None:
     """Writes down `Told` launches that have been made."""
-    recorder = getattr(_local, "recorder", None)
+    recorder = _local.recorder
     if recorder is not None:
         recorder.launches += [Told(*one) for one in launches]
 
 
 def spoil() -> None:
     """What is computed here no recording would repeat: operators of PyTorch."""
-    recorder = getattr(_local, "recorder", None)
+    recorder = _local.recorder
     if recorder is not None:
         recorder.spoilt = True
 
@@ -82,7 +87,7 @@ class _Recorder:
 def record(compute: Callable[[], tuple], inputs: Sequence[Tensor]) -> tuple[tuple, Recording | bool]:
     """The result of ``compute``, a tuple of tensors, None and lists of them; and how to come by it again, if that is
     nothing but launches, else False. ``inputs``: all tensors that are not made on the way."""
-    recorder, before = _Recorder(), getattr(_local, "recorder", None)
+    recorder, before = _Recorder(), _local.recorder
     _local.recorder = recorder
     try:
         result = compute()

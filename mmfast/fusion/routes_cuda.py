@@ -71,10 +71,9 @@ TABLE: dict[Key, tuple[str, ...]] = {
     for kind, engines in _BY_KIND.items()
     for half in (True, False)
     for gradients in (True, False)
+    if not (kind == "tiny heads" and half)
 }
 TABLE[Key("few queries", half=False, gradients=False)] = ("split", "flash")
-for _gradients in (True, False):
-    del TABLE[Key("tiny heads", half=True, gradients=_gradients)]
 
 
 # ---- Kinds of calls

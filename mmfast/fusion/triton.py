@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfast import _backend
-from mmfast.fusion import merged, reference, routes_cuda
+from mmfast.fusion import merged, reference, routes_cuda, tiny
 from mmfast.fusion._derivatives import alias, of_batch
 from mmfast.fusion._inputs import Source, batch_of
 from mmfast.fusion._vmap import one_by_one
@@ -237,8 +237,6 @@ def forward(
 
             return triton_short.forward(query, sources, joint, causal, scale, batch, pool, row_lengths)
         if engine == "tiny":
-            from mmfast.fusion import tiny
-
             out, lse = tiny.forward(query, sources[0], scale)
         elif engine == "split":
             from mmfast.fusion import triton_split
@@ -274,8 +272,6 @@ def launched_backward(
         of_lse = None if grad_lse is None else grad_lse[0]
         with _backend.on_device_of(query):
             if engine == "tiny":
-                from mmfast.fusion import tiny
-
                 return *tiny.backward(grad_out, of_lse, query, sources[0], out, lse[0], scale), []
             return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
     from mmfast.fusion import triton_short

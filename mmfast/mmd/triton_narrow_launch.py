@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mmfast._backend import on_device_of
-from mmfast._launch import launch
+from mmfast._launch import key_at, launch
 from mmfast.mmd import triton_narrow
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.triton_launch import processors
@@ -190,9 +190,7 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
     begin, table = room.data_ptr(), kept.data_ptr()
     columns, squares, mean, numbers, hi, lo, norms, totals = (begin + at for _, _, at in p.pieces)
     at_x, at_y, at_given, at_coefs = x.data_ptr(), y.data_ptr(), given.data_ptr(), coefs.data_ptr()
-    key = p
-    if (at_x | at_y | at_given | at_coefs) & 15:
-        key = p, at_x & 15, at_y & 15, at_given & 15, at_coefs & 15
+    key = key_at(p, at_x, at_y, at_given, at_coefs)
     views = []
 
     def of(*names: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mmfast._backend import on_device_of
-from mmfast._launch import launch
+from mmfast._launch import key_at, launch
 from mmfast.mmd import triton_small
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.small import tiling
@@ -138,13 +138,13 @@ def forward(
     of, table, scalars = p.distances, params.data_ptr(), coefs.data_ptr()
     launch(
         triton_small.distances, of.grid, lambda: (x, y, *p.scratch(room), *of.numbers), of.constants,
-        (p, at_x & 15, at_y & 15) if (at_x | at_y) & 15 else p, (at_x, at_y, begin, sums, ticket, *of.numbers),
+        key_at(p, at_x, at_y), (at_x, at_y, begin, sums, ticket, *of.numbers),
     )  # fmt: skip
     to = p.values
     launch(
         triton_small.values, to.grid,
         lambda: (*p.scratch(room), params, coefs, value, *(kept or p.kept(room)), *to.numbers), to.constants,
-        (p, table & 15, scalars & 15) if (table | scalars) & 15 else p,
+        key_at(p, table, scalars),
         (begin, sums, ticket, table, scalars, value.data_ptr(), length, weights, *to.numbers),
     )  # fmt: skip
     return room
@@ -196,10 +196,9 @@ def backward(
     ``weights`` is where they begin, and ``matrices()`` gives them.
     """
     at_grad, at_x, at_y = grad.data_ptr(), x.data_ptr(), y.data_ptr()
-    odd = (at_grad | at_x | at_y | weights) & 15
     launch(
         triton_small.gradient, p.grid, lambda: (grad, x, y, matrices(), grad_x, grad_y, *p.numbers), p.constants,
-        (p, at_grad & 15, at_x & 15, at_y & 15, weights & 15) if odd else p,
+        key_at(p, at_grad, at_x, at_y, weights),
         (at_grad, at_x, at_y, weights, grad_x.data_ptr(), grad_y.data_ptr(), *p.numbers),
     )  # fmt: skip
 
