@@ -16,11 +16,13 @@
 #define MMFAST_QUICK_COMPILE
 #endif
 
-// MMFAST_ROLLED: a loop whose body is long enough.
+// MMFAST_ROLLED: a loop whose body is long enough. MMFAST_BY_THREE: one of about nine rounds, where eight at once are too many.
 #if defined(__CUDA_ARCH__)
 #define MMFAST_ROLLED _Pragma("unroll 1")
+#define MMFAST_BY_THREE _Pragma("unroll 3")
 #else
 #define MMFAST_ROLLED
+#define MMFAST_BY_THREE
 #endif
 #if defined(__CUDA_ARCH__)
 #define MMFAST_UNROLL _Pragma("unroll")

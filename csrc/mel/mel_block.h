@@ -46,13 +46,17 @@ struct Tile {
     T maximum;  // of v over the group, once it is known
 
     MMFAST_INLINE Tile(const BlockJob<T>& j, const Shape& s, const Block& b, const Layout& layout, T* m, Index i)
-        : job(j), shape(s), block(b), at(layout), memory(m), index(i), row(i / Index(j.tiles)) {
+        : job(j), shape(s), block(b), at(layout), memory(m), index(i), row(row_of(i)) {
         frames = limited(j.count(row) - frame());
         if constexpr (Shape::tuned) z = {m, m + Shape::plane()};  // a distance that the compiler knows
         else z = {m + at.z, m + at.z + at.plane};
         maximum = j.maxima ? j.maxima[row / j.group] : T(0);
     }
 
+    MMFAST_INLINE Index row_of(Index i) const {
+        if constexpr (Shape::tuned) return at.row_of(i);
+        else return i / Index(job.tiles);
+    }
     MMFAST_INLINE Index tile() const { return index - row * Index(job.tiles); }  // of the row
     MMFAST_INLINE int64_t frame() const { return int64_t(tile()) * shape.frames(); }
     // Places for frames in the features.
@@ -82,9 +86,9 @@ struct Tile {
         if constexpr (Shape::tuned && sizeof(Sample) == sizeof(T)) {  // then it is float
             using Four = Together<4, T>;
             if ((at.step | at.pad | used) % 4 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
-                block.copy(
-                    used / 4, [&](int q) { return Four::of(reinterpret_cast<const T*>(from) + 4 * q); },
-                    [&](int q, const Four& four) { four.to_shared(to + at.skew(4 * q)); });
+                block.fetch(
+                    used / 4, [&](int q) { return reinterpret_cast<const Four*>(from) + q; },
+                    [&](int q) { return to + at.skew(4 * q); });
                 return;
             }
         }
@@ -97,6 +101,10 @@ struct Tile {
         const int used = (frames - 1) * at.step + window();
         if (f.hop <= f.window && begin >= 0 && begin + used <= length && job.sample_stride == 1 &&
             job.signal_preemphasis == 0 && sizeof(T) == 4) {
+            if (job.type == ScalarType::float32) {  // first, for it is the usual one
+                stage_inside<float>(begin, used, [](float sample) { return sample; });
+                return;
+            }
             switch (job.type) {
                 case ScalarType::float16:
                     stage_inside<uint16_t>(begin, used, [](uint16_t bits) { return half_to_float(bits); });
@@ -104,10 +112,7 @@ struct Tile {
                 case ScalarType::bfloat16:
                     stage_inside<uint16_t>(begin, used, [](uint16_t bits) { return bfloat_to_float(bits); });
                     return;
-                case ScalarType::int16:
-                    stage_inside<int16_t>(begin, used, [](int16_t sample) { return sample; });
-                    return;
-                default: stage_inside<float>(begin, used, [](float sample) { return sample; }); return;
+                default: stage_inside<int16_t>(begin, used, [](int16_t sample) { return sample; }); return;
             }
         }
         T* const to = x();
@@ -239,7 +244,7 @@ struct Tile {
         const int F = shape.frames(), items = F / V, lane_stride = at.lane_stride;
         const SparseFilters<T>& filters = job.filters;
         const T *const from = power(), *const poison = memory + at.poison;
-        block.each(int(job.bands()) * items, [&](int i) {
+        block.rising(int(job.bands()) * items, [&](int i) {  // mel filters are the wider the higher they are
             using Frames = Together<V, T>;
             const int f = i % items * V, band = i / items;
             Frames a = Frames::of(poison + f), b{};
@@ -393,23 +398,41 @@ struct Tile {
     template <class Out, class Convert>
     MMFAST_INLINE void store(const Convert& convert) const {
         const int n = int(job.feature_count), L = shape.frames(), lane_stride = at.lane_stride;
-        const int shift = job.p.energy == Energy::prepend;
-        const T* const from = memory + (job.p.cepstra ? at.cepstra : at.v);
-        const auto value = [&](int f, int c) {
-            T x = job.fill;
-            if (f < frames) x = is_energy(c) ? log_energy(f) : from[(c - shift) * lane_stride + f];
-            return convert(x);
-        };
+        const Energy kind = job.p.energy;
+        const bool before = kind == Energy::prepend || kind == Energy::replace_first,
+                   after = kind != Energy::none && !before;
+        const T* const from =
+            memory + (job.p.cepstra ? at.cepstra : at.v) - (kind == Energy::prepend ? lane_stride : 0);
         Out* const to = static_cast<Out*>(job.features) + row * job.feature_count * job.frames;
         if (job.p.time_major) {
-            each_feature([&](int f, int c, int64_t) { to[(frame() + f) * n + c] = value(f, c); });
-        } else {
-            block.lanes(L, n, [&](int f, int first, int step) {
-                if (f >= here()) return;
-                Out* place = to + first * job.frames + frame() + f;
-                for (int c = first; c < n; c += step, place += step * job.frames) *place = value(f, c);
+            each_feature([&](int f, int c, int64_t) {
+                T x = job.fill;
+                if (f < frames) x = is_energy(c) ? log_energy(f) : from[c * lane_stride + f];
+                to[(frame() + f) * n + c] = convert(x);
             });
+            return;
         }
+        // What does not depend on the feature is asked once: of each feature a thread only reads a value and writes it.
+        block.lanes(L, n, [&](int f, int first, int step) {
+            if (f >= here()) return;
+            Out* const column = to + frame() + f;
+            const int64_t stride = int64_t(step) * job.frames;
+            if (f >= frames) {
+                Out* place = column + first * job.frames;
+                MMFAST_ROLLED
+                for (int c = first; c < n; c += step, place += stride) *place = convert(job.fill);
+                return;
+            }
+            const int begin = before && first == 0 ? step : first, end = after ? n - 1 : n;
+            const T* value = from + begin * lane_stride + f;
+            Out* place = column + begin * job.frames;
+            MMFAST_BY_THREE
+            for (int c = begin; c < end; c += step, place += stride, value += step * lane_stride)
+                *place = convert(*value);
+            if (kind == Energy::none) return;
+            const int energy = before ? 0 : n - 1;
+            if (energy % step == first) column[energy * job.frames] = convert(log_energy(f));
+        });
     }
 
     // Second round without a DCT: the features that lie below the threshold are raised in place.

@@ -239,6 +239,15 @@ MMFAST_INLINE int quotient(int n, uint32_t reciprocal) {
     return int((uint64_t(uint32_t(n)) * reciprocal) >> 32);
 #endif
 }
+// n / step for all n and steps below 2^32, in five instructions where a division takes twenty.
+MMFAST_INLINE uint64_t wide_reciprocal_of(uint64_t step) {
+    return step > 1 ? ~uint64_t(0) / step + 1 : 0;
+}
+MMFAST_INLINE uint32_t wide_quotient(uint32_t n, uint64_t reciprocal) {
+    if (reciprocal == 0) return n;
+    const uint64_t low = uint64_t(n) * uint32_t(reciprocal);
+    return uint32_t((uint64_t(n) * uint32_t(reciprocal >> 32) + (low >> 32)) >> 32);
+}
 
 }  // namespace mel
 }  // namespace mmfast

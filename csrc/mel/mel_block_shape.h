@@ -106,6 +106,7 @@ constexpr int kParts = 16;  // of a sum over a frame
 struct Layout {
     int step = 0, pad = 0, span = 0, lane_stride = 0;
     uint32_t reciprocal = 0, feature_reciprocal = 0;
+    uint64_t tiles_reciprocal = 0;
     int64_t plane = 0, z = 0, x = 0, v = 0, cepstra = 0, m = 0, g = 0, grad = 0, mean = 0, energy = 0, energy_grad = 0,
             poison = 0, part = 0;
     int64_t size = 0;
@@ -122,6 +123,7 @@ struct Layout {
         reciprocal = reciprocal_of(uint32_t(step));
         const int64_t n = job.feature_count;
         feature_reciprocal = n * n * F < (int64_t(1) << 32) ? reciprocal_of(uint32_t(n)) : 0;
+        tiles_reciprocal = wide_reciprocal_of(uint64_t(job.tiles));
         lane_stride = F | 1;
         plane = shape.plane();
         int64_t at = 2 * shape.buffers() * plane;
@@ -149,6 +151,8 @@ struct Layout {
         size = part + 3 * kParts * F;
     }
     MMFAST_INLINE int skew(int q) const { return q + quotient(q, reciprocal) * pad; }
+    // The row of tile i, of a tuned kernel's at most 2^30.
+    MMFAST_INLINE uint32_t row_of(uint32_t i) const { return wide_quotient(i, tiles_reciprocal); }
     // i / n of one of the n features of the frames of a tile.
     MMFAST_INLINE int line(int i, int n) const { return feature_reciprocal ? quotient(i, feature_reciprocal) : i / n; }
 };

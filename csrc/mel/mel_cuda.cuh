@@ -25,10 +25,28 @@ struct CudaBlock {
         for (int i = int(threadIdx.x); i < n; i += kThreads) f(i);
         __syncthreads();
     }
+    // The same for items of which later ones take longer: those of the round that has none for some threads are the first.
+    template <class F>
+    __device__ __forceinline__ void rising(int n, const F& f) const {
+        const int rest = n % kThreads;
+        for (int i = int(threadIdx.x); i < n; i += kThreads) f(i + rest < n ? i + rest : i + rest - n);
+        __syncthreads();
+    }
     // f(lane, first, step) for the items first, first + step, … < n of each of L lanes, of which the threads are a multiple.
     template <class F>
     __device__ __forceinline__ void lanes(int L, int, const F& f) const {
         f(int(threadIdx.x) % L, int(threadIdx.x) / L, kThreads / L);
+        __syncthreads();
+    }
+    // 16 bytes from global memory at load(i) to shared memory at store(i), i < n, past the registers.
+    template <class Load, class Store>
+    __device__ __forceinline__ void fetch(int n, const Load& load, const Store& store) const {
+        for (int i = int(threadIdx.x); i < n; i += kThreads)
+            asm volatile(
+                "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(store(i)))),
+                "l"(__cvta_generic_to_global(load(i)))
+                : "memory");
+        asm volatile("cp.async.wait_all;" ::: "memory");
         __syncthreads();
     }
     // Eight loads, or five of four values each, are on their way before the first value is stored.

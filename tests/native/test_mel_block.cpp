@@ -31,6 +31,14 @@ struct HostBlock {
     void lanes(int lanes, int n, const F& f) const {
         each(lanes * n, [&](int i) { f(i % lanes, i / lanes, n); });
     }
+    template <class F>
+    void rising(int n, const F& f) const {
+        each(n, f);
+    }
+    template <class Load, class Store>
+    void fetch(int n, const Load& load, const Store& store) const {
+        each(n, [&](int i) { load(i)->to(store(i)); });
+    }
     template <class Load, class Store>
     void copy(int n, const Load& load, const Store& store) const {
         each(n, [&](int i) { store(i, load(i)); });
@@ -462,6 +470,9 @@ void check_scalars() {
     for (uint32_t step : {1u, 2u, 3u, 7u, 100u, 160u, 512u, 4096u})
         for (int n : {0, 1, 2, 159, 160, 161, 4095, 65535})
             if (step > 1) assert(quotient(n, reciprocal_of(step)) == int(uint32_t(n) / step));
+    for (uint32_t step : {1u, 2u, 3u, 7u, 94u, 4095u, 4096u, 1000003u, 0xffffffffu})
+        for (uint32_t n : {0u, 1u, step - 1, step, 5 * step - 1, 5 * step, 0x3fffffffu, 0xfffffffeu, 0xffffffffu})
+            assert(wide_quotient(n, wide_reciprocal_of(step)) == n / step);
     for (int n : {1, 3, 80, 513, 131073}) {  // the last one is past what a reciprocal can do
         const Problem<float> problem({"lines", spec_of(64, 64, 20, -32, PadMode::reflect), 10});
         BlockJob<float> job = problem.job();
