@@ -216,7 +216,7 @@ def test_sdpa_only_without_lse_and_masks():
 
 @pytest.mark.parametrize("dtype, engine", [(torch.float32, "split"), (torch.bfloat16, "sdpa")])
 def test_few_queries_in_float32_are_split_with_gradients_too(dtype, engine):
-    query, sources = of_shape(64, 12, 32, (257,), dtype=dtype)
+    query, sources = of_shape(64, 12, 32, (577,), dtype=dtype)
     assert routes_cuda.choose(query.requires_grad_(), sources, "joint", lse=False) == engine
 
 

@@ -190,6 +190,16 @@ def test_many_blocks(monkeypatch):
     check(fused.short, query, sources, {}, with_lse=False)
 
 
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_blocks_with_gates(dtype, sources, monkeypatch):
+    """One program has all blocks of a head, and fetches the gates of the next one."""
+    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))
+    both = [Source(*kv(2, 2, n, 16), gate=randn(2, 2, 150, 1)) for n in (7, 18)]
+    check(fused.short, randn(2, 2, 150, 16), both[:sources], {"fusion": "decoupled"}, dtype, with_lse=False)
+
+
 @pytest.mark.parametrize("name", ["six_features", "bias_causal", "groups_shared_keys", "shared_queries"])
 def test_split_matches_gold(name):
     check(lambda *args, **options: fused.long(*args, engine="split", **options), *SMALL[name]())
