@@ -176,6 +176,23 @@ def test_long_keys(engine, of_lse):
     agrees(engine, torch.randn(2, 4, 33, 64).double(), sources, {}, torch.bfloat16, of_lse)
 
 
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (24, 80), (128, 128)])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_split_differentiates(rows, dims, of_lse):
+    """Learned queries, one and two splits of a source, grouped heads; keys that the whole batch shares."""
+    dim, value_dim = dims
+
+    def kv(n, batch=3):
+        return torch.randn(batch, 2, n, dim).double(), torch.randn(batch, 2, n, value_dim).double()
+
+    query = torch.randn(1, 4, rows, dim).double()
+    sources = [Source(*kv(257)), Source(*kv(3000), lengths=torch.tensor([3000, 0, 77]))]
+    agrees("split", query, sources, {}, torch.float32, of_lse)
+    sources = [Source(*kv(257, 1)), Source(*kv(3000, 1), mask=torch.rand(2, 1, 1, 3000) < 0.5)]
+    agrees("split", query.expand(2, -1, -1, -1), sources, {"scale": -0.2}, torch.float32, of_lse)
+
+
 @pytest.mark.parametrize("engine", ["skip", "flash", "efficient"])
 @pytest.mark.parametrize("of_lse", [False, True])
 @pytest.mark.parametrize("rows", [1, 300])
@@ -223,6 +240,12 @@ def few_queries(requires_grad=True):
     return query, [Source(audio, audio, lengths=torch.tensor([1500, 7], device="cuda"))], {}
 
 
+def learned_queries(requires_grad=True):
+    query = torch.randn(1, 12, 32, 64, device="cuda").requires_grad_(requires_grad)
+    image = torch.randn(4, 257, 12, 64, device="cuda").transpose(1, 2).requires_grad_(requires_grad)
+    return query, [Source(image, image)], {}
+
+
 def several(requires_grad=True):
     query = bf16(2, 8, 300, 64, requires_grad=requires_grad)
     sources = [bf16(2, 8, n, 64, requires_grad=requires_grad) for n in (700, 333)]
@@ -247,7 +270,7 @@ def tiny(requires_grad=True):
     return query, [Source(text, text, lengths=torch.tensor([400, 0, 7, 399], device="cuda"))], {}
 
 
-BUILDS = (adapter, few_queries, several, padded, masked, tiny)
+BUILDS = (adapter, few_queries, learned_queries, several, padded, masked, tiny)
 
 
 def step(query, sources, options):

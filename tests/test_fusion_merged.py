@@ -214,6 +214,12 @@ def test_sdpa_only_without_lse_and_masks():
     assert not routes_cuda.able("sdpa", query, [sources[0]._replace(gate=2.0)], "decoupled", False)
 
 
+@pytest.mark.parametrize("dtype, engine", [(torch.float32, "split"), (torch.bfloat16, "sdpa")])
+def test_few_queries_in_float32_are_split_with_gradients_too(dtype, engine):
+    query, sources = of_shape(64, 12, 32, (577,), dtype=dtype)
+    assert routes_cuda.choose(query.requires_grad_(), sources, "joint", lse=False) == engine
+
+
 def test_masked_keys_are_skipped_in_half_precision():
     for dtype, engine in ((torch.bfloat16, "skip"), (torch.float32, "cpu")):
         query, sources = of_shape(

@@ -39,6 +39,7 @@ from mmfast.fusion.triton_tiles import (
     GATE_WIDE,
     LOG2E,
     MASK,
+    MASK_BOOL,
     aligned,
     capability,
     dot_options,
@@ -107,6 +108,17 @@ def _factor(src, b, h, rows, row_limit, HAS: tl.constexpr):
 
 
 @triton.jit
+def _factors(sources, b, h, rows, row_limit, HAS: tl.constexpr):
+    factors = ()
+    for j in tl.static_range(len(HAS)):
+        if GATE_WIDE & HAS[j]:
+            factors = factors + (rows * 0.0,)
+        else:
+            factors = factors + (_factor(sources[j], b, h, rows, row_limit, HAS[j]),)
+    return factors
+
+
+@triton.jit
 def _gated(o, src, b, h, rows, row_limit, value_dim, BV: tl.constexpr, HAS: tl.constexpr):
     if GATE_WIDE & HAS:
         gate = src.gate + b * src.gate_strides[0] + h * src.gate_strides[1]
@@ -135,8 +147,8 @@ def _forward(
     chunks, blocks, scale2,
     HAS: tl.constexpr, OF: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, JOINT: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
-    ROWS: tl.constexpr, KEEP: tl.constexpr, FOLD: tl.constexpr, RAW: tl.constexpr, HOLD: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, KEEP: tl.constexpr, FOLD: tl.constexpr, ALONE: tl.constexpr, RAW: tl.constexpr,
+    HOLD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
@@ -156,9 +168,15 @@ def _forward(
         counted = tl.load(row_lengths + b)
     else:
         counted = row_limit
+    next_factors = ()
+    if FOLD and not JOINT:
+        next_factors = _factors(sources, b, h, chunk * blocks * BM + tl.arange(0, BM), row_limit, HAS)
     for i in range(blocks):
         rows = (chunk * blocks + i) * BM + tl.arange(0, BM)
         q = load_tile(query, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+        factors = next_factors
+        if FOLD and not JOINT:  # of the next block: the compiler fetches ahead what products need, and nothing else
+            next_factors = _factors(sources, b, h, rows + BM, row_limit, HAS)
         result = tl.zeros([BM, BV], tl.float32)
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -194,18 +212,23 @@ def _forward(
                     if not JOINT:
                         to += OF[t] * lse_strides[0]
                         if FOLD:
-                            factor *= _factor(sources[OF[t]], b, h, rows, row_limit, HAS[OF[t]])
+                            factor *= factors[OF[t]]
                     tl.store(to + rows, one, mask=rows < row_limit)
                     for u in tl.static_range(t, LAST[t] + 1):
                         columns = START[u] + tl.arange(0, WIDE[u])
                         _, v = _tile(
                             ks, vs, sources[OF[u]], b, h, columns, limits[u], dim, value_dim, u, BD, BV, DOT, HOLD, BY
                         )  # fmt: skip
-                        p = (weights[u - t] * factor[:, None]).to(DOT)
+                        if ALONE:
+                            p = weights[u - t].to(DOT)
+                        else:
+                            p = (weights[u - t] * factor[:, None]).to(DOT)
                         if JOINT or FOLD:
                             result = tl.dot(p, v, result, input_precision=PRECISION)
                         else:
                             o = tl.dot(p, v, o, input_precision=PRECISION)
+                    if ALONE:
+                        result *= factor[:, None]
                     if not (JOINT or FOLD):
                         result += _gated(o, sources[OF[t]], b, h, rows, row_limit, value_dim, BV, HAS[OF[t]])
             else:
@@ -276,18 +299,35 @@ def _block(query: Tensor, largest: int) -> int:
     return min(largest, power_of_two(query.shape[2]))
 
 
-def _forward_sizes(query: Tensor, layout: dict) -> tuple[int, int, int, int]:
-    """Rows of a block, programs in all, warps and stages.
+class _Sizes(NamedTuple):
+    """Of a launch: rows of a block, programs in all, warps, stages and registers of a thread, if they are limited."""
 
-    Measured on an H100 for SD 1.5, SDXL and LTX-2, µs: of 2 or 8 programs a multiprocessor and 3 stages 51, 59, 85, 38
-    and 55, 64, 86, 36; with 2 stages and 8 programs 60, 63, 98, 36; blocks of 128 rows are no better anywhere.
+    block: int
+    programs: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def _forward_sizes(query: Tensor, layout: dict, lean: bool) -> _Sizes:
+    """``lean``: nothing is added to scores that would need registers of its own.
+
+    Measured on an H100 for SD 1.5, SDXL and LTX-2, µs, without a limit of registers, which left three programs to a
+    multiprocessor: of 2 or 8 programs and 3 stages 51, 59, 85, 38 and 55, 64, 86, 36; with 2 stages and 8 programs 60,
+    63, 98, 36; blocks of 128 rows are no better anywhere. Of the same instructions in 128 registers four run at once.
     """
-    programs = 8 if max(layout["WIDE"], default=0) == 128 else 2
-    return _block(query, 64), programs * multiprocessors(query.device), 4, 3
+    block, at_once = _block(query, 64), multiprocessors(query.device)
+    wide = max(_together(layout), default=0)
+    if lean and _hold(query, block) and max(layout["BD"], layout["BV"]) <= 64 and wide <= KEPT:
+        held = 2 * 64 * (2 * sum(layout["WIDE"]) + block)  # keys, values, and the output on its way to its rows
+        for stages in (3, 2):  # blocks of queries
+            if held + stages * 2 * 64 * block <= 56 * 1024:
+                return _Sizes(block, 4 * at_once, 4, stages, 128)
+    return _Sizes(block, (8 if max(layout["WIDE"], default=0) == 128 else 2) * at_once, 4, 3)
 
 
-def _backward_sizes(query: Tensor, layout: dict, saved: bool) -> tuple[int, int, int, int]:
-    """The same, of programs those that run at once; ``saved``: the output is.
+def _backward_sizes(query: Tensor, layout: dict, saved: bool) -> _Sizes:
+    """Of programs those that run at once; ``saved``: the output is.
 
     As above: 2 stages take 148 µs instead of 175 for SD 1.5, 82 instead of 91 for LTX-2, but 281 instead of 231 for two
     softmaxes, whose tiles are computed at once.
@@ -300,7 +340,7 @@ def _backward_sizes(query: Tensor, layout: dict, saved: bool) -> tuple[int, int,
         block = 128
     block = _block(query, block)
     programs = multiprocessors(query.device) * (1 if block == 128 else 2)
-    return block, programs, 8 if block == 128 else 4, 2 if saved or block == 128 else 1
+    return _Sizes(block, programs, 8 if block == 128 else 4, 2 if saved or block == 128 else 1)
 
 
 def forward(
@@ -322,8 +362,12 @@ def forward(
         lse.fill_(-torch.inf)
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    block, programs, warps, stages = _forward_sizes(query, layout)
-    chunks, blocks = _grid(query, batch, block, programs)
+    added = any(of & (MASK.value | MASK_BOOL.value | BIAS.value) for of in has)
+    block, programs, warps, stages, registers = _forward_sizes(query, layout, not added)
+    if registers:  # all run at once: as many as there are places for, and keys and values are waited for once
+        chunks, blocks = _soonest(triton.cdiv(rows, block), batch * heads, programs, 1)
+    else:
+        chunks, blocks = _grid(query, batch, block, programs)
     if pool:
         spoil()
         out = room(query, (batch, heads, chunks, value_dim), torch.float32)
@@ -333,13 +377,16 @@ def forward(
         width <= KEPT and not has[of] & GATE_WIDE.value
         for width, of in zip(_together(layout), layout["OF"], strict=True)
     ]
+    # One softmax: divided by its sum, and multiplied by its gate, after the product, which need not wait for them.
+    alone = all(keep) and len(set(layout["FIRST"])) == 1
     launch(
         _forward, (batch * heads * chunks,), query, strides(query), source_refs, out, out.stride(), lse, lse.stride(),
         query if row_lengths is None else row_lengths, heads, rows, dim, value_dim, chunks, blocks, scale * LOG2E.value,
         HAS=has, JOINT=joint, CAUSAL=causal, POOL=pool, ROWS=row_lengths is not None, KEEP=tuple(keep),
-        FOLD=query.dtype != torch.float16, RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
+        FOLD=alone or query.dtype != torch.float16, ALONE=alone,
+        RAW=scale > 0 and not any(of & (MASK.value | BIAS.value) for of in has),
         HOLD=_hold(query, block), BM=block, BY=aligned(query, *keys_and_values(sources)), num_warps=warps,
-        num_stages=stages, **layout, **dot_options(query.dtype),
+        num_stages=stages, **({"maxnreg": registers} if registers else {}), **layout, **dot_options(query.dtype),
     )  # fmt: skip
     return (out.sum(2) if pool else out), lse
 
@@ -550,7 +597,7 @@ def backward(
     dim, value_dim = query.shape[3], sources[0].value.shape[3]
     source_refs, has = refs(query, sources)
     layout = _layout(query, sources, joint)
-    block, programs, warps, stages = _backward_sizes(query, layout, out is not None)
+    block, programs, warps, stages, _ = _backward_sizes(query, layout, out is not None)
     chunks, blocks = _grid_of_sums(query, batch, block, programs)
     total, pitch = sum(layout["WIDE"]), layout["BD"] + layout["BV"]
     grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]

@@ -6,6 +6,9 @@ heads of a group, and the whole batch where keys have batch 1 (learned queries t
 their stride 0). Bytes that no version can avoid: K + V once; the parts, NS (D_v + 1) floats a query, are small beside.
 
     L = log Σ_s exp L_s        O = Σ_s exp(L_s − L) O_s        over the splits s, in order: the same bits each time
+
+Backward, in float32, each program reads its keys and values once and writes their gradients once; parts of the query's
+gradient are added up over the splits, and over the batch if the query is shared, by a second small launch.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
+    BIAS,
     LOG2E,
+    MASK,
+    MASK_BOOL,
     aligned,
     dot_options,
     few_values,
@@ -31,14 +37,36 @@ from mmfast.fusion.triton_tiles import (
     load_tile,
     multiprocessors,
     refs,
+    roomy,
     scores,
     softmax_end,
     softmax_step,
     start_of,
+    store_tile,
     strides,
 )
 
 MOST_SPLITS = 256
+
+
+@triton.jit
+def _rows(row, b0, h0, length, folded, group):
+    """Which of the rows exist, and their items, heads and queries.
+
+    Queries that share keys are rows of one product: all of a head, all heads of a group, perhaps all of a batch.
+    """
+    there = row < folded * group * length
+    i = tl.where(there, row % length, length)
+    h = h0 * group + tl.where(there, row // length % group, 0)
+    b = b0 + tl.where(there, row // length // group, 0)
+    return there, b, h, i
+
+
+@triton.jit
+def _load_rows(pointer, strides, b, h, i, there, width, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    at = (b * strides[0] + h * strides[1] + i * strides[2])[:, None] + columns.to(tl.int64)[None, :] * strides[3]
+    return tl.load(pointer + at, mask=there[:, None] & (columns < width)[None, :], other=0.0).to(DOT)
 
 
 @triton.jit
@@ -51,19 +79,9 @@ def _split(
     split = tl.program_id(1)
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
     b0, h0 = item // key_heads, item % key_heads
-    # Queries that share keys are rows of one product: all of a head, all heads of a group, perhaps all of a batch.
     row = (tl.program_id(0) % row_blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    there = row < folded * group * length
-    i = tl.where(there, row % length, length)
-    h = h0 * group + tl.where(there, row // length % group, 0)
-    b = b0 + tl.where(there, row // length // group, 0)
-    features = tl.arange(0, BD)
-    at = b * query_strides[0] + h * query_strides[1] + i * query_strides[2]
-    q = tl.load(
-        query + at[:, None] + features.to(tl.int64)[None, :] * query_strides[3],
-        mask=there[:, None] & (features < dim)[None, :],
-        other=0.0,
-    ).to(DOT)
+    there, b, h, i = _rows(row, b0, h0, length, folded, group)
+    q = _load_rows(query, query_strides, b, h, i, there, dim, BD, DOT)
     for j in tl.static_range(len(HAS)):
         if (split >= first[j]) & (split < first[j + 1]):
             src = sources[j]
@@ -168,7 +186,24 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     wide, wide_value = power_of_two(dim), power_of_two(value_dim)
     fit = 4 // query.element_size() * (2 if wide + wide_value <= 256 else 1)
     block, width = min(64, power_of_two(rows)), max(16, min(128, 16 * fit))
-    # Tiles to a split: the most that leave two programs for each multiprocessor.
+    tiles, first = _splits(query, sources, rows, block, items, width)
+    splits = first[-1]
+    part = room(query, (splits, batch, heads, length, value_dim), torch.float32)
+    part_lse = room(query, (splits, batch, heads, length), torch.float32)
+    row_blocks = triton.cdiv(rows, block)
+    launch(
+        _split, (items * row_blocks, splits), query, strides(query), source_refs, first, part, part_lse, batch,
+        heads, length, dim, value_dim, folded, group, heads // group, row_blocks, scale * LOG2E.value, HAS=has,
+        CAUSAL=causal, TILES=tiles, BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(*keys_and_values(sources)),
+        num_warps=4, num_stages=3, **dot_options(query.dtype),
+    )  # fmt: skip
+    parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)
+    return _merged(parts, query, part.shape[1:], query.dtype, splits, batch * heads * length)
+
+
+def _splits(query: Tensor, sources: Sequence[Source], rows: int, block: int, items: int, width: int):
+    """Tiles to a split, the most that leave two programs for each multiprocessor; each source's first split, and how
+    many there are."""
     tiles = 1
     while tiles < 64 and _programs(sources, rows, block, items, width, 2 * tiles) >= 2 * multiprocessors(query.device):
         tiles *= 2
@@ -180,19 +215,194 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     first = [0]
     for source in sources:
         first.append(first[-1] + triton.cdiv(source.key.shape[2], width * tiles))
-    splits = first[-1]
-    part = room(query, (splits, batch, heads, length, value_dim), torch.float32)
-    part_lse = room(query, (splits, batch, heads, length), torch.float32)
-    row_blocks = triton.cdiv(rows, block)
-    launch(
-        _split, (items * row_blocks, splits), query, strides(query), source_refs, tuple(first), part, part_lse, batch,
-        heads, length, dim, value_dim, folded, group, heads // group, row_blocks, scale * LOG2E.value, HAS=has,
-        CAUSAL=causal, TILES=tiles, BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(*keys_and_values(sources)),
-        num_warps=4, num_stages=3, **dot_options(query.dtype),
-    )  # fmt: skip
-    parts = (Part(part[0], part[0].stride(), part_lse[0], part_lse[0].stride()),)
-    return _merged(parts, query, part.shape[1:], query.dtype, splits, batch * heads * length)
+    return tiles, tuple(first)
 
 
 def _programs(sources, rows, block, items, width, tiles) -> int:
     return triton.cdiv(rows, block) * items * sum(triton.cdiv(s.key.shape[2], width * tiles) for s in sources)
+
+
+# ---- Backward
+
+
+@triton.jit
+def _parts(x):
+    """What tf32 holds of ``x``, rounded, and the rest: three instructions an element, where tf32x3 has six."""
+    large = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return large, x - large
+
+
+@triton.jit
+def _product(a, b, total):
+    """Of matrices in `_parts`, to the accuracy of float32."""
+    total = tl.dot(a[1], b[0], total, input_precision="tf32")
+    total = tl.dot(a[0], b[1], total, input_precision="tf32")
+    return tl.dot(a[0], b[0], total, input_precision="tf32")
+
+
+@triton.jit
+def _split_backward(
+    grad_out, grad_out_strides, grad_lse, query, query_strides, sources, first, out, out_strides, lse, part,
+    part_strides, grads, heads, length, dim, value_dim, folded, group, key_heads, scale, scale2,
+    HAS: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of a split, and its part of the query's. Keys are rows of all that is per key
+    and query: there are more of them, and it is their gradients whose products are largest."""
+    split = tl.program_id(1)
+    item = tl.program_id(0).to(tl.int64)
+    b0, h0 = item // key_heads, item % key_heads
+    there, b, h, i = _rows(tl.arange(0, BM).to(tl.int64), b0, h0, length, folded, group)
+    q = _load_rows(query, query_strides, b, h, i, there, dim, BD, tl.float32)
+    do = _load_rows(grad_out, grad_out_strides, b, h, i, there, value_dim, BV, tl.float32)
+    less = tl.sum(do * _load_rows(out, out_strides, b, h, i, there, value_dim, BV, tl.float32), 1)
+    at = (b * heads + h) * length + i
+    if GRAD_LSE:
+        less -= tl.load(grad_lse + at, mask=there, other=0.0)
+    shift = tl.load(lse + at, mask=there, other=0.0) * LOG2E
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
+    dq = tl.zeros([BM, BD], tl.float32)
+    for j in tl.static_range(len(HAS)):
+        if (split >= first[j]) & (split < first[j + 1]):
+            src, grad = sources[j], grads[j]
+            limit = keys_there(src, b0, HAS[j])
+            key = start_of(src.key, src.key_strides, b0, h0, BY)
+            value = start_of(src.value, src.value_strides, b0, h0, BY)
+            grad_key = start_of(grad.key, grad.key_strides, b0, h0, BY)
+            grad_value = start_of(grad.value, grad.value_strides, b0, h0, BY)
+            begin = (split - first[j]).to(tl.int64) * (TILES * BN)
+            limit = tl.minimum(limit, begin + TILES * BN)
+            # A tile is asked for before the one ahead of it is computed, by hand: what is used in parts, and by two
+            # products in two layouts, the compiler does not fetch ahead.
+            columns = begin + tl.arange(0, BN)
+            next_k = load_tile(key, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, tl.float32, BY)
+            next_v = load_tile(
+                value, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, tl.float32, BY
+            )
+            for _ in range(tl.minimum(TILES, tl.cdiv(src.keys - begin, BN)).to(tl.int32)):
+                k, v = next_k, next_v
+                after = columns + BN
+                next_k = load_tile(key, after, limit, src.key_strides[2], dim, src.key_strides[3], BD, tl.float32, BY)
+                next_v = load_tile(
+                    value, after, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, tl.float32, BY
+                )
+                s = _product(_parts(k), _parts(tl.trans(q)), tl.zeros([BN, BM], tl.float32)) * scale2
+                s = _allowed(s, src, b, h, i, columns, length, limit, HAS[j], CAUSAL)
+                p = tl.exp2(s - shift[None, :])
+                dp = _product(_parts(v), _parts(tl.trans(do)), tl.zeros([BN, BM], tl.float32))
+                dv = _product(_parts(p), _parts(do), tl.zeros([BN, BV], tl.float32))
+                store_tile(grad_value, dv, columns, src.keys, grad.value_strides[2], value_dim, 1, BV, BY)
+                ds = p * (dp - less[None, :])
+                dk = _product(_parts(ds), _parts(q), tl.zeros([BN, BD], tl.float32)) * scale
+                store_tile(grad_key, dk, columns, src.keys, grad.key_strides[2], dim, 1, BD, BY)
+                dq = _product(_parts(tl.trans(ds)), _parts(k), dq)
+                columns = after
+    features = tl.arange(0, BD)
+    to = split.to(tl.int64) * part_strides[0] + b * part_strides[1] + h * part_strides[2] + i * part_strides[3]
+    inside = there[:, None] & (features < dim)[None, :]
+    tl.store(part + to[:, None] + features[None, :], dq * scale, mask=inside)
+
+
+@triton.jit
+def _allowed(s, src, b, h, rows, columns, row_limit, limit, HAS: tl.constexpr, CAUSAL: tl.constexpr):
+    """`scores` of the products ``s``, keys by queries."""
+    may = columns[:, None] < limit
+    if (MASK | MASK_BOOL | BIAS) & HAS:
+        there = (columns[:, None] < src.keys) & (rows[None, :] < row_limit)
+        if MASK & HAS:
+            s += _added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if BIAS & HAS:
+            s += _added_by_key(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if MASK_BOOL & HAS:
+            may = may & (_added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
+    if CAUSAL:
+        may = may & (columns[:, None] <= rows[None, :])
+    return tl.where(may, s, float("-inf"))
+
+
+@triton.jit
+def _added_by_key(pointer, strides, b, h, rows, columns, there):
+    of_rows = b * strides[0] + h * strides[1] + rows * strides[2]
+    return tl.load(pointer + of_rows[None, :] + columns[:, None] * strides[3], mask=there, other=0)
+
+
+@triton.jit
+def _add_up(part, out, parts, size, BP: tl.constexpr, BS: tl.constexpr):
+    """The sum of ``parts`` vectors of ``size``, which lie behind each other, in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    total = tl.zeros([BS], tl.float32)
+    for i in range(0, parts, BP):
+        of = i + tl.arange(0, BP)
+        inside = (of < parts)[:, None] & (at < size)[None, :]
+        total += tl.sum(tl.load(part + of.to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + at, total, mask=at < size)
+
+
+class _Gradient(NamedTuple):
+    """Of a source."""
+
+    key: Tensor
+    value: Tensor
+    key_strides: tuple[int, int, int, int]
+    value_strides: tuple[int, int, int, int]
+
+
+def _backward_sizes(query: Tensor, sources: Sequence[Source], rows: int) -> tuple[int, int, int] | None:
+    """Rows of a block, keys of a tile and warps; None where queries and gradients in parts leave no room on chip."""
+    wide = power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3])
+    block = power_of_two(rows)
+    if block <= 32 and wide <= 128:
+        return (block, 32, 4) if roomy(query.device, 96) else None
+    return (block, 16, 4) if block * wide <= 8192 and wide <= 256 and roomy(query.device) else None
+
+
+def differentiates(query: Tensor, sources: Sequence[Source], batch: int) -> bool:
+    """Whether `backward` can: all queries that share keys in one block, and no gradient a sum over programs."""
+    folded, group = folds(query, sources, batch)
+    items, rows = batch // folded, folded * group * query.shape[2]
+    whole = all(x.shape[0] == items and x.shape[1] * group == query.shape[1] for s in sources for x in (s.key, s.value))
+    return whole and query.dtype == torch.float32 and _backward_sizes(query, sources, rows) is not None
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    sources: Sequence[Source],
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of query, keys and values, of what `differentiates` allows."""
+    lse = lse.contiguous()  # hooks for saved tensors may have changed its strides
+    batch, heads, length = lse.shape
+    dim, value_dim = query.shape[3], sources[0].value.shape[3]
+    grad_keys = [heads_inside(s.key, s.key.shape) for s in sources]
+    grad_values = [heads_inside(s.value, s.value.shape) for s in sources]
+    folded, group = folds(query, sources, batch)
+    rows, items = folded * group * length, batch // folded * (heads // group)
+    grads = tuple(
+        _Gradient(k, v, k.stride(), v.stride())
+        for s, k, v in zip(sources, grad_keys, grad_values, strict=True)
+        if s.key.shape[2]
+    )
+    sources = [s for s in sources if s.key.shape[2]]
+    source_refs, has = refs(query, sources)
+    block, width, warps = _backward_sizes(query, sources, rows)
+    tiles, first = _splits(query, sources, rows, block, items, width)
+    parts = first[-1] * (batch // query.shape[0])
+    grad_query = heads_inside(query, query.shape)
+    part = grad_query if parts == 1 else room(query, (first[-1], batch, length, heads, dim)).transpose(2, 3)
+    launch(
+        _split_backward, (items, first[-1]), grad_out, grad_out.stride(),
+        query if grad_lse is None else grad_lse.contiguous(), query, strides(query), source_refs, first, out,
+        out.stride(), lse, part, (0, *part.stride()[:3]) if parts == 1 else part.stride()[:4], grads, heads, length,
+        dim, value_dim, folded, group, heads // group, scale, scale * LOG2E.value, HAS=has, CAUSAL=causal,
+        GRAD_LSE=grad_lse is not None, TILES=tiles, BM=block, BN=width, BD=power_of_two(dim),
+        BV=power_of_two(value_dim), BY=aligned(*keys_and_values(sources)), num_warps=warps,
+    )  # fmt: skip
+    if parts > 1:
+        size = grad_query.numel()
+        launch(_add_up, (triton.cdiv(size, 128),), part, grad_query, parts, size, BP=32, BS=128, num_warps=4)
+    return grad_query, grad_keys, grad_values

@@ -131,11 +131,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def roomy(device: torch.device) -> bool:
-    """Whether a program may have 200 KB of shared memory, as on Hopper and Blackwell's data centre GPUs."""
+def roomy(device: torch.device, kilobytes: int = 200) -> bool:
+    """Whether a program may have that much shared memory: 200 as on Hopper and Blackwell's data centre GPUs."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= kilobytes * 1024
 
 
 # ---- In the kernels

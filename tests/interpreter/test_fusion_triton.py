@@ -12,6 +12,7 @@ from mmfast.fusion import (
     Source,
     attention_pool,
     cross_attention,
+    merged,
     reference,
     triton_short,
     triton_skip,
@@ -189,6 +190,16 @@ def test_many_blocks(monkeypatch):
     check(fused.short, query, sources, {}, with_lse=False)
 
 
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_blocks_with_gates(dtype, sources, monkeypatch):
+    """One program has all blocks of a head, and fetches the gates of the next one."""
+    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))
+    both = [Source(*kv(2, 2, n, 16), gate=randn(2, 2, 150, 1)) for n in (7, 18)]
+    check(fused.short, randn(2, 2, 150, 16), both[:sources], {"fusion": "decoupled"}, dtype, with_lse=False)
+
+
 @pytest.mark.parametrize("name", ["six_features", "bias_causal", "groups_shared_keys", "shared_queries"])
 def test_split_matches_gold(name):
     check(lambda *args, **options: fused.long(*args, engine="split", **options), *SMALL[name]())
@@ -204,6 +215,46 @@ def test_split_in_many_parts(monkeypatch):
     monkeypatch.setattr(triton_split, "multiprocessors", lambda device: 5)
     query, sources = randn(3, 2, 2, 16), [Source(*kv(1, 1, 150, 16)), Source(*kv(1, 1, 40, 16))]
     check(lambda *args, **options: fused.long(*args, engine="split", **options), query, sources, {})
+
+
+def by_splitting(*args, **options):
+    return fused.long(*args, engine="split", **options)
+
+
+def _learned_queries():
+    return randn(1, 2, 5, 24), [Source(*kv(3, 2, 70, 24, 8))], {}
+
+
+def _masked_groups():
+    lengths, may = torch.tensor([33, 0]), torch.rand(2, 1, 3, 40) < 0.5
+    sources = [Source(*kv(2, 2, 40, 16), lengths=lengths), Source(*kv(2, 2, 40, 16), mask=may, bias=randn(4, 3, 40))]
+    return randn(2, 4, 3, 16).transpose(2, 3).contiguous().transpose(2, 3), sources, {"scale": -0.3}
+
+
+def _shared_by_the_batch():
+    source = Source(*kv(1, 2, 45, 72), mask=excluding(3, 2, 7, 45))
+    return randn(3, 2, 7, 72), [source, Source(*kv(1, 2, 1, 72))], {"is_causal": True}
+
+
+DIFFERENTIATED = (_learned_queries, _masked_groups, _shared_by_the_batch, _nothing_to_attend_to)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("parts", [1, 100])
+@pytest.mark.parametrize("build", DIFFERENTIATED)
+def test_split_differentiates(build, parts, with_lse, monkeypatch):
+    """By its own kernels, each source in one part or in many."""
+    monkeypatch.setattr(triton_split, "multiprocessors", lambda device: parts)
+    monkeypatch.setattr(merged, "backward", None)
+    check(by_splitting, *build(), with_lse=with_lse)
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 2, 40, 128), torch.float32), ((1, 2, 3, 16), torch.bfloat16)])
+def test_split_leaves_what_has_no_room_and_half_precision(shape, dtype):
+    """`merged` differentiates."""
+    query, sources = torch.randn(shape, dtype=dtype), [Source(*kv(shape[0], 2, 70, shape[3]))]
+    assert not triton_split.differentiates(query, sources, shape[0])
+    check(by_splitting, query.double(), sources, {}, dtype)
 
 
 def by_skipping(*args, **options):
