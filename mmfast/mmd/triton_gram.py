@@ -56,8 +56,9 @@ _BYTES, _POINTS_SHARE = 2**29, 4  # of a panel: at least, and for each feature
 # Of a panel at most, 16 tiles of cuBLAS high; terms of a sum; shares of columns that are multiplied at a time.
 _ROWS, _SUMMED, _SHARES = (64, 64, 2) if INTERPRETED else (2048, 4096, 8)
 _TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (32, 128, 8)
+_REGISTERS = (None, None) if INTERPRETED else (128, 168)  # for values alone, so that four programs fit; with gradients
 # Of preparation: rows and columns at a time, blocks of rows that are looked at, and these at a time.
-_BLOCK, _CHUNK, _LEAST_CHUNK, _PARTS, _LANES = (16, 32, 16, 3, 16) if INTERPRETED else (64, 128, 64, 128, 32)
+_BLOCK, _CHUNK, _LEAST_CHUNK, _PARTS, _LANES = (16, 32, 16, 3, 16) if INTERPRETED else (32, 128, 64, 128, 32)
 _COMBINE = {"LANES": 16, "num_warps": 8} if INTERPRETED else {"LANES": 4096, "num_warps": 16}
 _LOW = tl.constexpr(4096.0)
 
@@ -516,7 +517,7 @@ class Plan:
         of = {
             "FAMILIES": self.families, "LADDER": self.layout.ladders[0], "DOT": self.dot, "ALL": self.all,
             "ROWS": _TILE_ROWS, "COLS": _TILE_COLS, "OWN": kind.raw, "KEEP_SPLIT": parts,
-            "TYPE": triton_type(kind.type), "num_warps": 4, "maxnreg": None if INTERPRETED else 168,
+            "TYPE": triton_type(kind.type), "num_warps": 4, "maxnreg": _REGISTERS[self.gradient],
         }  # fmt: skip
         scale = "scale", item * 4
 
@@ -598,7 +599,7 @@ class Plan:
             )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def plan(
     shape: tuple[int, int, int, int], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     families: tuple[int, ...], precision: str, counts: tuple[int, ...], keep: bool, all_sums: bool, diagonal: bool,
@@ -608,7 +609,7 @@ def plan(
 
 
 def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: Tensor, sums: Tensor) -> Tensor:
-    """Fills ``value`` and ``sums``; returns what the gradient needs."""
+    """Fills ``value`` and ``sums``; returns what the gradient needs, `Plan.of_gradient`."""
     room = torch.empty(p.scratch.end, dtype=torch.uint8, device=x.device)
     kept = torch.empty(p.kept.end, dtype=torch.uint8, device=x.device)
     named = {"x": x, "y": y, "given": given, "coefs": coefs, "value": value, "sums": sums}
