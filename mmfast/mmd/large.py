@@ -1,8 +1,8 @@
 """The MMD² of two large matrices with as little done on the host as there can be.
 
 Of few features six launches, bandwidth and gradients included (`mmfast.mmd.triton_narrow`), and of many four before the
-products by the library (`mmfast.mmd.triton_gram`), where the operators of `mmfast.mmd.op`
-and a rule of `mmfast.mmd.bandwidth` need some thirty, each of which may take the host longer than the device.
+products by the library (`mmfast.mmd.triton_gram`), where the operators of `mmfast.mmd.op` and a rule of
+`mmfast.mmd.bandwidth` need some thirty, each of which may take the host longer than the device.
 """
 
 from __future__ import annotations
