@@ -1,7 +1,8 @@
-"""The MMD² of two large matrices of few features with as little done on the host as there can be.
+"""The MMD² of two large matrices with as little done on the host as there can be.
 
-Six launches, bandwidth and gradients included (`mmfast.mmd.triton_narrow`), where the operators of `mmfast.mmd.op`
-and a rule of `mmfast.mmd.bandwidth` need some thirty, each of which may take the host longer than the device.
+Of few features six launches, bandwidth and gradients included (`mmfast.mmd.triton_narrow`), and of many four before the
+products by the library (`mmfast.mmd.triton_gram`), where the operators of `mmfast.mmd.op` and a rule of
+`mmfast.mmd.bandwidth` need some thirty, each of which may take the host longer than the device.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ _ops = torch.ops.mmfast
 class Way:
     """How the MMD² of some shape is computed, as `mmfast.mmd.small.mmd2` uses it."""
 
-    def __init__(self, like: tuple, params: Tensor, families: tuple[int, ...], rule: MeanDistance | None) -> None:
-        from mmfast.mmd import small, triton_narrow_launch
+    def __init__(
+        self, like: tuple, params: Tensor, families: tuple[int, ...], rule: MeanDistance | None, launches
+    ) -> None:
+        from mmfast.mmd import small
 
         estimator, n, m, d, dtype, device, keep, precision = like
-        self.launches, self.params, self.families, self.d = triton_narrow_launch, params, families, d
+        self.launches, self.params, self.families, self.d = launches, params, families, d
+        self.is_refused = getattr(launches, "is_refused", None)
         self.coefs = constant(coefficients(estimator, n, m), device)
         counts = tuple(small.counts(rule, n, m))
         strides = n * d, d, 1, m * d, d, 1
         diagonal = estimator == "biased"
-        self.plan = triton_narrow_launch.plan(
+        self.plan = launches.plan(
             (1, n, m, d), strides, dtype, device, families, precision, counts, keep, False, diagonal
         )
         self.like_value = torch.empty((), dtype=torch.float32, device=device)
@@ -63,18 +67,23 @@ class Way:
 
 def find(x: Tensor, y: Tensor, kernel: Kernel, like: tuple) -> Way | None:
     """Of matrices whose shapes fit together; None for what others compute."""
-    estimator, n, m, d, dtype, _, _, precision = like
+    estimator, n, m, d, dtype, _, keep, precision = like
     if min(n, m) < 2 or estimator not in _ESTIMATORS:
         return None
     terms = fixed_terms(kernel, x, y)
     if terms is None or set(terms.layers) != {0} or terms.params.requires_grad:
         return None
-    from mmfast.mmd import triton_narrow_launch
+    from mmfast.mmd import triton_gram, triton_narrow_launch
     from mmfast.mmd.triton_points import FEW, format_of, layout
 
     plan = layout(((d,), terms.families, terms.layers))
-    if d <= FEW or not triton_narrow_launch.takes(plan, format_of([dtype], precision)):
+    kind, launches = format_of([dtype], precision), triton_narrow_launch
+    if d <= FEW:
         return None
+    if not triton_narrow_launch.takes(plan, kind):
+        if not triton_gram.takes(plan, kind, n + m, keep):
+            return None
+        launches = triton_gram
     if estimator == "biased" and METRIC[terms.families[0]] == DOT:  # a point's product with itself is not a constant
         return None
-    return Way(like, terms.params, terms.families, terms.rule)
+    return Way(like, terms.params, terms.families, terms.rule, launches)

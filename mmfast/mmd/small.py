@@ -252,7 +252,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, estimator: str, backend: str | No
                 _ways[numbers, like] = way
         if len(kernel._cache) < _MOST_KEPT:
             kernel._cache[like] = way
-    if not way:
+    if not way or (way.is_refused is not None and way.is_refused(dtype)):
         return None
     if keep:
         return _Matrices.apply(x, y, way)
@@ -274,6 +274,8 @@ def _is_matrix(t: Tensor) -> bool:
 
 class _Way:
     """How the MMD² of some shape is computed: its launches, and the constants that they read."""
+
+    is_refused = None  # by PyTorch's settings, of a dtype
 
     def __init__(self, like: tuple, params: Tensor, families: tuple[int, ...], rule: MeanDistance | None) -> None:
         from mmfast.mmd import triton_small_launch

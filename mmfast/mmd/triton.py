@@ -36,16 +36,12 @@ from mmfast.mmd.triton_points import (
 )
 
 
-def _problem(
-    x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False, multiplied: bool = False
-) -> Problem:
+def _problem(x: Tensor, y: Tensor | None, kernel: Sequence, precision: str, pooled: bool = False) -> Problem:
     """Pairs of x with y; without ``y``, or of both samples ``pooled``, each pair of points once."""
     params, dims, families, layers = kernel
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
     sizes = sizes_for(x, max(dims, default=1), kind)
-    if multiplied:
-        sizes = triton_gram.sizes(sizes)
     samples = [x] if y is None else [x, y]
     scales = scales_of(samples, plan.dims, plan.how, kind, sizes)
     b, n = x.shape[:2]
@@ -113,12 +109,16 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
     plain = wx is None and wy is None and not need[4] and b * n * m > 0
     plan = layout((dims, families, layers))
     kind = format_of([x.dtype], precision)
+    ways = None
     if plain and triton_narrow_launch.takes(plan, kind):
+        ways = triton_narrow_launch
+    elif plain and triton_gram.takes(plan, kind, n + m, need[0] or need[1]) and not triton_gram.is_refused(kind.type):
+        ways = triton_gram
+    if ways is not None:
         given = params.detach().to(x.device, double).contiguous()
-        found = triton_narrow_launch.quadratic(x, y, coefs, given, families, precision, need, need[5])
+        found = ways.quadratic(x, y, coefs, given, families, precision, need, need[5])
         return *found, _nothing(x, double), _nothing(x, double), _nothing(params, double)
-    multiplied = plain and triton_gram.takes(plan, kind, n + m, need[0] or need[1])
-    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True, multiplied=multiplied)
+    problem = _problem(x, y, (params, dims, families, layers), precision, pooled=True)
     z, block = problem.x, problem.sizes.block
     weights = None
     if wx is not None or wy is not None:
@@ -133,10 +133,6 @@ def quadratic_forward(x, y, wx, wy, coefs, params, dims, families, layers, need,
         part = found[:, first : first + count]
         return _apart(part) if first else part.contiguous()  # of one item the first is a view of both
 
-    if multiplied:
-        value, sums, grad = triton_gram.quadratic(problem, coefs, need[0] or need[1], need[5])
-        by_x, by_y = of(grad, 0, n, need[0], torch.float32), of(grad, z.second, m, need[1], torch.float32)
-        return value, sums, by_x, by_y, _nothing(x, double), _nothing(x, double), _nothing(params, double)
     upstream = Upstream("quadratic", coefs=coefs, all_sums=need[5])
     grad = _zeros(problem, z) if need[0] or need[1] else None
     by_weights = torch.zeros(b, z.rows, dtype=torch.float64, device=x.device) if need[2] or need[3] else None

@@ -18,20 +18,37 @@ Note: [Products by the library]
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast._launch import launch_as_given
-from mmfast.mmd import triton_narrow
-from mmfast.mmd.triton_launch import Problem
-from mmfast.mmd.triton_points import BY_DOT, BY_PRODUCTS, INTERPRETED, Format, Layout, triton_type
+from mmfast._backend import on_device_of
+from mmfast._launch import launch
+from mmfast.mmd import triton_narrow, triton_narrow_launch
+from mmfast.mmd.bandwidth import least_length
+from mmfast.mmd.triton_narrow import _prepared
+from mmfast.mmd.triton_points import (
+    BY_DOT,
+    BY_PRODUCTS,
+    INTERPRETED,
+    MAX_SCALE,
+    Format,
+    Layout,
+    format_of,
+    layout,
+    padded,
+    triton_type,
+)
 from mmfast.mmd.triton_sweep import _inside
 from mmfast.mmd.triton_terms import _not_negative, _terms
-from mmfast.mmd.triton_tuning import Sizes
+
+__all__ = ["backward", "forward", "is_refused", "on_device_of", "plan", "quadratic", "takes"]
 
 # From how many rows on: with gradients, and for values alone, which have to have that many features too.
 LEAST_ROWS, LEAST_ROWS_OF_VALUES, LEAST_FEATURES_OF_VALUES = 4096, 16384, 512
@@ -39,11 +56,15 @@ _BYTES, _POINTS_SHARE = 2**29, 4  # of a panel: at least, and for each feature
 # Of a panel at most, 16 tiles of cuBLAS high; terms of a sum; shares of columns that are multiplied at a time.
 _ROWS, _SUMMED, _SHARES = (64, 64, 2) if INTERPRETED else (2048, 4096, 8)
 _TILE_ROWS, _TILE_COLS, _STRIP = (16, 32, 2) if INTERPRETED else (32, 128, 8)
+_REGISTERS = (None, None) if INTERPRETED else (128, 168)  # for values alone, so that four programs fit; with gradients
+# Of preparation: rows and columns at a time, blocks of rows that are looked at, and these at a time.
+_BLOCK, _CHUNK, _LEAST_CHUNK, _PARTS, _LANES = (16, 32, 16, 3, 16) if INTERPRETED else (32, 128, 64, 128, 32)
+_COMBINE = {"LANES": 16, "num_warps": 8} if INTERPRETED else {"LANES": 4096, "num_warps": 16}
 _LOW = tl.constexpr(4096.0)
 
 
 @triton.jit
-def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo, row_sums, col_sums,
+def evaluate(products, norms, numbers, table, coefs, scale, totals, most, hi, lo, row_sums, col_sums,
              n, second, m, first, row_tiles, columns, split_tiles, strips, first_strips, all_strips, STRIP,
              FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, ALL: tl.constexpr, KEEP: tl.constexpr,
              AGAIN: tl.constexpr, KEEP_SPLIT: tl.constexpr, OWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -77,7 +98,7 @@ def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo
     i = start + tl.arange(0, ROWS)
     at = tl.arange(0, COLS)
     row_whole = _inside(start, ROWS, n, second, m)
-    factor = tl.load(factors)
+    factor = tl.load(numbers)
     a_norms = tl.load(norms + i)
     here = local.to(tl.int64) * ROWS * columns + tl.arange(0, ROWS)[:, None] * columns + at[None, :]
     total = tl.full((), 0.0, tl.float64)
@@ -88,9 +109,9 @@ def evaluate(products, norms, factors, table, coefs, scale, totals, most, hi, lo
     for tile in tl.range(begin, end, num_stages=2):
         j = tile * COLS + at
         z = tl.load(products + here + tile * COLS)
-        z = z * (factor if DOT else -2 * factor)
+        z = z * (factor if DOT else -factor)
         if not DOT:
-            z = _not_negative((a_norms[:, None] + tl.load(norms + j)[None, :]) + z, tl.float32)
+            z = _not_negative(z - (a_norms[:, None] + tl.load(norms + j)[None, :]), tl.float32)
         v, h = _terms(z, table, FAMILIES, 0, len(FAMILIES), LADDER, tl.float32)
         below = tile * COLS + COLS <= start
         whole = row_whole & counts & _inside(tile * COLS, COLS, n, second, m)
@@ -150,9 +171,13 @@ def scale_of(most, scale, count, LANES: tl.constexpr):
 
 
 @triton.jit
-def settle(sums, scale, weights, row_sums, col_sums, first, columns, width, strips, row_tiles,
-           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Rows before a panel: ``sums`` (rows, ``width``) in its scale. Of all up to its last row the ``weights``."""
+def settle(sums, scale, weights, row_sums, col_sums, points, stacked, first, columns, width, stride, strips, row_tiles,
+           STACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Rows before a panel: ``sums`` (rows, ``width``) in its scale. Of all up to its last row the ``weights``.
+
+    `STACK`: of the panel's rows after the first, ``stacked`` (2 · rows, ``width``), what both parts of weights are to
+    be multiplied with.
+    """
     start = tl.program_id(0) * ROWS
     rows = start + tl.arange(0, ROWS)
     if start < first:
@@ -162,6 +187,13 @@ def settle(sums, scale, weights, row_sums, col_sums, first, columns, width, stri
             at = sums + rows.to(tl.int64)[:, None] * width + d[None, :]
             there = (d < width)[None, :]
             tl.store(at, tl.load(at, mask=there, other=0) * change, mask=there)
+    elif STACK & (first > 0):
+        d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        there = (d < width)[None, :]
+        point = tl.load(points + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=there, other=0)
+        to = stacked + (rows - first).to(tl.int64)[:, None] * width + d[None, :]
+        tl.store(to, (point.to(tl.float32) * (1 / _LOW)).to(point.dtype), mask=there)
+        tl.store(to + tl.cast(columns - first, tl.int64) * width, point, mask=there)
     if tl.program_id(1) == 0:
         found = tl.zeros((ROWS,), tl.float64)
         k = tl.arange(0, 32)
@@ -205,38 +237,59 @@ def add_shares(shares, sums, count, part, first, rows, width, ADD: tl.constexpr,
 
 
 @triton.jit
-def finish(sums, weights, scale, inverses, hi, lo, width, DOT: tl.constexpr, SPLIT: tl.constexpr,
-           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """The gradient in place of Σ_j G_ij z_j: that, or with differences 2 Σ_j G_ij (z_i - z_j)."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    there = (d < width)[None, :]
-    at = r.to(tl.int64)[:, None] * width + d[None, :]
-    found = tl.load(sums + at, mask=there, other=0) * (1 / tl.load(scale + 1))
+def finish(sums, weights, scale, numbers, mean, by, x, y, grad_x, grad_y, n, m, x_item, x_stride, x_col, y_item,
+           y_stride, y_col, second, rows, room, by_item, first_block, blocks,
+           BY: tl.constexpr, DOT: tl.constexpr, CENTRED: tl.constexpr, SPLIT: tl.constexpr, DIM: tl.constexpr,
+           WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    """``grad_x`` (b, n, DIM) and ``grad_y`` (b, m, DIM) of Σ_j G_ij z_j, with `BY` times ``by`` (b).
+
+    That sum itself, or with differences 2 Σ_j G_ij (z_i - z_j).
+    """
+    pid, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    block, item = pid % blocks + first_block, (pid // blocks).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    k = chunk * WIDTH + tl.arange(0, WIDTH)
+    of_y = block * BLOCK >= second
+    source = at - tl.where(of_y, second, 0)
+    there = source < tl.where(of_y, m, n)
+    width: tl.constexpr = CHUNKS * WIDTH
+    found = tl.load(sums + (item * rows + at)[:, None] * width + k[None, :]) * (1 / tl.load(scale + item * 4 + 1))
     if not DOT:
-        point = tl.load(hi + at, mask=there, other=0).to(tl.float32)
+        scaled, head = _prepared(
+            x, y, mean + item * width, tl.load(numbers + item * room + 3), of_y, item, source, there, k, n, m, x_item,
+            x_stride, x_col, y_item, y_stride, y_col, CENTRED, DIM, TYPE,
+        )  # fmt: skip
+        point = head.to(tl.float32)
         if SPLIT == 2:
-            point += tl.load(lo + at, mask=there, other=0).to(tl.float32)
-        found = 2 * (tl.load(weights + r).to(tl.float32)[:, None] * point - found)
-    tl.store(sums + at, found * tl.load(inverses), mask=there)
+            point += (scaled - point).to(TYPE).to(tl.float32)
+        found = 2 * (tl.load(weights + item * rows + at).to(tl.float32)[:, None] * point - found)
+    factor = tl.load(numbers + item * room + 4)
+    found = found * factor
+    if BY:
+        found = found * tl.load(by + item * by_item).to(tl.float32)
+    mask = there[:, None] & (k < DIM)[None, :]
+    to = source.to(tl.int64)
+    if of_y:
+        tl.store(grad_y + (item * m + to)[:, None] * DIM + k[None, :], found.to(grad_y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(grad_x + (item * n + to)[:, None] * DIM + k[None, :], found.to(grad_x.dtype.element_ty), mask=mask)
 
 
 def takes(plan: Layout, kind: Format, rows: int, gradient: bool) -> bool:
     """One layer, measured by products, of so many points that the launches do not matter."""
     if plan.layers != 1 or plan.how[0] not in (BY_PRODUCTS, BY_DOT) or kind.compute == torch.float64:
         return False
-    if kind.type == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
-        return False  # PyTorch refuses products in float32 then
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        return False  # PyTorch refuses cuBLAS then, unless its workspace is settled before the process begins
     if gradient:
         return rows >= LEAST_ROWS
     return kind.parts == 2 and rows >= LEAST_ROWS_OF_VALUES and plan.dims[0] >= LEAST_FEATURES_OF_VALUES
 
 
-def sizes(found: Sizes) -> Sizes:
-    """Samples begin where tiles do."""
-    return dataclasses.replace(found, block=_TILE_COLS)
+def is_refused(dtype: torch.dtype) -> bool:
+    """True where PyTorch's settings have no such products of features of this dtype."""
+    if dtype != torch.bfloat16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return True  # PyTorch refuses products in float32 then
+    # PyTorch refuses cuBLAS then, unless its workspace is settled before the process begins.
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -247,11 +300,6 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.baddbmm(out, a.float(), b.float(), beta=int(add), out=out)
 
 
-def _apart(a: Tensor, b: Tensor, share: int) -> tuple[Tensor, Tensor]:
-    """Batches whose products add up to a b: a share of a's columns and of b's rows each."""
-    return a.unflatten(1, (-1, share)).transpose(0, 1), b.unflatten(0, (-1, share))
-
-
 def _share(tiles: int) -> int:
     """Tiles of columns in a share: such that shares are as long as each other where that is near the longest."""
     least = -(-tiles * _TILE_COLS // _SUMMED)
@@ -259,155 +307,378 @@ def _share(tiles: int) -> int:
     return -(-tiles // even)
 
 
-class _Item:
-    """The sums of one item, panel by panel."""
+# ---- What is done is found once for a shape
 
-    def __init__(self, problem: Problem, item: int, coefs: Tensor, gradient: bool, all_sums: bool) -> None:
-        z, kind, plan = problem.x, problem.kind, problem.layout
-        self.points, self.kind, self.coefs = z, kind, coefs
-        self.hi, self.lo, self.norms = z.hi[item], z.lo[item], z.norms[item]
-        self.factors, self.inverses = problem.scales.factors[item], problem.scales.inverses[item]
-        self.table, self.gradient, self.device = problem.params, gradient, z.hi.device
-        self.terms = dict(
-            FAMILIES=plan.families, LADDER=plan.ladders[0], DOT=plan.how[0] == BY_DOT, ALL=all_sums, ROWS=_TILE_ROWS,
-            COLS=_TILE_COLS, OWN=kind.raw, KEEP_SPLIT=kind.kept_parts, TYPE=triton_type(kind.type), num_warps=4,
-            maxnreg=None if INTERPRETED else 168,
-        )  # fmt: skip
-        self.left, self.right = self.hi, self.hi
-        if kind.parts == 2:  # the small products first
-            width = z.width
-            both = torch.cat((self.hi, self.lo, self.hi, self.hi), 1)
-            self.left, self.right = both[:, : 3 * width], both[:, width:]
-        self.split = z.second // _TILE_COLS
+
+@dataclass(frozen=True, eq=False)
+class _Launch:
+    """A kernel, its ``tensors`` by name and from which element on, and its other arguments."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    tensors: tuple[tuple[str, int], ...]
+    numbers: tuple[int, ...]
+    constants: Mapping[str, object]
+    key: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """Matrices as `torch.as_strided` takes them, each in its room."""
+
+    a: tuple[tuple[int, ...], tuple[int, ...], int]
+    b: tuple[tuple[int, ...], tuple[int, ...], int]
+    out: tuple[tuple[int, ...], tuple[int, ...], int]
+    in_kept: bool  # where ``out`` is
+    add: bool
+
+
+_keys: dict[tuple, int] = {}
+
+
+def _key(constants: Mapping[str, object], numbers: Sequence[int], *more: object) -> int:
+    """The same number for launches that are alike to Triton, see `mmfast._launch.launch`."""
+    alike = tuple((v == 1, v % 16 == 0, v >= 2**31) for v in numbers)
+    return _keys.setdefault((tuple(constants.items()), alike, more), len(_keys))
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    dtype: torch.dtype
+    begin: int  # in bytes
+    count: int  # of elements
+
+    def of(self, room: Tensor, first: int = 0) -> Tensor:
+        return room.view(self.dtype).as_strided((self.count - first,), (1,), self.begin // self.dtype.itemsize + first)
+
+
+class _Room:
+    """Pieces of one piece of memory, by name."""
+
+    def __init__(self) -> None:
+        self.pieces, self.end = {}, 0
+
+    def add(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        count = math.prod(shape)
+        self.pieces[name] = _Piece(dtype, self.end, count)
+        self.end += padded(max(count, 1) * dtype.itemsize, 256)
+
+
+class Plan:
+    """Of a batch: what is launched and multiplied one after the other, and the memory it takes.
+
+    ``kept`` is what the gradient needs: ``table`` (b, T, 4) first, what `triton_narrow.settle` finds, the sums and the
+    weights of all rows.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], strides: tuple[int, ...], dtype: torch.dtype, families: tuple[int, ...],
+        precision: str, counts: tuple[int, ...], gradient: bool, all_sums: bool, diagonal: bool,
+    ) -> None:  # fmt: skip
+        b, n, m, d = shape
+        self.shape, self.strides, self.families = shape, strides, families
+        self.all, self.gradient = all_sums, gradient
+        self.layout = layout(((d,), families, (0,) * len(families)))
+        self.kind = kind = format_of([dtype], precision)
+        self.dtype, self.dot = dtype, self.layout.how[0] == BY_DOT
+        self.width = padded(d, _LEAST_CHUNK)
+        self.chunk = _CHUNK if self.width % _CHUNK == 0 else _LEAST_CHUNK
+        self.chunks = self.width // self.chunk
+        self.copies = 4 if kind.parts == 2 else 1  # left factors are the first three of them, right ones the last three
+        self.stride = self.copies * self.width
+        self.second = padded(n, _TILE_COLS)
+        self.rows = self.second + padded(m, _TILE_COLS)
+        self.split = self.second // _TILE_COLS
         self.first_strips = triton.cdiv(self.split, _STRIP)
+        self.number_room = padded(6 + 3 * len(families), 16)
+        self.centred = not kind.raw and not self.dot
+        self.scratch, self.kept, self.steps = _Room(), _Room(), []
+        self._add_rooms()
+        self._prepare(counts)
+        for item in range(b):
+            for first in range(0, self.rows, self.height):
+                self._panel(item, first, min(self.height, self.rows - first))
+        self._launch(
+            triton_narrow.combine, (b,), ("totals", "coefs", "table", "sums", "value"),
+            (n, m, self.rows // _TILE_ROWS, self.all_strips, self.second // _TILE_ROWS, self.first_strips),
+            {"COUNT": len(families), "DIAGONAL": diagonal, **_COMBINE},
+        )  # fmt: skip
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def of_gradient(self, room: Tensor) -> tuple[Tensor]:
+        """``table``."""
+        return (self.kept.pieces["table"].of(room).view(self.shape[0], -1, 4),)
 
-    def strips(self, columns: int) -> int:
+    def _add_rooms(self) -> None:
+        kind, rows, width, floats = self.kind, self.rows, self.width, torch.float32
+        b, n, m, _ = self.shape
+        each = padded(triton.cdiv(n + m, max(1, _PARTS // b)), _BLOCK)
+        self.blocks_x = triton.cdiv(n, each)
+        self.blocks, self.each = self.blocks_x + triton.cdiv(m, each), each
+        limit = max(_BYTES, _POINTS_SHARE * rows * width)
+        pair = 4 + self.gradient * kind.kept_parts * kind.type.itemsize
+        self.height = height = min(rows, max(1, min(_ROWS, limit // (pair * rows)) // _TILE_COLS) * _TILE_COLS)
+        self.all_strips = self._strips(rows)
+        kept, room = self.kept, self.scratch
+        kept.add("table", torch.float64, b, len(self.families), 4)
+        kept.add("numbers", floats, b, self.number_room)
+        kept.add("mean", floats, b, width)
+        kept.add("scale", floats, b, 4)
+        room.add("columns", floats, b, self.blocks, 4, width)
+        room.add("squares", torch.float64, b, self.blocks, self.chunks)
+        room.add("lengths", torch.float64, b, self.chunks)
+        room.add("tops", floats, b, self.chunks)
+        room.add("points", kind.type, b, rows, self.stride)
+        room.add("norms", floats, b, rows)
+        room.add("totals", torch.float64, b, rows // _TILE_ROWS, self.all_strips)
+        room.add("products", floats, height, rows)
+        if self.gradient:
+            tiles = height // _TILE_ROWS
+            kept.add("weights", torch.float64, b, rows)
+            kept.add("added", floats, b, rows, width)
+            room.add("parts", kind.type, kind.kept_parts, height, rows)
+            room.add("most", floats, tiles, self.all_strips)
+            room.add("row_sums", floats, height, self.all_strips)
+            room.add("col_sums", floats, tiles, rows)
+            room.add("shares", floats, kind.kept_parts + kind.parts - 1, _SHARES, height, width)
+            room.add("stacked", kind.type, 2, height, width)
+
+    def _strips(self, columns: int) -> int:
         """Of the first columns."""
         tiles = columns // _TILE_COLS
         if tiles <= self.split:
             return triton.cdiv(tiles, _STRIP)
         return self.first_strips + triton.cdiv(tiles - self.split, _STRIP)
 
-    def compute(self, totals: Tensor) -> Tensor | None:
-        """Fills ``totals``; the gradient (rows, width)."""
-        z, kind = self.points, self.kind
-        limit = max(_BYTES, _POINTS_SHARE * z.rows * z.width)
-        pair = 4 + self.gradient * kind.kept_parts * kind.type.itemsize
-        rows = max(1, min(_ROWS, limit // (pair * z.rows)) // _TILE_COLS) * _TILE_COLS
-        # Each panel is a matrix of its own in this room.
-        self.products = self.empty(min(rows, z.rows) * z.rows)
-        self.scale = torch.zeros(3, device=self.device)
-        if self.gradient:
-            self.kept = self.empty(kind.kept_parts * self.products.numel(), dtype=kind.type)
-            self.sums = self.empty(z.rows, z.width)
-            self.weights = self.empty(z.rows, dtype=torch.float64)
-            self.shares = self.empty((kind.kept_parts + kind.parts - 1) * _SHARES * min(rows, z.rows) * z.width)
-        for first in range(0, z.rows, rows):
-            self.panel(first, min(rows, z.rows - first), totals)
-        if not self.gradient:
-            return None
-        block = dict(ROWS=_TILE_ROWS, COLS=_TILE_COLS)
-        launch_as_given(
-            finish, (z.rows // _TILE_ROWS, triton.cdiv(z.width, _TILE_COLS)),
-            (self.sums, self.weights, self.scale, self.inverses, self.hi, self.lo, z.width),
-            dict(DOT=self.terms["DOT"], SPLIT=kind.parts, **block),
-        )  # fmt: skip
-        return self.sums
+    def _launch(self, kernel, grid, tensors, numbers, constants) -> None:
+        tensors = tuple((t, 0) if isinstance(t, str) else t for t in tensors)
+        key = _key(constants, numbers, self.dtype, self.kind.type)
+        self.steps.append(_Launch(kernel, grid, tensors, tuple(numbers), constants, key))
 
-    def panel(self, first: int, rows: int, totals: Tensor) -> None:
-        z, columns = self.points, first + rows
-        tiles, strips = rows // _TILE_ROWS, self.strips(columns)
-        products = self.products[: rows * columns].view(rows, columns)
-        _multiply(self.left[None, first:columns], self.right[:columns].t()[None], products[None])
-        most = row_sums = col_sums = hi = lo = self.products
-        if self.gradient:
-            most = self.empty(tiles * strips)
-            row_sums, col_sums = self.empty(rows, strips), self.empty(tiles, columns)
-            kept = self.kept[: self.kind.kept_parts * rows * columns].view(-1, columns)
-            lo, hi = kept[:rows], kept[-rows:]
+    def _prepare(self, counts: tuple[int, ...]) -> None:
+        b, n, m, d = self.shape
+        find, surveyed = counts[3] > 0, (n, m, self.blocks_x, self.blocks, self.each)
+        width = {"DIM": d, "WIDTH": self.chunk, "CHUNKS": self.chunks}
+        self._launch(
+            triton_narrow.survey, (self.blocks * self.chunks * b,), ("x", "y", "columns", "squares"),
+            (n, m, *self.strides, self.blocks_x, self.blocks, self.each),
+            {"FIND": find, **width, "BLOCK": _BLOCK, "num_warps": 4},
+        )  # fmt: skip
+        self._launch(
+            triton_narrow.settle_columns, (b * self.chunks,), ("columns", "squares", "mean", "lengths", "tops"),
+            (*surveyed, *counts[:3]),
+            {"FIND": find, "CENTRED": self.centred, **width, "LANES": _LANES, "num_warps": 8},
+        )  # fmt: skip
+        self._launch(
+            triton_narrow.settle_numbers, (b,), ("lengths", "tops", "given", "numbers", "table"),
+            (self.number_room, counts[3]),
+            {
+                "FAMILIES": self.families, "DOT": self.dot, "FIND": find, "LEAST": least_length(torch.float32),
+                "SCALED": self.kind.scaled, "MOST": MAX_SCALE, "DIM": d, "CHUNKS": self.chunks,
+                "LANES": triton.next_power_of_2(self.chunks), "num_warps": 1,
+            },
+        )  # fmt: skip
+        self._launch(
+            triton_narrow.arrange, (self.rows // _BLOCK * b,),
+            ("x", "y", "mean", "numbers", "points", "points", "norms"),
+            (n, m, *self.strides, self.second, self.rows, self.rows // _BLOCK, self.number_room),
+            {
+                "CENTRED": self.centred, "SPLIT": self.kind.parts, "OWN": self.kind.rounds, **width,
+                "COPIES": self.copies, "BLOCK": _BLOCK, "TYPE": triton_type(self.kind.type), "num_warps": 4,
+            },
+        )  # fmt: skip
+
+    def _matrix(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> tuple:
+        piece = (self.kept if name == "added" else self.scratch).pieces[name]
+        return shape, strides, piece.begin // piece.dtype.itemsize + first
+
+    def _multiply(self, a: tuple, b: tuple, out: tuple, add: bool = False, in_kept: bool = False) -> None:
+        self.steps.append(_Product(a, b, out, in_kept, add))
+
+    def _points(self, item: int, first: int, rows: int, copy: int = 0) -> tuple:
+        """A matrix of rows of the points' first parts, or of second ones, ``copy`` 1."""
+        at = (item * self.rows + first) * self.stride + copy * self.width
+        return self._matrix("points", (1, rows, self.width), (rows * self.stride, self.stride, 1), at)
+
+    def _panel(self, item: int, first: int, rows: int) -> None:
+        kind, columns, width, stride = self.kind, first + rows, self.width, self.stride
+        _, n, m, _ = self.shape
+        tiles, strips = rows // _TILE_ROWS, self._strips(columns)
+        own, terms = item * self.rows, len(self.families)
+        deep = (self.copies - 1 or 1) * width
+        at, right = own * stride, own * stride + (width if self.copies > 1 else 0)
+        self._multiply(
+            self._matrix("points", (1, rows, deep), (rows * stride, stride, 1), at + first * stride),
+            self._matrix("points", (1, deep, columns), (columns * stride, 1, stride), right),
+            self._matrix("products", (1, rows, columns), (rows * columns, columns, 1), 0),
+        )
+        parts = kind.kept_parts
+        names = ("most", "row_sums", "col_sums") if self.gradient else ("products",) * 3
+        kept = "parts" if self.gradient else "products"
+        of = {
+            "FAMILIES": self.families, "LADDER": self.layout.ladders[0], "DOT": self.dot, "ALL": self.all,
+            "ROWS": _TILE_ROWS, "COLS": _TILE_COLS, "OWN": kind.raw, "KEEP_SPLIT": parts,
+            "TYPE": triton_type(kind.type), "num_warps": 4, "maxnreg": _REGISTERS[self.gradient],
+        }  # fmt: skip
+        scale = "scale", item * 4
 
         def evaluate_all(again: bool) -> None:
-            launch_as_given(
+            self._launch(
                 evaluate, (tiles * strips,),
                 (
-                    products, self.norms, self.factors, self.table, self.coefs, self.scale, totals, most, hi, lo,
-                    row_sums, col_sums, z.n, z.second, z.m, first, tiles, columns, self.split, strips,
-                    self.first_strips, totals.shape[1], _STRIP,
+                    "products", ("norms", own), ("numbers", item * self.number_room), ("table", item * terms * 4),
+                    "coefs", scale, ("totals", own // _TILE_ROWS * self.all_strips), names[0],
+                    (kept, (parts - 1) * rows * columns * self.gradient), kept, *names[1:],
                 ),
-                dict(KEEP=self.gradient, AGAIN=again, **self.terms),
+                (
+                    n, self.second, m, first, tiles, columns, self.split, strips, self.first_strips, self.all_strips,
+                    _STRIP,
+                ),
+                {"KEEP": self.gradient, "AGAIN": again, **of},
             )  # fmt: skip
 
         evaluate_all(False)
         if not self.gradient:
             return
-        launch_as_given(scale_of, (1,), (most, self.scale, tiles * strips), dict(LANES=16 if INTERPRETED else 1024))
+        lanes = 16 if INTERPRETED else 1024
+        self._launch(scale_of, (1,), ("most", scale), (tiles * strips,), {"LANES": lanes})
         evaluate_all(True)
-        launch_as_given(
-            settle, (columns // _TILE_ROWS, triton.cdiv(z.width, _TILE_COLS) if first else 1),
-            (self.sums, self.scale, self.weights, row_sums, col_sums, first, columns, z.width, strips, tiles),
-            dict(ROWS=_TILE_ROWS, COLS=_TILE_COLS),
+        added, block = own * width, {"ROWS": _TILE_ROWS, "COLS": _TILE_COLS}
+        self._launch(
+            settle, (columns // _TILE_ROWS, triton.cdiv(width, _TILE_COLS) if first else 1),
+            (("added", added), scale, ("weights", own), "row_sums", "col_sums", ("points", at), "stacked"),
+            (first, columns, width, stride, strips, tiles),
+            {"STACK": parts == 2, **block},
         )  # fmt: skip
-        self.own_rows(first, rows, kept)
+        self._own_rows(item, first, rows)
         if not first:
             return
-        before, points, low = self.sums[None, :first], self.hi[first:columns], self.lo[first:columns]
-        if self.kind.parts == 2:
-            _multiply(hi[:, :first].t()[None], low[None], before, add=True)
-        if self.kind.kept_parts == 2:
-            points = torch.cat((points * (1 / _LOW.value), points))
-        _multiply(kept[:, :first].t()[None], points[None], before, add=True)
-
-    def own_rows(self, first: int, rows: int, kept: Tensor) -> None:
-        """The panel's rows of the sums: all its columns, in shares."""
-        z, kind, columns = self.points, self.kind, first + rows
-        share = _share(columns // _TILE_COLS) * _TILE_COLS
-        part = kind.kept_parts * _SHARES * rows * z.width
-        pairs = [(kept, self.hi, self.shares[:part].view(_SHARES, -1, z.width))]
+        before = self._matrix("added", (1, first, width), (first * width, width, 1), added)
+        high = (parts - 1) * rows * columns
         if kind.parts == 2:
-            of_low = self.shares[part:][: _SHARES * rows * z.width].view(_SHARES, rows, z.width)
-            pairs.append((kept[-rows:], self.lo, of_low))
+            self._multiply(
+                self._matrix("parts", (1, first, rows), (rows * columns, 1, columns), high),
+                self._points(item, first, rows, 1), before, True, True,
+            )  # fmt: skip
+        points = self._points(item, first, rows)
+        if parts == 2:
+            points = self._matrix("stacked", (1, 2 * rows, width), (2 * rows * width, width, 1), 0)
+        weights = self._matrix("parts", (1, first, parts * rows), (parts * rows * columns, 1, columns), 0)
+        self._multiply(weights, points, before, True, True)
+
+    def _own_rows(self, item: int, first: int, rows: int) -> None:
+        """The panel's rows of the sums: all its columns, in shares."""
+        kind, columns, width, stride = self.kind, first + rows, self.width, self.stride
+        share = _share(columns // _TILE_COLS) * _TILE_COLS
+        parts = kind.kept_parts
+        part = parts * _SHARES * rows * width
+        # Rows of weights, where they begin, the points' part and where their products go.
+        pairs = [(parts * rows, 0, 0, 0)]
+        if kind.parts == 2:
+            pairs.append((rows, (parts - 1) * rows * columns, 1, part))
         for begin in range(0, columns, _SHARES * share):
             end = min(columns, begin + _SHARES * share)
             whole, rest = divmod(end - begin, share)
-            middle = begin + whole * share
-            for weights, points, out in pairs:
-                if whole:
-                    _multiply(*_apart(weights[:, begin:middle], points[begin:middle], share), out[:whole])
-                if rest:
-                    _multiply(weights[None, :, middle:end], points[None, middle:end], out[whole : whole + 1])
-            launch_as_given(
-                add_shares, (rows // _TILE_ROWS, triton.cdiv(z.width, _TILE_COLS)),
-                (self.shares, self.sums, whole + (rest > 0), part, first, rows, z.width),
-                dict(
-                    ADD=begin > 0, KEEP_SPLIT=kind.kept_parts, SPLIT=kind.parts, ROWS=_TILE_ROWS, COLS=_TILE_COLS,
-                ),
+            for count, each, start, slot in ((whole, share, begin, 0), (min(rest, 1), rest, end - rest, whole)):
+                if not count:
+                    continue
+                for high, at, copy, to in pairs:
+                    _, _, points = self._points(item, start, each, copy)
+                    self._multiply(
+                        self._matrix("parts", (count, high, each), (each, columns, 1), at + start),
+                        ((count, each, width), (each * stride, stride, 1), points),
+                        self._matrix(
+                            "shares", (count, high, width), (high * width, width, 1), to + slot * high * width
+                        ),
+                    )  # fmt: skip
+            self._launch(
+                add_shares, (rows // _TILE_ROWS, triton.cdiv(width, _TILE_COLS)),
+                ("shares", ("added", item * self.rows * width)), (whole + (rest > 0), part, first, rows, width),
+                {
+                    "ADD": begin > 0, "KEEP_SPLIT": parts, "SPLIT": kind.parts, "ROWS": _TILE_ROWS, "COLS": _TILE_COLS,
+                },
             )  # fmt: skip
 
 
-def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums (b, 3) over pairs with i != j of x, of y and of both, after their combination; its gradient (b, rows, D)."""
-    z, b, device = problem.x, problem.items, problem.x.hi.device
-    grads, totals = [], None
-    for item in range(b):
-        one = _Item(problem, item, coefs, gradient, all_sums)
-        if totals is None:  # what lies above the diagonal stays 0
-            shape = b, z.rows // _TILE_ROWS, one.strips(z.rows)
-            totals = torch.zeros(shape, dtype=torch.float64, device=device)
-        grads.append(one.compute(totals[item]))
-    sums = torch.empty(b, 3, dtype=torch.float64, device=device)
-    value = torch.empty(b, dtype=torch.float64, device=device)
-    launch_as_given(
-        triton_narrow.combine, (b,),
-        (
-            totals, coefs, problem.params, sums, value, z.n, z.m, *totals.shape[1:], z.second // _TILE_ROWS,
-            one.first_strips,
-        ),
-        dict(COUNT=len(problem.layout.families), DIAGONAL=False, LANES=16 if INTERPRETED else 1024, num_warps=8),
+@functools.lru_cache(maxsize=16)
+def plan(
+    shape: tuple[int, int, int, int], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    families: tuple[int, ...], precision: str, counts: tuple[int, ...], keep: bool, all_sums: bool, diagonal: bool,
+) -> Plan:  # fmt: skip
+    """As `triton_narrow_launch.plan`."""
+    return Plan(shape, strides, dtype, families, precision, counts, keep, all_sums, diagonal)
+
+
+def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: Tensor, sums: Tensor) -> Tensor:
+    """Fills ``value`` and ``sums``; returns what the gradient needs, `Plan.of_gradient`."""
+    room = torch.empty(p.scratch.end, dtype=torch.uint8, device=x.device)
+    kept = torch.empty(p.kept.end, dtype=torch.uint8, device=x.device)
+    named = {"x": x, "y": y, "given": given, "coefs": coefs, "value": value, "sums": sums}
+    at = {name: t.data_ptr() for name, t in named.items()}
+    sizes = {}
+    for of, pieces in ((room, p.scratch.pieces), (kept, p.kept.pieces)):
+        begin = of.data_ptr()
+        for name, piece in pieces.items():
+            at[name] = begin + piece.begin
+            sizes[name] = piece.dtype.itemsize
+    like = (value.dtype, *(at[name] & 15 for name in named))
+
+    def tensor(name: str, first: int) -> Tensor:
+        if name in named:
+            return named[name]
+        if name in p.kept.pieces:
+            return p.kept.pieces[name].of(kept, first)
+        return p.scratch.pieces[name].of(room, first)
+
+    tensor("totals", 0).zero_()  # what lies above the diagonal stays 0
+    tensor("scale", 0).zero_()
+    halves, floats, in_kept = room.view(p.kind.type), room.view(torch.float32), kept.view(torch.float32)
+    for step in p.steps:
+        if type(step) is _Product:
+            out = (in_kept if step.in_kept else floats).as_strided(*step.out)
+            _multiply(halves.as_strided(*step.a), halves.as_strided(*step.b), out, step.add)
+            continue
+        placed = [at[name] + first * sizes[name] if first else at[name] for name, first in step.tensors]
+        launch(
+            step.kernel, step.grid, lambda of=step: (*(tensor(*t) for t in of.tensors), *of.numbers), step.constants,
+            (step.key, like), (*placed, *step.numbers),
+        )  # fmt: skip
+    return kept
+
+
+def backward(
+    p: Plan, kept: Tensor, by: Tensor | None, like_x: Tensor, like_y: Tensor, need: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of (b, n, d) and (b, m, d), times ``by`` (b) where it is given; empty where not needed."""
+    grad_x, grad_y = (
+        torch.empty(like.shape if needed else (0,), dtype=dtype, device=like.device)
+        for like, needed in ((like_x, need[0]), (like_y, need[1]))
+    )
+    b, n, m, d = p.shape
+    first, last = 0 if need[0] else p.second // _BLOCK, (p.rows if need[1] else p.second) // _BLOCK
+    by_item = 0 if by is None or not by.dim() else by.stride(0)
+    numbers = n, m, *p.strides, p.second, p.rows, p.number_room, by_item, first, last - first
+    pieces, names = p.kept.pieces, ("added", "weights", "scale", "numbers", "mean")
+    begin, given = kept.data_ptr(), (kept if by is None else by, like_x, like_y, grad_x, grad_y)
+    places = [t.data_ptr() for t in given]
+    launch(
+        finish, ((last - first) * p.chunks * b,),
+        lambda: (*(pieces[name].of(kept) for name in names), *given, *numbers),
+        {
+            "BY": by is not None, "DOT": p.dot, "CENTRED": p.centred, "SPLIT": p.kind.parts, "DIM": d,
+            "WIDTH": p.chunk, "CHUNKS": p.chunks, "BLOCK": _BLOCK, "TYPE": triton_type(p.kind.type), "num_warps": 4,
+        },
+        (p, need[0], need[1], dtype, given[0].dtype, by_item, *(place & 15 for place in places)),
+        (*(begin + pieces[name].begin for name in names), *places, *numbers),
     )  # fmt: skip
-    if not gradient:
-        return value, sums, None
-    found = torch.stack(grads) if b > 1 else grads[0][None]
-    return value, sums, found[..., : problem.layout.dims[0]]
+    return grad_x, grad_y
+
+
+def quadratic(
+    x: Tensor, y: Tensor, coefs: Tensor, params: Tensor, families: Sequence[int], precision: str, need: Sequence[bool],
+    all_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of batches: the value (b,), its sums (b, 3) over pairs with i != j, and its gradients, empty where not needed."""
+    return triton_narrow_launch.quadratic(
+        x, y, coefs, params, families, precision, need, all_sums, (plan, forward, backward)
+    )

@@ -6,7 +6,7 @@ All that depends on nothing but shapes is found once, in a `Plan`; see `mmfast.m
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +130,7 @@ def plan(
     room = padded(6 + 3 * terms, 16)
 
     find, centred = counts[3] > 0, not kind.raw and not dot
-    types = {"DIM": d, "WIDTH": width}
+    types, whole = {"DIM": d, "WIDTH": width}, {"CHUNKS": 1}
     tile = {"FAMILIES": families, "LADDER": of.ladders[0], "DOT": dot}
     parts = {"SPLIT": kind.parts, "TYPE": triton_type(kind.type)}
     points = (torch.float32, torch.float64, torch.float32, torch.float32, kind.type, kind.type, torch.float32)
@@ -151,7 +151,7 @@ def plan(
     return Plan(
         Launch(
             (blocks * b,), (n, m, *strides, blocks_x, blocks, each),
-            {"FIND": find, **types, "BLOCK": _BLOCK, "num_warps": 4},
+            {"FIND": find, **types, **whole, "BLOCK": _BLOCK, "num_warps": 4},
         ),
         Launch(
             (b,), (n, m, blocks_x, blocks, each, room, *counts),
@@ -163,8 +163,8 @@ def plan(
         Launch(
             (every // _BLOCK * b,), (n, m, *strides, second, every, every // _BLOCK, room),
             {
-                "CENTRED": centred, "SPLIT": kind.parts, "OWN": kind.rounds, **types, "BLOCK": _BLOCK,
-                "TYPE": parts["TYPE"], "num_warps": 4,
+                "CENTRED": centred, "SPLIT": kind.parts, "OWN": kind.rounds, **types, **whole, "COPIES": 0,
+                "BLOCK": _BLOCK, "TYPE": parts["TYPE"], "num_warps": 4,
             },
         ),
         Launch(
@@ -255,20 +255,24 @@ def backward(
 
 def quadratic(
     x: Tensor, y: Tensor, coefs: Tensor, params: Tensor, families: Sequence[int], precision: str, need: Sequence[bool],
-    all_sums: bool,
+    all_sums: bool, way: tuple[Callable, Callable, Callable] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of batches: the value (b,), its sums (b, 3) over pairs with i != j, and its gradients, empty where not needed."""
+    """Of batches: the value (b,), its sums (b, 3) over pairs with i != j, and its gradients, empty where not needed.
+
+    ``way``: other functions than `plan`, `forward` and `backward` here.
+    """
+    find, compute, differentiate = way or (plan, forward, backward)
     x, y = x.detach(), y.detach()
     (b, n, d), m, device = x.shape, y.shape[1], x.device
     keep = bool(need[0] or need[1])
     strides = *x.stride(), *y.stride()
-    p = plan(
+    p = find(
         (b, n, m, d), strides, x.dtype, device, tuple(families), precision, (0, 0, 0, 0), keep, all_sums, False
     )  # fmt: skip
     sums = torch.empty(b, 3, dtype=torch.float64, device=device)
     value = torch.empty(b, dtype=torch.float64, device=device)
     with on_device_of(x):
-        kept = forward(p, x, y, params, coefs, value, sums)
+        kept = compute(p, x, y, params, coefs, value, sums)
         if keep:
-            return value, sums, *backward(p, kept, None, x, y, need, torch.float32)
+            return value, sums, *differentiate(p, kept, None, x, y, need, torch.float32)
     return value, sums, *(torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))

@@ -54,7 +54,8 @@ def test_every_kernel_of_mmd_is_launched():
     assert found[:3] == ["distances", "values", "gradient"]
     assert set(found) == {
         "add_shares", "arrange", "combine", "count_digits", "distances", "evaluate", "extents", "finish", "gradient",
-        "multiply", "narrow", "powers", "prepare", "scale_of", "settle", "signs", "survey", "sweep", "values",
+        "multiply", "narrow", "powers", "prepare", "scale_of", "settle", "settle_columns", "settle_numbers", "signs",
+        "survey", "sweep", "values",
     }  # fmt: skip
 
 

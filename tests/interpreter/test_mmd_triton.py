@@ -244,8 +244,8 @@ def by_library(monkeypatch):
     _wide(monkeypatch)
     for name in ("LEAST_ROWS", "LEAST_ROWS_OF_VALUES", "LEAST_FEATURES_OF_VALUES"):
         monkeypatch.setattr(triton_gram, name, 0)
-    calls, computed = [], triton_gram.quadratic
-    monkeypatch.setattr(triton_gram, "quadratic", lambda *args: calls.append(args[2]) or computed(*args))
+    calls, computed = [], triton_gram.forward
+    monkeypatch.setattr(triton_gram, "forward", lambda *args: calls.append(args[0].gradient) or computed(*args))
     return calls
 
 
@@ -270,6 +270,31 @@ def test_by_library_of_batches(estimator, by_library):
     function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.Gaussian(3.0), estimator, backend=b))
     cases.compare(function, (x, y), BACKEND, DEVICE)
     assert by_library == [True]
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_by_library_of_matrices(estimator, monkeypatch):
+    """Bandwidth and all, with columns in chunks of which the last one is not full; second derivatives too."""
+    for name in ("LEAST_ROWS", "LEAST_ROWS_OF_VALUES", "LEAST_FEATURES_OF_VALUES"):
+        monkeypatch.setattr(triton_gram, name, 0)
+    monkeypatch.setattr(triton_narrow_launch, "MOST_FEATURES", 0)
+    monkeypatch.setattr(small, "MOST_ROWS", 0)
+    monkeypatch.setattr(small, "_ways", {})
+    calls, computed = [], triton_gram.forward
+    monkeypatch.setattr(triton_gram, "forward", lambda *args: calls.append(args[0].chunks) or computed(*args))
+    x, y = (t + 3 for t in cases.samples(70, 40, 40))
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, k.MultiGaussian(), estimator, backend=b))
+    cases.compare(function, (x, y), BACKEND, DEVICE)
+    assert calls == [3]
+    a, b = (t.float().requires_grad_() for t in (x, y))
+
+    def second(backend):
+        value = mmd.mmd2(a, b, k.MultiGaussian(), estimator, backend=backend)
+        (grad,) = torch.autograd.grad(3 * value, a, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (a, b))
+
+    for found, expected in zip(second(BACKEND), second("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("order", [1, -1])
