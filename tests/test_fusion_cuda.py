@@ -336,6 +336,25 @@ def test_sdpa_is_sdpa():
     assert torch.equal(out, F.scaled_dot_product_attention(query, key, key))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_sdpa(dtype):
+    """Of one long source and a learned gate, by calls that are known too; in float16 products may leave its range."""
+    query, key = (torch.randn(1, 8, n, 64, device="cuda", dtype=dtype).requires_grad_() for n in (126, 6144))
+    gate = torch.full((1, 8, 1, 1), 0.5, device="cuda", dtype=dtype).requires_grad_()
+    up = torch.randn_like(query)
+    of = (query, key, gate)
+    for _ in range(3):
+        out = cross_attention(query, Source(key, key, gate=gate), fusion="decoupled")
+        found = torch.autograd.grad(out, of, up)
+        wide = [x.detach().double().requires_grad_() for x in of]
+        plain = F.scaled_dot_product_attention(wide[0], wide[1], wide[1]) * wide[2]
+        gold = torch.autograd.grad(plain, wide, up.double())
+        for x, y in zip(found, gold, strict=True):
+            assert (x - y).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * y.norm()
+    one_node = "MulBackward0" if dtype != torch.float16 else "Gated"
+    assert one_node in out.grad_fn.name()
+
+
 def test_mean_weights_and_pool():
     query, sources, options = adapter(requires_grad=False)
     _, weights = cross_attention(query, sources, **options, return_weights="mean")
