@@ -19,6 +19,7 @@ def assert_no_worse_than_eager(
     factor: float = 2.0,
     floor: float | None = None,
     what: str = "result",
+    rounding: torch.Tensor | None = None,
 ) -> None:
     """The error of ``out`` against ``gold`` (float64) is at most ``factor`` times that of ``eager``.
 
@@ -28,6 +29,8 @@ def assert_no_worse_than_eager(
     ``floor`` is the error that is always allowed, relative to the same measure of ``gold``; by default 4 units
     in the last place of ``out``'s dtype, and 256 in float64, where ``gold`` is no better than ``out``. Where ``eager``
     is NaN or infinite, ``out`` is the same.
+
+    ``rounding``, of the shape of ``out``, is what roundings leave that ``eager`` has not got, and is allowed beside.
     """
     assert out.shape == eager.shape == gold.shape, f"{what}: shapes {out.shape}, {eager.shape}, {gold.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but {eager.dtype} in eager mode"
@@ -37,12 +40,13 @@ def assert_no_worse_than_eager(
     out, eager, gold = out.detach().double(), eager.detach().double(), gold.detach()
     assert torch.equal(out.nan_to_num(7, 8, 9)[~finite], eager.nan_to_num(7, 8, 9)[~finite]), f"{what}: NaN or infinity"
     out, eager, gold = out[finite], eager[finite], gold[finite]
+    rounding = None if rounding is None else rounding.detach().double()[finite]
     if not out.numel():
         return
     sizes = (("mean square", _root_mean_square, 1), ("99th percentile", _most, 1), ("largest", _largest, 4))
     for name, size, slack in sizes:
         error, baseline = size(out - gold), size(eager - gold)
-        limit = slack * factor * baseline + floor * size(gold)
+        limit = slack * factor * baseline + floor * size(gold) + (0 if rounding is None else size(rounding))
         assert error <= limit, f"{what}: {name} error {error:.3g}, eager mode's {baseline:.3g}, limit {limit:.3g}"
 
 

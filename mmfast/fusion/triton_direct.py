@@ -181,8 +181,16 @@ class _Composed:
         self.scale = scale
         self.causal = causal
         self.grouped = [query.shape[1] != s.key.shape[1] for s in sources]
-        # The gradient of a gate is a sum over all that it is broadcast along: in half precision it might overflow.
-        self.wide = [torch.is_grad_enabled() and isinstance(s.gate, Tensor) and s.gate.requires_grad for s in sources]
+        # The gradient of a gate is a sum of products over all that it is broadcast along: in float16 these may be out
+        # of range. Else they are rounded as outputs are, and one source leaves all to autograd's own product.
+        own = len(sources) == 1 and query.dtype != torch.float16
+        self.wide = [
+            torch.is_grad_enabled()
+            and isinstance(s.gate, Tensor)
+            and s.gate.requires_grad
+            and not (own and s.gate.dtype == query.dtype)
+            for s in sources
+        ]
         self.gates = [s.gate if not isinstance(s.gate, Tensor) else "tensor" for s in sources]
         self.known = None
 

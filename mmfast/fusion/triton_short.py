@@ -51,6 +51,7 @@ from mmfast.fusion.triton_tiles import (
     refs,
     roomy,
     scores,
+    shared_memory,
     softmax_end,
     softmax_step,
     softmax_sum,
@@ -299,6 +300,33 @@ def _block(query: Tensor, largest: int) -> int:
     return min(largest, power_of_two(query.shape[2]))
 
 
+def _shared(layout: dict, size: int, block: int, held: bool, stages: int, backward: bool, saved: bool = False) -> int:
+    """Bytes of shared memory that a kernel takes at most, of elements of ``size`` bytes, read off compiled kernels.
+
+    A loop in several stages has all that it reads in memory, once for each stage but the last: rows of queries and, if
+    they are not held, of keys and values, although these stay the same. In one stage nothing is held twice, and less
+    than this is taken.
+    """
+    wide, widest = layout["BD"] + layout["BV"], max(layout["WIDE"], default=0)
+    of_keys = sum(layout["WIDE"]) * wide
+    passing = block * (wide + saved * layout["BV"] if backward else layout["BD"])
+    ahead = max(stages - 1, 1)
+    total = ahead * passing + (1 if held else ahead) * of_keys
+    if not (held and backward):  # operands in other forms: of a tile of keys and values, of queries
+        total += 2 * widest * max(layout["BD"], layout["BV"]) + block * (wide if backward else layout["BD"])
+    if backward:  # weights and their gradients
+        total += 2 * block * widest
+    return total * size + 1024  # sums of rows
+
+
+def _stages(query: Tensor, layout: dict, block: int, most: int, backward: bool, saved: bool = False) -> int:
+    """As many as there is shared memory for, up to ``most``."""
+    held, size = _hold(query, block), query.element_size()
+    while most > 1 and _shared(layout, size, block, held, most, backward, saved) > shared_memory(query.device):
+        most -= 1
+    return most
+
+
 class _Sizes(NamedTuple):
     """Of a launch: rows of a block, programs in all, warps, stages and registers of a thread, if they are limited."""
 
@@ -323,7 +351,8 @@ def _forward_sizes(query: Tensor, layout: dict, lean: bool) -> _Sizes:
         for stages in (3, 2):  # blocks of queries
             if held + stages * 2 * 64 * block <= 56 * 1024:
                 return _Sizes(block, 4 * at_once, 4, stages, 128)
-    return _Sizes(block, (8 if max(layout["WIDE"], default=0) == 128 else 2) * at_once, 4, 3)
+    programs = (8 if max(layout["WIDE"], default=0) == 128 else 2) * at_once
+    return _Sizes(block, programs, 4, _stages(query, layout, block, 3, False))
 
 
 def _backward_sizes(query: Tensor, layout: dict, saved: bool) -> _Sizes:
@@ -340,7 +369,8 @@ def _backward_sizes(query: Tensor, layout: dict, saved: bool) -> _Sizes:
         block = 128
     block = _block(query, block)
     programs = multiprocessors(query.device) * (1 if block == 128 else 2)
-    return _Sizes(block, programs, 8 if block == 128 else 4, 2 if saved or block == 128 else 1)
+    stages = _stages(query, layout, block, 2 if saved or block == 128 else 1, True, saved)
+    return _Sizes(block, programs, 8 if block == 128 else 4, stages)
 
 
 def forward(

@@ -131,11 +131,16 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have: 163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on the others."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def roomy(device: torch.device, kilobytes: int = 200) -> bool:
     """Whether a program may have that much shared memory: 200 as on Hopper and Blackwell's data centre GPUs."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= kilobytes * 1024
+    return shared_memory(device) >= kilobytes * 1024
 
 
 # ---- In the kernels

@@ -23,7 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mmfast.mmd.triton_points import INTERPRETED
 from mmfast.mmd.triton_terms import _not_negative, _terms, _total
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -47,6 +50,16 @@ def _rows(x, y, tile, tiles_x, n, m, x_stride, y_stride, BLOCK: tl.constexpr):
 def _read(begins, there, columns, inside):
     """Rows as float32, 0 where there is nothing."""
     return tl.load(begins[:, None] + columns[None, :], mask=there[:, None] & inside[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _square(x):
+    """Rounded. Lanes of a warp add up the squares of a row in pairs, all of them the same sum, and all store it: a lane
+    that adds its own square to the other's rounded one in one instruction has another last bit than the other."""
+    if _INTERPRETED:
+        return x * x
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -100,8 +113,8 @@ def distances(x, y, partial, sums, ticket, n, m, width, tiles_x, x_item, x_strid
                 mean = _finite((tl.sum(a, 0) + tl.sum(b, 0)) / many)
                 a = tl.where(a_there[:, None], a - mean[None, :], 0)
                 b = tl.where(b_there[:, None], b - mean[None, :], 0)
-                a_norms += tl.sum(a * a, 1)
-                b_norms += tl.sum(b * b, 1)
+                a_norms += tl.sum(_square(a), 1)
+                b_norms += tl.sum(_square(b), 1)
             z = tl.dot(a, tl.trans(b), z, input_precision="tf32x3")
         if not DOT:
             norms = a_norms[:, None] + b_norms[None, :]

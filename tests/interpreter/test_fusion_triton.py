@@ -14,6 +14,7 @@ from mmfast.fusion import (
     cross_attention,
     merged,
     reference,
+    routes_cuda,
     triton_short,
     triton_skip,
     triton_split,
@@ -179,6 +180,66 @@ def test_aligned(dim, dtype, by):
 def test_as_many_sums_as_pay(of, items, expected):
     """Programs that all run at once, where that is possible, or nearly full rounds of few."""
     assert triton_short._soonest(of, items, 264, 6) == expected
+
+
+# Of the forward and the backward pass, for sm_90, and for sm_80 in the last two: features of keys and of values, keys,
+# dtype, whether joint, whether keys are held; then stages, and bytes of shared memory as the compiler has them.
+COMPILED = [
+    (16, 16, (77, 4), torch.float32, False, False, (3, 40960), (1, 40960)),
+    (16, 16, (77, 4), torch.float32, True, False, (3, 40960), (2, 58112)),
+    (64, 64, (77, 4), torch.float32, True, False, (3, 163840), (2, 131840)),
+    (64, 64, (128,), torch.float32, True, False, (3, 196608), (2, 213504)),
+    (64, 128, (77, 4), torch.float32, False, False, (3, 246272), None),
+    (128, 128, (77, 4), torch.float32, True, False, (3, 327680), (2, 114944)),
+    (128, 128, (77, 4), torch.float32, True, False, (2, 196608), None),
+    (128, 128, (64,), torch.float32, True, False, (3, 262144), (2, 131328)),
+    (128, 128, (64,), torch.float32, True, False, (2, 163840), None),
+    (256, 256, (32,), torch.float32, False, False, (3, 327680), None),
+    (64, 64, (77, 16), torch.bfloat16, False, True, (3, 57344), None),
+    (64, 64, (256,), torch.bfloat16, False, True, (3, 98304), (2, 164864)),
+    (128, 128, (128,), torch.bfloat16, True, True, (3, 122880), (2, 197120)),
+    (256, 256, (64,), torch.bfloat16, True, True, (3, 180224), None),
+    (128, 128, (128,), torch.bfloat16, True, False, (3, 180224), (2, 131328)),
+    (256, 256, (64,), torch.bfloat16, True, False, (3, 204800), (2, 106624)),
+]
+
+
+@pytest.mark.parametrize("dim, value_dim, keys, dtype, joint, held, forward, backward", COMPILED, ids=str)
+def test_shared_memory_is_enough(dim, value_dim, keys, dtype, joint, held, forward, backward, monkeypatch):
+    """What sizes are chosen by is not less than what the compiler takes, and not much more where it decides."""
+    query = torch.empty(1, 1, 1000, dim, dtype=dtype)
+    sources = [
+        Source(torch.empty(1, 1, n, dim, dtype=dtype), torch.empty(1, 1, n, value_dim, dtype=dtype)) for n in keys
+    ]
+    layout = triton_short._layout(query, sources, joint)
+    monkeypatch.setattr(triton_short, "roomy", lambda device, kilobytes=200: held)
+    for found, way in ((forward, False), (backward, True)):
+        if found is not None:
+            block = triton_short._backward_sizes(query, layout, joint)[0] if way else 64
+            most = triton_short._shared(
+                layout, dtype.itemsize, block, held and block >= 64, found[0], way, joint and way
+            )
+            assert found[1] <= most <= max(2.3 * found[1], 100 * 1024)
+
+
+@pytest.mark.parametrize("kb", [99, 163, 227])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stages_by_shared_memory(kb, dtype, monkeypatch):
+    """As many as fit of what may be given to the kernels, and never so few without need."""
+    monkeypatch.setattr(triton_short, "shared_memory", lambda device: kb * 1024)
+    chosen = set()
+    for dim in (16, 64, 128, 256):
+        for keys in (16, 64, 128, 256, 512):
+            query, key = torch.empty(1, 1, 1000, dim, dtype=dtype), torch.empty(1, 1, keys, dim, dtype=dtype)
+            if not routes_cuda.fits(query, [Source(key, key)]):
+                continue
+            layout = triton_short._layout(query, [Source(key, key)], True)
+            block, _, _, stages, _ = triton_short._forward_sizes(query, layout, True)
+            taken = [triton_short._shared(layout, dtype.itemsize, block, False, s, False) for s in (stages, stages + 1)]
+            assert stages == 1 or taken[0] <= kb * 1024
+            assert stages == 3 or taken[1] > kb * 1024
+            chosen.add(stages)
+    assert 3 in chosen and len(chosen) > 1
 
 
 def test_many_blocks(monkeypatch):
