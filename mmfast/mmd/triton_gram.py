@@ -403,7 +403,7 @@ def quadratic(problem: Problem, coefs: Tensor, gradient: bool, all_sums: bool) -
         triton_narrow.combine, (b,),
         (
             totals, coefs, problem.params, sums, value, z.n, z.m, *totals.shape[1:], z.second // _TILE_ROWS,
-            one.first_strips,
+            one.first_strips, totals.shape[2] - one.first_strips, 0,
         ),
         dict(COUNT=len(problem.layout.families), DIAGONAL=False, LANES=16 if INTERPRETED else 1024, num_warps=8),
     )  # fmt: skip
