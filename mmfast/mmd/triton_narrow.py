@@ -191,10 +191,11 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
     doubles = tl.full((), 1, tl.int1)
     before = tl.full((), 0.0, tl.float32)
     rates = ()
+    by_length = 1 / length
     for t in tl.static_range(count):
         g = terms[t][1]
         if FIND:
-            g = g / length
+            g = g * by_length
         rates = rates + (g,)  # noqa: RUF005
         if t > 0:
             doubles = doubles & (before == 2 * g.to(tl.float32))
@@ -211,13 +212,14 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
         usable = (rate > 1e-30) & (rate < 1e30)
         largest = rate * top * top * DIM  # no squared norm is larger, in the unit
         unit = tl.where(usable & (largest < 1e35), rate.to(tl.float32), 1.0)
+        by_unit = LOG2E / unit.to(tl.float64)
         first = terms[0][0]
         tiny = tl.abs(first * rates[0]) < 1e-30
         share = 1 / tl.where(tiny, 1.0, first)
         weights, slopes = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
         for t in tl.static_range(count):
             weights += tl.abs(terms[t][0] * share)
-            slopes += tl.abs(terms[t][0] * share) * (rates[t] / rates[0])
+            slopes += tl.abs(terms[t][0] * share) * 0.5**t
         # Rounding may leave distances of -2^-21 of the norms: so little that no power of u is above 2^(1/2).
         fast = doubles & usable & (largest * 2 ** (count - 1) < 2**20) & (tiny == 0)
         fast = fast & (weights < 2**14) & (slopes < 2**14) & (tl.abs(first * rates[0]) < 1e30)
@@ -230,10 +232,10 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
         tl.store(numbers + 6, above / 2 ** (count - 1))
         for t in tl.static_range(count):
             part = terms[t][0] * share
-            of_slope = (part * (rates[t] / rates[0])).to(tl.float32)
+            of_slope = (part / 2**t).to(tl.float32)
             tl.store(numbers + FIRST_NUMBER + t, part.to(tl.float32))
             tl.store(numbers + FIRST_NUMBER + count + t, of_slope * tl.exp2(above - above / 2**t))
-            tl.store(numbers + FIRST_NUMBER + 2 * count + t, (rates[t] * LOG2E / unit).to(tl.float32))
+            tl.store(numbers + FIRST_NUMBER + 2 * count + t, (rates[t] * by_unit).to(tl.float32))
             tl.store(numbers + FIRST_NUMBER + 3 * count + t, part.to(tl.float32) * tl.exp2(-above / 2**t))
     else:
         tl.store(numbers + 1, 0.0)

@@ -104,11 +104,10 @@ def _strips(tiles: tuple[int, int], strip: int, gradient: bool) -> tuple[int, in
     if rest <= 0:
         return short, short, tuple(triton.cdiv(t, short) for t in tiles), (0, 0)
     count = triton.cdiv(rest, strip)
-    long = max(short, rest // count)
-    if gradient:
-        short = max(short, most - count * long)
-    longs = tuple(max(0, t - (most - rest)) // long for t in tiles)
-    return long, short, longs, tuple(triton.cdiv(t - k * long, short) for t, k in zip(tiles, longs, strict=True))
+    long = max(short, triton.cdiv(rest, count))
+    longs = tuple(max(0, triton.cdiv(t - (most - rest), long)) for t in tiles)
+    shorts = tuple(max(0, triton.cdiv(t - k * long, short)) for t, k in zip(tiles, longs, strict=True))
+    return long, short, longs, shorts
 
 
 @functools.cache
