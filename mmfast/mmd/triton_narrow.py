@@ -17,6 +17,10 @@ Note: [What a tile costs]
   each row's largest one; where the rows of a block turn out to be far below that, and would lose digits, the last loop
   goes through all tiles again, about the largest weight of each row so far.
 
+  The polynomial's first factor is 1, which is one product less: w_0 multiplies sums at the end, and the power of two
+  by which weights use float16's range comes with u itself, whose exponent log2 λ is added to: λ to the largest power
+  is that power of two. A first weight far below the others leaves all tiles to the last loop.
+
   A block of columns is half as wide as the rows are many, so that registers hold everything for two programs on a
   multiprocessor, of which one multiplies while the other evaluates kernels.
 """

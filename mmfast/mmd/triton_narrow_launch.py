@@ -86,7 +86,7 @@ def _sizes(width: int, gradient: bool, old: bool) -> Sizes:
     if INTERPRETED:
         return Sizes(32, 16, 4, 1, None, 2)
     if width <= 64 and not (old and gradient):
-        return Sizes(128, 64, 8, 3, 128, 2, held=not gradient)
+        return Sizes(128, 64, 8, 3, 128, 2, held=True)
     return Sizes(64, 64, 4, 3 if width <= 64 else 2, None, 2)
 
 
