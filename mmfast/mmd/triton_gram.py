@@ -400,7 +400,10 @@ class Plan:
                 self._panel(item, first, min(self.height, self.rows - first))
         self._launch(
             triton_narrow.combine, (b,), ("totals", "coefs", "table", "sums", "value"),
-            (n, m, self.rows // _TILE_ROWS, self.all_strips, self.second // _TILE_ROWS, self.first_strips),
+            (
+                n, m, self.rows // _TILE_ROWS, self.all_strips, self.second // _TILE_ROWS, self.first_strips,
+                self.all_strips - self.first_strips, 0,
+            ),
             {"COUNT": len(families), "DIAGONAL": diagonal, **_COMBINE},
         )  # fmt: skip
 

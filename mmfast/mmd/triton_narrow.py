@@ -17,6 +17,10 @@ Note: [What a tile costs]
   each row's largest one; where the rows of a block turn out to be far below that, and would lose digits, the last loop
   goes through all tiles again, about the largest weight of each row so far.
 
+  The polynomial's first factor is 1, which is one product less: w_0 multiplies sums at the end, and the power of two
+  by which weights use float16's range comes with u itself, whose exponent log2 λ is added to: λ to the largest power
+  is that power of two. A first weight far below the others leaves all tiles to the last loop.
+
   A block of columns is half as wide as the rows are many, so that registers hold everything for two programs on a
   multiprocessor, of which one multiplies while the other evaluates kernels.
 """
@@ -30,7 +34,7 @@ from mmfast.mmd.triton_sweep import _inside
 from mmfast.mmd.triton_terms import LOG2E, _not_negative, _terms
 
 MOST_POWERS = tl.constexpr(8)  # terms of a polynomial: more would not fit in registers
-FIRST_NUMBER = tl.constexpr(6)  # of those that a kernel's terms have, see `settle`
+FIRST_NUMBER = tl.constexpr(7)  # of those that a kernel's terms have, see `settle`
 
 
 # ---- Before the pairs
@@ -160,10 +164,15 @@ def _settle_numbers(given, numbers, table, length, top, divisor,
                     LEAST: tl.constexpr, SCALED: tl.constexpr, MOST: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
     """Of one item all that `settle` finds but the mean."""
     count: tl.constexpr = len(FAMILIES)
+    terms = ()
+    for t in tl.static_range(count):  # asked for before anything is written
+        term = given + t * 4
+        terms = terms + ((tl.load(term), tl.load(term + 1), tl.load(term + 2), tl.load(term + 3)),)  # noqa: RUF005
     if FIND:
         length = 2 * length / divisor
         length = tl.where(length < LEAST, LEAST, length)
         length = tl.where(length < float("inf"), length, float("nan"))
+        by_length = 1 / length
     top = tl.where((top > 0) & (top < float("inf")), top, 0)
     power = tl.full((), 0, tl.int32)
     if SCALED:
@@ -174,41 +183,54 @@ def _settle_numbers(given, numbers, table, length, top, divisor,
     inverse = ((127 - power) << 23).to(tl.float32, bitcast=True)
 
     # Of distances a length divides the squares.
-    bound = tl.full((), 0.0, tl.float64)
     doubles = tl.full((), 1, tl.int1)
     before = tl.full((), 0.0, tl.float32)
-    rate = tl.full((), 0.0, tl.float64)
+    rates = ()
     for t in tl.static_range(count):
-        w, g = tl.load(given + t * 4), tl.load(given + t * 4 + 1)
+        g = terms[t][1]
         if FIND:
-            g = g / length
-        to = table + t * 4
-        tl.store(to, w)
-        tl.store(to + 1, g)
-        tl.store(to + 2, tl.load(given + t * 4 + 2))
-        tl.store(to + 3, tl.load(given + t * 4 + 3))
-        bound += tl.abs(g * w)
-        rate = g * LOG2E
+            g = g * by_length
+        rates = rates + (g,)  # noqa: RUF005
         if t > 0:
             doubles = doubles & (before == 2 * g.to(tl.float32))
         before = g.to(tl.float32)
+    for t in tl.static_range(count):
+        to = table + t * 4
+        tl.store(to, terms[t][0])
+        tl.store(to + 1, rates[t])
+        tl.store(to + 2, terms[t][2])
+        tl.store(to + 3, terms[t][3])
     unit = tl.full((), 1.0, tl.float32)
     if LADDER:
+        rate = rates[count - 1] * LOG2E
         usable = (rate > 1e-30) & (rate < 1e30)
         largest = rate * top * top * DIM  # no squared norm is larger, in the unit
         unit = tl.where(usable & (largest < 1e35), rate.to(tl.float32), 1.0)
-        # Rounding may leave distances of -2^-21 of the norms: so little that no power of u is above 2^(1/2).
-        fast = doubles & usable & (largest * 2 ** (count - 1) < 2**20) & (bound > 1e-30) & (bound < 1e30)
-        tl.store(numbers + 1, tl.where(fast, 1.0, 0.0))
-        bound = tl.where(fast, bound, 1.0)
-        tl.store(numbers + 5, (bound / 32768).to(tl.float32))
+        by_unit = LOG2E / unit.to(tl.float64)
+        first = terms[0][0]
+        tiny = tl.abs(first * rates[0]) < 1e-30
+        share = 1 / tl.where(tiny, 1.0, first)
+        weights, slopes = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
         for t in tl.static_range(count):
-            w, g = tl.load(given + t * 4), tl.load(given + t * 4 + 1)
-            if FIND:
-                g = g / length
-            tl.store(numbers + FIRST_NUMBER + t, w.to(tl.float32))
-            tl.store(numbers + FIRST_NUMBER + count + t, (-g * w * (32768 / bound)).to(tl.float32))
-            tl.store(numbers + FIRST_NUMBER + 2 * count + t, (g * LOG2E / unit).to(tl.float32))
+            weights += tl.abs(terms[t][0] * share)
+            slopes += tl.abs(terms[t][0] * share) * 0.5**t
+        # Rounding may leave distances of -2^-21 of the norms: so little that no power of u is above 2^(1/2).
+        fast = doubles & usable & (largest * 2 ** (count - 1) < 2**20) & (tiny == 0)
+        fast = fast & (weights < 2**14) & (slopes < 2**14) & (tl.abs(first * rates[0]) < 1e30)
+        tl.store(numbers + 1, tl.where(fast, 1.0, 0.0))
+        # 2^above is the power of two that takes the sum of the slopes' sizes below 2^15.
+        sizes = tl.where(fast, slopes, 1.0).to(tl.float32)
+        above = (15 + 126 - ((sizes.to(tl.int32, bitcast=True) >> 23) & 0xFF)).to(tl.float32)
+        leading = tl.where(fast, -first * rates[0], 1.0).to(tl.float32)
+        tl.store(numbers + 5, leading / tl.exp2(above))
+        tl.store(numbers + 6, above / 2 ** (count - 1))
+        for t in tl.static_range(count):
+            part = terms[t][0] * share
+            of_slope = (part / 2**t).to(tl.float32)
+            tl.store(numbers + FIRST_NUMBER + t, part.to(tl.float32))
+            tl.store(numbers + FIRST_NUMBER + count + t, of_slope * tl.exp2(above - above / 2**t))
+            tl.store(numbers + FIRST_NUMBER + 2 * count + t, (rates[t] * by_unit).to(tl.float32))
+            tl.store(numbers + FIRST_NUMBER + 3 * count + t, part.to(tl.float32) * tl.exp2(-above / 2**t))
     else:
         tl.store(numbers + 1, 0.0)
     factor = inverse * inverse * ((1 if DOT else 2) * unit)
@@ -236,8 +258,10 @@ def settle(columns, squares, given, mean, numbers, table, n, m, blocks_x, blocks
     3. the points' scale, a power of two that takes the largest below 2^15, or 1 (any smaller one would cost the second
        part of a point its last bits)
     4. its inverse
-    5. what the derivatives of 6 + T are to be multiplied with
-    6. w of each term; from 6 + T on its derivative, -γw, times 2^15 / Σ|γw|; from 6 + 2 T on γ log2 e in that unit
+    5. what the derivatives by 7 + T are to be multiplied with, of either sign
+    6. with gradients, what is added to the exponent: log2 λ of u's factor λ, see [What a tile costs]
+    7. w / w_0 of each term; from 7 + T on -γw / (-γ_0 w_0) for powers of λu, times a power of two that leaves their sum
+       below 2^15; from 7 + 2 T on γ log2 e in that unit; from 7 + 3 T on w / w_0 for powers of λu
     """
     item = tl.program_id(0).to(tl.int64)
     length, top = _settle_columns(
@@ -370,10 +394,20 @@ def _gaussian_rows(s, numbers, table, whole, i, j, n, second, m, COUNT: tl.const
 
 
 @triton.jit
-def _polynomial(powers, factors, COUNT: tl.constexpr):
-    """Σ factors_t u^(2^(COUNT - 1 - t)), over u, from the powers u, u^2, u^4 and so on."""
-    found = factors[0]
-    for t in tl.static_range(1, COUNT):
+def _polynomial(powers, factors, LEADS: tl.constexpr, COUNT: tl.constexpr):
+    """Σ factors_t u^(2^(COUNT - 1 - t)), over u, from the powers u, u^2, u^4 and so on.
+
+    Without `LEADS` the first factor is taken for 1, and the last power is not needed.
+    """
+    if COUNT == 1:
+        found = factors[0] if LEADS else 1.0
+    elif LEADS:
+        found = factors[0] * powers[COUNT - 2] + factors[1]
+    elif COUNT == 2:
+        found = powers[0] + factors[1]
+    else:
+        found = powers[COUNT - 3] * powers[COUNT - 3] + factors[1]
+    for t in tl.static_range(2, COUNT):
         found = found * powers[COUNT - 1 - t] + factors[t]
     return found
 
@@ -428,34 +462,46 @@ def _pulled(acc, weight, g, b, b_lo, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constex
 
 @triton.jit
 def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
-           rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, first_strips, items, STRIP, room,
-           FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
-           OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-           WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """A block of `ROWS` rows with ``STRIP`` blocks of `COLS` columns of one sample: their part of the sums.
+           rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, long_x, long_y, short_x, items, long, short,
+           room, FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
+           HELD: tl.constexpr, OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr,
+           COLS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """A block of `ROWS` rows with a strip of blocks of `COLS` columns of one sample: their part of the sums.
+
+    Strips of ``long`` blocks come first, ``long_x`` of x and ``long_y`` of y, and then those of ``short`` blocks, of
+    which ``short_x`` are of x: what is left at the end is little for each multiprocessor.
 
     ``totals`` (b, row_tiles, strips): of pairs i > j. ``grads`` (strips, b, rows, WIDTH): what these columns add to the
-    gradient. Without `ALL` sums are left out whose coefficient is 0.
+    gradient. Without `ALL` sums are left out whose coefficient is 0. With `HELD` tensor cores take the rows' points
+    from registers.
     """
     pid = tl.program_id(0) % (row_tiles * strips)
     item = (tl.program_id(0) // (row_tiles * strips)).to(tl.int64)
     row, strip = pid % row_tiles, pid // row_tiles
     count: tl.constexpr = len(FAMILIES)
-    begin = strip * STRIP
-    end = tl.minimum(begin + STRIP, split_tiles)
-    if strip >= first_strips:
-        begin = split_tiles + (strip - first_strips) * STRIP
-        end = tl.minimum(begin + STRIP, col_tiles)
-    diagonal, behind = row * (ROWS // COLS), (row + 1) * (ROWS // COLS)
+    is_short = strip >= long_x + long_y
+    place = strip - tl.where(is_short, long_x + long_y, 0)
+    of_x = tl.where(is_short, short_x, long_x)
+    with_y = place >= of_x
+    place -= tl.where(with_y, of_x, 0)
+    behind_long = tl.where(with_y, long_y, long_x) * long
+    begin = tl.where(is_short, behind_long + place * short, place * long) + tl.where(with_y, split_tiles, 0)
+    end = tl.minimum(begin + tl.where(is_short, short, long), tl.where(with_y, col_tiles, split_tiles))
+    diagonal = row * ROWS // COLS
+    behind = diagonal + (ROWS // COLS if ROWS > COLS else 1)
     if not GRAD:
         end = tl.minimum(end, behind)
     first = row.to(tl.int64) * ROWS
-    of_y, with_y = first >= second, strip >= first_strips
+    of_y = first >= second
     c_xx, c_yy, c_xy = tl.load(coefs), tl.load(coefs + 1), tl.load(coefs + 2)
     scalar = tl.where(of_y == with_y, tl.where(of_y, 2 * c_yy, 2 * c_xx), c_xy)
     if not ALL:
         end = tl.where(scalar == 0, begin, end)  # what a coefficient leaves out may even be NaN
     end = tl.maximum(begin, end)
+    if not GRAD:  # noqa: SIM102
+        if begin == end:
+            tl.store(totals + (item * row_tiles + row) * strips + strip, 0.0)
+            return
 
     hi += item * rows * WIDTH
     lo += item * rows * WIDTH
@@ -475,6 +521,9 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
         a_lo = tl.load(lo + i[:, None] * WIDTH + d[None, :])
     if UPCAST:
         a, a_lo = a.to(tl.float32), a_lo.to(tl.float32)
+    elif HELD:  # what comes from memory as it is Triton leaves in shared memory
+        a = a.to(tl.int16, bitcast=True).to(TYPE, bitcast=True)
+        a_lo = a_lo.to(tl.int16, bitcast=True).to(TYPE, bitcast=True)
     total = tl.zeros((ROWS,), tl.float64)
     most = tl.full((ROWS,), 1e-30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
@@ -490,8 +539,11 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
         below = tl.minimum(last, tl.maximum(begin, diagonal))
         above = tl.minimum(last, tl.maximum(begin, behind))
         weights, slopes = (), ()
+        raised = a_norms
+        if GRAD:
+            raised += tl.load(numbers + 6)
         for t in tl.static_range(count):
-            weights = weights + (tl.load(numbers + FIRST_NUMBER + t),)  # noqa: RUF005
+            weights = weights + (tl.load(numbers + FIRST_NUMBER + (3 * count if GRAD else 0) + t),)  # noqa: RUF005
             slopes = slopes + (tl.load(numbers + FIRST_NUMBER + count + t),)  # noqa: RUF005
         ahead = tl.load(norms + begin.to(tl.int64) * COLS + columns)
         for part in tl.static_range(2 if GRAD else 1):
@@ -504,24 +556,27 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
                 else:
                     ahead = tl.load(norms + tl.cast(tl.minimum(tile + 1, below - 1), tl.int64) * COLS + columns)
                 z = _products(a, a_lo, b, b_lo, SPLIT)
-                u = tl.exp2(z * factor + (a_norms[:, None] + b_norms[None, :]))
+                u = tl.exp2(z * factor + (raised[:, None] + b_norms[None, :]))
                 powers = (u,)
                 for t in tl.static_range(count - 2):
                     powers = powers + (powers[t] * powers[t],)  # noqa: RUF005
                 if part == 0:
-                    total += tl.sum(u * _polynomial(powers, weights, count), 1).to(tl.float64)
+                    total += tl.sum(u * _polynomial(powers, weights, GRAD, count), 1).to(tl.float64)
                 if GRAD:
-                    g = u * _polynomial(powers, slopes, count)
+                    g = u * _polynomial(powers, slopes, False, count)
                     acc, weight = _pulled(acc, weight, g, b, b_lo, SPLIT, KEEP_SPLIT, OWN, TYPE, UPCAST)
         if GRAD:
             # Weights are good to 2^-25, of up to 2^15: enough where they are 2^-4 in the mean.
             pairs = ((below - begin + last - above) * COLS).to(tl.float32)
             fine = tl.min((tl.abs(weight) * 16 >= pairs).to(tl.int32), 0) > 0
-            acc = tl.where(fine, acc, 0)
-            weight, total = tl.where(fine, weight, 0), tl.where(fine, total, 0)
-            most = tl.where(fine & (pairs > 0), tl.load(numbers + 5) * 16384.0, most)
+            leading = tl.load(numbers + 5)
+            sign = tl.where(fine, tl.where(leading < 0, -1.0, 1.0), 0)
+            acc = tl.where(fine, acc * sign, 0)
+            weight, total = tl.where(fine, weight * sign, 0), tl.where(fine, total, 0)
+            most = tl.where(fine & (pairs > 0), tl.abs(leading) * 16384.0, most)
             below, above = tl.where(fine, below, begin), tl.where(fine, above, begin)
             last = tl.where(fine, last, begin)
+        total *= tl.where(last > begin, tl.load(table), 1.0)
 
     for t in range(0, (above - below) + (end - last)):
         tile = below + t
@@ -567,8 +622,8 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
 
 
 @triton.jit
-def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, first_strips, COUNT: tl.constexpr,
-            DIAGONAL: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, long_x, long_y, short_x,
+            COUNT: tl.constexpr, DIAGONAL: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``sums`` (b, 3) over i != j from what programs have found, and their combination ``value`` (b).
 
     `DIAGONAL` adds each point's kernel with itself, Σw, for kernels of distances.
@@ -579,7 +634,9 @@ def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, fi
     for first in range(0, row_tiles * strips, LANES):
         at = first + lanes
         found = tl.load(totals + item * row_tiles * strips + at, mask=at < row_tiles * strips, other=0)
-        of_y, with_y = at // strips >= of_x, at % strips >= first_strips
+        strip = at % strips
+        is_short = strip >= long_x + long_y
+        of_y, with_y = at // strips >= of_x, strip >= tl.where(is_short, long_x + long_y + short_x, long_x)
         xx += tl.where(of_y | with_y, 0, found)
         yy += tl.where(of_y & with_y, found, 0)
         xy += tl.where(of_y & (with_y == 0), found, 0)

@@ -33,9 +33,12 @@ from mmfast.mmd.triton_points import (
 from mmfast.mmd.triton_small_launch import Launch, piece
 
 MOST_FEATURES = 128
-_BLOCK, _LANES = (16, 16) if INTERPRETED else (64, 32)  # rows, and blocks of rows, that a program looks at at once
+_BLOCK = 16 if INTERPRETED else 64  # rows that a program looks at at once
+_LANES = 512 if INTERPRETED else 8192  # numbers of blocks of rows that one program looks at at once
 _PARTS = 3 if INTERPRETED else 128  # of all rows, each surveyed by a program
 _LONGEST = 2 if INTERPRETED else 128  # blocks of columns that are added up in one gradient
+_CUT = 2 if INTERPRETED else 16  # blocks of columns from which on a strip is worth cutting
+_SURVEYED, _SURVEY_WARPS = (16, 4) if INTERPRETED else (128, 8)  # rows that the survey looks at at once
 _LEAST = least_length(torch.float32)
 
 
@@ -49,17 +52,62 @@ def takes(plan: Layout, kind: Format) -> bool:
     )
 
 
-def _shape(width: int, gradient: bool, old: bool) -> tuple[int, int, dict[str, int | None]]:
-    """Rows and columns of a program's tiles, and options: two programs share a multiprocessor.
+@dataclass(frozen=True)
+class Sizes:
+    """Of `narrow`: rows and columns of a program's tiles, options, and how many programs share a multiprocessor.
 
-    With three stages points are on their way while pairs are evaluated. ``old``: before sm_90, where tensor cores take
-    their operands from registers.
+    With three stages points are on their way while pairs are evaluated; with two their loads come after them. ``held``:
+    rows' points are taken from registers.
     """
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    registers: int | None
+    programs: int
+    held: bool = False
+
+
+_used: dict[bool, Sizes] = {}
+
+
+def use(value: Sizes | None, gradient: Sizes | None) -> None:
+    """Takes these sizes in place of the table's, which None takes again: for measurements, with nothing in flight."""
+    _used.clear()
+    _used.update((keep, sizes) for keep, sizes in ((False, value), (True, gradient)) if sizes is not None)
+    plan.cache_clear()
+
+
+def _sizes(width: int, gradient: bool, old: bool) -> Sizes:
+    """``old``: before sm_90, where tensor cores take their operands from registers."""
+    if gradient in _used:
+        return _used[gradient]
     if INTERPRETED:
-        return 32, 16, {}
+        return Sizes(32, 16, 4, 1, None, 2)
     if width <= 64 and not (old and gradient):
-        return 128, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    return 64, 64, {"num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+        return Sizes(128, 64, 8, 3, 128, 2, held=True)
+    return Sizes(64, 64, 4, 3 if width <= 64 else 2, None, 2)
+
+
+def _strips(tiles: tuple[int, int], strip: int, gradient: bool) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+    """Tiles of a long strip and of a short one, and how many of both there are of each sample, for ``tiles`` columns.
+
+    Multiprocessors end apart by about a strip's time. So a part of the columns is cut small, and begun last: of each
+    sample a quarter, or one strip where each costs a gradient to be added up.
+    """
+    most = max(tiles)
+    if strip < _CUT:
+        return strip, strip, tuple(triton.cdiv(t, strip) for t in tiles), (0, 0)
+    short = max(1, strip // 4)
+    rest = most - (short if gradient else max(short, most // 4))
+    if rest <= 0:
+        return short, short, tuple(triton.cdiv(t, short) for t in tiles), (0, 0)
+    count = triton.cdiv(rest, strip)
+    long = max(short, triton.cdiv(rest, count))
+    longs = tuple(max(0, triton.cdiv(t - (most - rest), long)) for t in tiles)
+    shorts = tuple(max(0, triton.cdiv(t - k * long, short)) for t, k in zip(tiles, longs, strict=True))
+    return long, short, longs, shorts
 
 
 @functools.cache
@@ -108,26 +156,28 @@ def plan(
     kind = format_of([dtype], precision)
     dot = of.how[0] == BY_DOT
     width = max(16, triton.next_power_of_2(d))
-    rows, cols, options = _shape(width, keep, _old(device))
-    second = padded(n, rows)
-    every = second + padded(m, rows)
+    sizes = _sizes(width, keep, _old(device))
+    rows, cols, side = sizes.rows, sizes.cols, max(sizes.rows, sizes.cols)
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers}
+    second = padded(n, side)
+    every = second + padded(m, side)
     row_tiles, col_tiles, split = every // rows, every // cols, second // cols
     if keep:
         # As few as keep everyone at work: each leaves a gradient to be added up.
-        slots = 2 if INTERPRETED else 2 * processors(device)
+        slots = 2 if INTERPRETED else sizes.programs * processors(device)
         least = max(2, triton.cdiv(col_tiles, _LONGEST))
         wanted = min(range(least, least + 32), key=lambda s: (-(-b * row_tiles * s // slots) / s + 0.01 * s, s))
     else:
         # Enough to keep everyone at work, of which some end early.
-        wanted = 2 if INTERPRETED else -(-32 * processors(device) // max(1, b * row_tiles))
+        wanted = 2 if INTERPRETED else -(-16 * sizes.programs * processors(device) // max(1, b * row_tiles))
     strip = max(1, -(-col_tiles // wanted))
-    first_strips = triton.cdiv(split, strip)
-    strips = first_strips + triton.cdiv(col_tiles - split, strip)
+    long, short, (long_x, long_y), (short_x, short_y) = _strips((split, col_tiles - split), strip, keep)
+    strips = long_x + long_y + short_x + short_y
     each = padded(triton.cdiv(n + m, max(1, _PARTS // b)), _BLOCK)
     blocks_x = triton.cdiv(n, each)
     blocks = blocks_x + triton.cdiv(m, each)
     terms = len(families)
-    room = padded(6 + 3 * terms, 16)
+    room = padded(7 + 4 * terms, 16)
 
     find, centred = counts[3] > 0, not kind.raw and not dot
     types, whole = {"DIM": d, "WIDTH": width}, {"CHUNKS": 1}
@@ -151,13 +201,13 @@ def plan(
     return Plan(
         Launch(
             (blocks * b,), (n, m, *strides, blocks_x, blocks, each),
-            {"FIND": find, **types, **whole, "BLOCK": _BLOCK, "num_warps": 4},
+            {"FIND": find, **types, **whole, "BLOCK": _SURVEYED, "num_warps": _SURVEY_WARPS},
         ),
         Launch(
             (b,), (n, m, blocks_x, blocks, each, room, *counts),
             {
                 **tile, "FIND": find, "LEAST": _LEAST, "CENTRED": centred, "SCALED": kind.scaled, "MOST": MAX_SCALE,
-                **types, "LANES": _LANES, "num_warps": 8,
+                **types, "LANES": _LANES // width, "num_warps": 16,
             },
         ),
         Launch(
@@ -169,14 +219,15 @@ def plan(
         ),
         Launch(
             (row_tiles * strips * b,),
-            (every, n, second, m, row_tiles, col_tiles, split, strips, first_strips, b, strip, room),
+            (every, n, second, m, row_tiles, col_tiles, split, strips, long_x, long_y, short_x, b, long, short, room),
             {
-                **tile, "GRAD": keep, "ALL": all_sums, "OWN": kind.raw, **parts, "KEEP_SPLIT": kind.kept_parts,
-                "ROWS": rows, "COLS": cols, "WIDTH": width, "UPCAST": INTERPRETED, **options,
+                **tile, "GRAD": keep, "ALL": all_sums, "HELD": sizes.held, "OWN": kind.raw, **parts,
+                "KEEP_SPLIT": kind.kept_parts, "ROWS": rows, "COLS": cols, "WIDTH": width, "UPCAST": INTERPRETED,
+                **options,
             },
         ),
         Launch(
-            (b,), (n, m, row_tiles, strips, second // rows, first_strips),
+            (b,), (n, m, row_tiles, strips, second // rows, long_x, long_y, short_x),
             {"COUNT": terms, "DIAGONAL": diagonal, "LANES": 16 if INTERPRETED else 1024, "num_warps": 8},
         ),
         tuple(pieces), end, (b, terms, 4), of_table, grads, of_table + size, second,

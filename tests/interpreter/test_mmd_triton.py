@@ -172,6 +172,52 @@ def test_narrow_twice(monkeypatch):
     assert names == [*VALUE, "finish"]
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (32, 32), (16, 16)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_narrow_tiles(shape, gradient, monkeypatch):
+    """Tiles of other shapes, wide ones too, in more strips, long and short: what float64 gives, each pair once."""
+    monkeypatch.setattr(triton_narrow_launch, "_LONGEST", 4)
+    x, y = cases.samples(70, 211, 20)
+    kernel = cases.KERNELS["dan"][0]
+    sizes = triton_narrow_launch.Sizes(*shape, 4, 1, None, 2)
+    triton_narrow_launch.use(*((None, sizes) if gradient else (sizes, None)))
+    try:
+        if gradient:
+            function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, kernel, backend=b))
+            cases.compare(function, (x, y), BACKEND, DEVICE, floor=1e-5)
+        else:
+            value = mmd.mmd2(x.float(), y.float(), kernel, backend=BACKEND)
+            expected = mmd.mmd2(x, y, kernel, backend="reference")
+            torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+    finally:
+        triton_narrow_launch.use(None, None)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("strip", [1, 5, 16, 31, 128])
+def test_strips(strip, gradient, monkeypatch):
+    """Each column is in one strip, and where they are cut the last ones are short."""
+    monkeypatch.setattr(triton_narrow_launch, "_CUT", 16)
+    for tiles in ((256, 256), (512, 20), (4, 1), (40, 600), (1, 300)):
+        long, short, longs, shorts = triton_narrow_launch._strips(tiles, strip, gradient)
+        assert short <= long <= strip
+        for count, of_long, of_short in zip(tiles, longs, shorts, strict=True):
+            least = of_long * long + of_short * short
+            assert count <= least < count + (short if of_short else long)
+        if strip >= 16 and max(tiles) >= 4 * strip and not gradient:
+            assert short < long and max(shorts) > 0
+    assert triton_narrow_launch._strips((256, 256), 128, True) == (112, 32, (2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("weights", [[-0.5, 2.0, 0.25], [1e-7, 1.0, 1.0], [0.0, 1.0, -1.0]])
+def test_narrow_weights(weights):
+    """The first weight divides the others: of either sign, and too small for that."""
+    x, y = cases.samples(70, 75, 20)
+    kernel = k.MultiGaussian([10.0, 20.0, 40.0], weights)
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, kernel, backend=b))
+    cases.compare(function, (x, y), BACKEND, DEVICE, floor=1e-5)
+
+
 def test_narrow_bad_rows():
     """What is not finite is so in the length that is found in it, and a given one leaves the other rows alone."""
     x, y = (t.float() for t in cases.samples(70, 75, 37))
