@@ -383,7 +383,7 @@ int main() {
                                      ScalarType::float16};
     constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's"};
     for (const Size size : {Size::small, Size::large, Size::few, Size::matrix})
-        for (int n = 0; n < (size == Size::small ? 400 : 24); ++n) {
+        for (int n = 0; n < (size == Size::small ? 400 : size == Size::matrix ? 96 : 24); ++n) {
             current = "case " + std::to_string(n) + " of the " + kNames[int(size)] + " ones";
             Random random(uint64_t(n + 1000 * int(size)));
             const Case c = random_case(random, size == Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
