@@ -48,7 +48,11 @@ public:
     // Rows `stride` bytes apart. The number of a tile is part of the instruction.
     template <int kNumber>
     MMFAST_INLINE void load(const void* from, int64_t stride) {
-        if constexpr (kNumber == 4) _tile_loadd(4, from, stride);
+        if constexpr (kNumber == 0) _tile_loadd(0, from, stride);
+        else if constexpr (kNumber == 1) _tile_loadd(1, from, stride);
+        else if constexpr (kNumber == 2) _tile_loadd(2, from, stride);
+        else if constexpr (kNumber == 3) _tile_loadd(3, from, stride);
+        else if constexpr (kNumber == 4) _tile_loadd(4, from, stride);
         else if constexpr (kNumber == 5) _tile_loadd(5, from, stride);
         else if constexpr (kNumber == 6) _tile_loadd(6, from, stride);
         else _tile_loadd(7, from, stride);
@@ -80,7 +84,7 @@ public:
     MMFAST_INLINE void zero() { std::memset(tiles_, 0, 4 * sizeof tiles_[0]); }
     template <int kNumber>
     MMFAST_INLINE void load(const void* from, int64_t stride) {
-        static_assert(kNumber >= 4 && kNumber < 8);
+        static_assert(kNumber >= 0 && kNumber < 8);
         for (int i = 0; i < kTileRows; ++i)
             std::memcpy(tiles_[kNumber][i], static_cast<const char*>(from) + i * stride, kTileBytes);
     }

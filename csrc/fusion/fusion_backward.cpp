@@ -6,6 +6,7 @@
 //   with the gate g of a source, or 1. Five products of the size of the scores. A piece is at most kResidentKeys keys;
 //   where that is all of them, delta is a mean over what is in the cache; else it is taken from the output, delta = dO O.
 #include "fusion/fusion_few_backward.h"
+#include "fusion/fusion_gradients.h"
 #include "fusion/fusion_panel.h"
 
 namespace mmfast {
@@ -245,53 +246,6 @@ void add_keys(const BackwardItem& item, const Accumulator& to, int64_t run, int6
                            to.large && lines ? Start::stream : Start::zero);
 }
 
-// What a softmax needs of each lane.
-template <class T>
-struct Lanes {
-    alignas(64) T lse[kPanel<T>];  // in units of ln 2
-    alignas(64) T grad_lse[kPanel<T>];
-    alignas(64) T delta[kPanel<T>];
-    alignas(64) T total[kPanel<T>];  // of P
-    alignas(64) T gate[kPanel<T>];
-};
-
-template <class T, int S>
-void set_lanes(const BackwardJob<T>& job, int64_t batch, const Rows& rows, int softmax, Lanes<T>& lanes) {
-    const Problem& p = *job.problem;
-    const int64_t offset = softmax * p.batch * p.heads * p.rows;
-    gather(p, job.lse + offset, batch, rows, -infinity<T>(), lanes.lse);
-    if (job.grad_lse) gather(p, job.grad_lse + offset, batch, rows, T(0), lanes.grad_lse);
-    for (int64_t i = 0; i < kPanel<T>; ++i) {
-        lanes.lse[i] = shift_of(lanes.lse[i]);
-        if (!job.grad_lse) lanes.grad_lse[i] = 0;
-        lanes.delta[i] = lanes.total[i] = 0;
-        lanes.gate[i] = 1;
-    }
-    if (p.decoupled) gates_of(p.sources[softmax], batch, rows, lanes.gate);
-}
-
-// Sums over keys, of P dP and P.
-template <class T, int S>
-struct Totals {
-    Vec<T> delta[S], total[S];
-    MMFAST_INLINE explicit Totals(const Lanes<T>& lanes) {
-        for (int v = 0; v < S; ++v) {
-            delta[v] = Simd<T>::load(lanes.delta + v * Simd<T>::lanes);
-            total[v] = Simd<T>::load(lanes.total + v * Simd<T>::lanes);
-        }
-    }
-    MMFAST_INLINE void add(int v, Vec<T> p, const T* dp) {
-        delta[v] += p * Simd<T>::load(dp);
-        total[v] += p;
-    }
-    MMFAST_INLINE void store(Lanes<T>& lanes) const {
-        for (int v = 0; v < S; ++v) {
-            Simd<T>::store(lanes.delta + v * Simd<T>::lanes, delta[v]);
-            Simd<T>::store(lanes.total + v * Simd<T>::lanes, total[v]);
-        }
-    }
-};
-
 // P in place of the scores, and sums of it.
 template <class T, int S>
 void probabilities(int64_t count, T* p, const T* dp, Lanes<T>& lanes) {
@@ -323,17 +277,6 @@ void probabilities_of(const Problem& p, int64_t count, const Block<T>& key, cons
                                    return e;
                                });
     totals.store(lanes);
-}
-
-// delta of a softmax whose keys have all been met. P adds up to 1 as exactly only as the log-sum-exp was rounded, which is as
-// large as the scores; without the division gradients of queries would get that error times the mean of the keys.
-template <class T, int S>
-MMFAST_INLINE void set_delta(Lanes<T>& lanes) {
-    constexpr int N = Simd<T>::lanes;
-    for (int i = 0; i < S * N; i += N) {
-        const Vec<T> total = Simd<T>::load(lanes.total + i);
-        Simd<T>::store(lanes.delta + i, total == 0 ? Vec<T>{} : Simd<T>::load(lanes.delta + i) / total);
-    }
 }
 
 // scale dS in place of dP, and g P in place of P.
@@ -438,33 +381,12 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
                       item.query_run * job.query.run, job.query.add);
 }
 
-// Sums of keys first .. to where they belong, or added to it.
-template <class T>
-void flush(const Accumulator& to, int64_t run, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
-           const T* from, int64_t stride) {
-    constexpr int64_t N = Simd<T>::lanes;
-    dispatch<T>(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
-        using To = std::remove_pointer_t<decltype(kind)>;
-        To* const data = static_cast<To*>(to.target.data) + run * to.run;
-        for (int64_t i = 0; i < count; ++i) {
-            To* const row = data + to.target.at(batch, head, first + i);
-            for (int64_t k = 0; k < width; k += N)
-                store_as<T>(row + k, Simd<T>::load(from + i * stride + k), width - k);
-        }
-    });
-}
-
 // Sums of rows as product_pairs leaves them, one for each feature from now on.
 template <class T>
 void add_pairs(int64_t count, int64_t width, T* sums) {
     const int64_t padded = up_to_multiple(width, Simd<T>::lanes), rest = width % Simd<T>::lanes;
     for (T* at = sums + width - rest; count > 0; --count, at += padded)
         for (int64_t j = 0; j < rest; ++j) at[j] = at[2 * j] + at[2 * j + 1];
-}
-
-template <class T>
-MMFAST_INLINE void clear(T* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += Simd<T>::lanes) Simd<T>::store(to + i, Vec<T>{});
 }
 
 // f(source, its head, first key, number, place in the piece)
@@ -512,20 +434,6 @@ void end_head(const BackwardJob<T>& job, const BackwardItem& item, int64_t last,
         end(job.key[j], item.key_run[j], p.dim, b.dk + at * b.dim);
         end(job.value[j], item.value_run[j], p.value_dim, b.dv + at * b.value_dim);
     });
-}
-
-// What the queries `rows` of an item will read and write.
-template <class T>
-void rows_ahead(const BackwardJob<T>& job, const BackwardItem& item, const Rows& rows, bool whole, Ahead& ahead) {
-    if (!rows.one_head) return;
-    const Problem& p = *job.problem;
-    const auto add = [&](const auto& x, int64_t columns) {
-        ahead.add(x, item.batch, rows.head[0], rows.row[0], rows.n, columns);
-    };
-    add(p.query, p.dim);
-    add(job.grad_out, p.value_dim);
-    if (!whole) add(job.out, p.value_dim);
-    if (job.query.target.data && !job.query.run) add(job.query.target, p.dim);
 }
 
 // As in the forward pass several heads share an item where their keys stay in the second cache: see [Heads of an item]

@@ -68,6 +68,20 @@ bool compact(const Problem& p) {
     return result;
 }
 
+// Of fewer queries or features the tiles of the matrix unit would hold little else than zeros.
+constexpr int64_t kMatrixRows = 16, kMatrixFeatures = 16;
+
+// Whether the matrix unit serves: see fusion_matrix.cpp.
+template <class T>
+bool on_matrix_unit(const Problem& p) {
+    const auto fits = [](const View& x) { return x.type == ScalarType::bfloat16 && x.column == 1; };
+    bool result = sizeof(T) == 4 && matrix_kernels().panel && !p.decoupled && fits(p.query) &&
+                  std::min(p.dim, p.value_dim) >= kMatrixFeatures && shared_heads(p) * p.rows >= kMatrixRows;
+    const int64_t keys = all_keys(p);
+    for (int j = 0; j < p.count; ++j) result = result && fits(p.sources[j].key) && fits(p.sources[j].value);
+    return result && keys >= kMatrixRows && keys <= kResidentKeys;
+}
+
 int64_t divide_up(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
@@ -119,13 +133,15 @@ template <class T>
 void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (p.batch * p.heads * p.rows == 0) return;
     const TileKernels<T>& k = kernels<T>();
+    const bool matrix = on_matrix_unit<T>(p);
+    const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
-    const int64_t panels = divide_up(fold * p.rows, k.panel), groups = p.batch * folds;
-    const int64_t panel_rows = std::min(k.panel, fold * p.rows);
+    const int64_t panels = divide_up(fold * p.rows, panel_size), groups = p.batch * folds;
+    const int64_t panel_rows = std::min(panel_size, fold * p.rows);
     const double cost = cost_of<T>(panel_rows, keys, p.dim + p.value_dim + 16);
     const int64_t threads = max_threads();
-    const bool few = fold * p.rows <= kFewRows && !p.decoupled;
-    const bool single = few || (fold * p.rows <= kSingleRows && !p.decoupled && keys > kWideFrom);
+    const bool few = !matrix && fold * p.rows <= kFewRows && !p.decoupled;
+    const bool single = few || (!matrix && fold * p.rows <= kSingleRows && !p.decoupled && keys > kWideFrom);
     int64_t splits = 1;
     const int64_t units = single ? p.batch : groups * panels;
     if (!p.decoupled && threads > 1 && units < wanted_items())
@@ -134,7 +150,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     // Sums of very many keys keep their digits in parts.
     if (single) splits = std::max(splits, keys / 16384);
     ForwardJob<T> job{&p, fold, panels, out, lse, nullptr};
-    const int64_t size = (p.value_dim + 2) * k.panel;
+    const int64_t size = (p.value_dim + 2) * panel_size;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
     const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
@@ -149,7 +165,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
         const int64_t row = std::max<int64_t>(1, (p.dim + p.value_dim) * int64_t(sizeof(T)));
         const int64_t lanes = up_to_multiple(panel_rows, 16);
         const int64_t most =
-            std::clamp<int64_t>((wide_bytes() / row - kWideKeys) / lanes, 1, std::min(panels, kWideRows / k.panel));
+            std::clamp<int64_t>((wide_bytes() / row - kWideKeys) / lanes, 1, std::min(panels, kWideRows / panel_size));
         run = single ? panels : divide_up(panels, divide_up(panels, most));
         heads = std::clamp<int64_t>(wide_bytes() / ((run * lanes + kWideKeys) * row), 1, heads);
         if (shared) {  // items enough for the threads
@@ -159,7 +175,10 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
         heads = divide_up(folds, divide_up(folds, heads));
     }
     const int64_t parts = divide_up(folds, heads), runs = divide_up(panels, run);
-    const size_t bytes = size_t(k.forward_scratch(p, run > 1 || single || shared ? heads : 1, run, order)) * sizeof(T);
+    const int64_t heads_kept = run > 1 || single || shared ? heads : 1;
+    const size_t bytes = size_t(matrix ? matrix_kernels().forward_scratch(p, heads_kept)
+                                       : k.forward_scratch(p, heads_kept, run, order)) *
+                         sizeof(T);
     deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
              [&](int64_t i, char* scratch) {
                  const int64_t split = i % splits, panel = i / splits % runs * run, part = i / splits / runs % parts;
@@ -173,7 +192,11 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
                                  split,
                                  splits,
                                  ((batch * folds + first) * panels + panel) * splits + split};
-                 if (item.heads > 0) k.forward(job, item, reinterpret_cast<T*>(scratch));
+                 if (item.heads <= 0) return;
+                 if constexpr (sizeof(T) == 4) {
+                     if (matrix) return matrix_kernels().forward(job, item, reinterpret_cast<T*>(scratch));
+                 }
+                 k.forward(job, item, reinterpret_cast<T*>(scratch));
              });
     if (splits == 1) return;
     deal_out(groups * panels, double(size) * double(splits), bytes, [&](int64_t i, char* scratch) {
@@ -264,14 +287,17 @@ template <class T>
 void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, const View& out, const T* lse,
                   const Gradients<T>& gradients) {
     const TileKernels<T>& k = kernels<T>();
+    const bool matrix = on_matrix_unit<T>(p) && grad_out.type == ScalarType::bfloat16 && grad_out.column == 1;
+    const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
-    const int64_t panels = divide_up(fold * p.rows, k.panel);
+    const int64_t panels = divide_up(fold * p.rows, panel_size);
     const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
     bool own_keys = true;  // no two folds of heads have keys in common
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
     // Delta is taken from the output there: from a rounded one only where nothing else can be done.
     const bool narrow = fold * p.rows <= kFewGradientRows && out.type == scalar_type_of<T>();
-    const bool few = own_keys && !p.decoupled && panels == 1 && (narrow || (pieces > 1 && fold * p.rows <= kFewRows));
+    const bool few =
+        !matrix && own_keys && !p.decoupled && panels == 1 && (narrow || (pieces > 1 && fold * p.rows <= kFewRows));
     const int64_t most_shares = fold * p.rows >= keys ? std::max<int64_t>(1, panels / 4) : 1;
     const int64_t heads = few ? heads_together<T>(p, folds, 1, pieces, 0)
                           : own_keys && pieces == 1
@@ -304,9 +330,11 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         job.key[j] = by_key.back().accumulator();
         job.value[j] = by_value.back().accumulator();
     }
-    const size_t bytes = size_t(k.backward_scratch(p, heads, few)) * sizeof(T);
+    const size_t bytes =
+        size_t(matrix ? matrix_kernels().backward_scratch(p, heads) : k.backward_scratch(p, heads, few)) * sizeof(T);
     const int64_t per_share = divide_up(panels, query_shares), pieces_per_share = divide_up(pieces, key_shares);
-    const double cost = cost_of<T>(k.panel, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
+    const double cost =
+        cost_of<T>(panel_size, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
     deal_out(items * query_shares * key_shares, cost * double(heads), bytes, [&](int64_t i, char* scratch) {
         const int64_t key_share = i % key_shares, query_share = i / key_shares % query_shares;
         const int64_t group = i / key_shares / query_shares, first = group % parts * heads;
@@ -331,6 +359,12 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
              ++piece) {
             item.first = keys * piece / pieces;
             item.last = keys * (piece + 1) / pieces;
+            if constexpr (sizeof(T) == 4) {
+                if (matrix) {
+                    matrix_kernels().backward(job, item, reinterpret_cast<T*>(scratch));
+                    continue;
+                }
+            }
             k.backward(job, item, reinterpret_cast<T*>(scratch));
         }
     });

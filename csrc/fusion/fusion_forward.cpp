@@ -181,31 +181,6 @@ void attend(const Problem& p, const Item& item, const Rows& rows, const Keys& ke
     if (!started) clear_out<T, S>(p, b.out);
 }
 
-// factor[lane] = 1 / sum, and the log-sum-exp of softmax number `softmax`.
-template <class T, int S>
-MMFAST_INLINE void finish(const ForwardJob<T>& job, const Item& item, const Rows& rows, int softmax,
-                          const Running<T, S>& running, T* factor) {
-    constexpr int N = Simd<T>::lanes;
-    const Problem& p = *job.problem;
-    alignas(64) T lse[kPanel<T>];
-    for (int v = 0; v < S; ++v) {
-        const Vec<T> sum = running.sum[v];
-        const auto nothing = sum == 0;
-        Simd<T>::store(factor + v * N, nothing ? Vec<T>{} : T(1) / sum);
-        Simd<T>::store(lse + v * N,
-                       nothing ? Simd<T>::splat(-infinity<T>()) : running.maximum[v] * T(kLn2) + mmfast::log(sum));
-    }
-    scatter(p, lse, item.batch, rows, job.lse + softmax * p.batch * p.heads * p.rows);
-}
-
-template <class T, int S>
-MMFAST_INLINE void reset(Running<T, S>& running) {
-    for (int v = 0; v < S; ++v) {
-        running.maximum[v] = Simd<T>::splat(-infinity<T>());
-        running.sum[v] = Vec<T>{};
-    }
-}
-
 // What one softmax over all sources gives: the result, or this share of it.
 template <class T, int S>
 void conclude(const ForwardJob<T>& job, const Item& item, const Rows& rows, const Running<T, S>& running,

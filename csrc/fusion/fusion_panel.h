@@ -225,9 +225,9 @@ MMFAST_INLINE void dispatch_mask(const View& v, const F& f) {
 
 template <class T, class From>
 MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int64_t n, int64_t step, int64_t count,
-                                   T factor, T* to) {
+                                   T factor, T* to, int64_t width = 0) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int64_t W = up_to_multiple(n, N);
+    const int64_t W = larger(width, up_to_multiple(n, N));
     for (int64_t v = 0; v < n; v += N) {
         const int64_t lanes = smaller(N, n - v);
         const From* rows[N];
@@ -266,15 +266,17 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
     }
 }
 
-// to[column][lane] = factor * x[row][column], zero in the lanes behind the rows.
+// to[column][lane] = factor * x[row][column], zero in the lanes behind the rows as far as they fill vectors; `width` lanes from
+// one column to the next, or as many as these.
 template <class T, bool kMask = false>
-void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to) {
+void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t count, T factor, T* to,
+                  int64_t width = 0) {
     int64_t offsets[64];
     set_offsets(x, batch, rows, offsets);
     const auto pack = [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(x.data) + first * x.column;
-        pack_columns_of<T>(data, offsets, rows.n, x.column, count, factor, to);
+        pack_columns_of<T>(data, offsets, rows.n, x.column, count, factor, to, width);
     };
     if constexpr (kMask) dispatch_mask(x, pack);
     else dispatch<T>(x.type, pack);
@@ -351,12 +353,12 @@ MMFAST_INLINE Block<T> block_of(const View& x, bool by_columns, int64_t batch, i
     return {buffer, copy_stride<T>(width)};
 }
 
-// target[row][column] = (or +=) factor[lane] * x[column][lane]; factor null for ones.
+// target[row][column] = (or +=) factor[lane] * x[column][lane]; factor null for ones, `width` as of pack_columns.
 template <class T>
 void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, const Rows& rows, const Target& to,
-                    int64_t offset, bool add) {
+                    int64_t offset, bool add, int64_t width = 0) {
     constexpr int64_t N = Simd<T>::lanes;
-    const int64_t W = up_to_multiple(rows.n, N);
+    const int64_t W = larger(width, up_to_multiple(rows.n, N));
     int64_t offsets[64];
     set_offsets(to, batch, rows, offsets);
     dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
@@ -467,7 +469,7 @@ void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t first, 
         return;
     }
     const int64_t columns = mask.column ? count : 1;
-    pack_columns<T, true>(mask, batch, rows, mask.column ? first : 0, columns, T(1), buffer);
+    pack_columns<T, true>(mask, batch, rows, mask.column ? first : 0, columns, T(1), buffer, W);
     for (int64_t k = 0; k < count; ++k)
         for (int v = 0; v < S; ++v) {
             const Vec<T> added = Simd<T>::load(buffer + (mask.column ? k : 0) * W + v * N);
@@ -488,12 +490,11 @@ MMFAST_INLINE bool plain_scores(const Problem& p) {
     return result;
 }
 
-// tile[key][lane]: what the softmax is taken of, times log2 e. `queries` are packed with that factor and the scale.
+// Masks and the causal rule, to the products in tile[key][lane].
 template <class T, int S>
-void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, const Block<T>& key, const T* queries,
-            T* tile, T* buffer, Ahead& ahead) {
+MMFAST_INLINE void mask_scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, T* tile,
+                               T* buffer) {
     constexpr int N = Simd<T>::lanes, W = S * N;
-    product_panel<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead);
     for (const View& mask : p.sources[s.source].added)
         if (mask.data) add_mask<T, S>(mask, batch, rows, s.first, s.count, tile, buffer);
     if (!p.causal) return;
@@ -505,6 +506,15 @@ void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s,
             Simd<T>::store(tile + k * W + v * N,
                            Simd<T>::load(row + v * N) < T(s.first + k) ? Simd<T>::splat(-infinity<T>()) : x);
         }
+}
+
+// tile[key][lane]: what the softmax is taken of, times log2 e. `queries` are packed with that factor and the scale.
+template <class T, int S>
+void scores(const Problem& p, int64_t batch, const Rows& rows, const Segment& s, const Block<T>& key, const T* queries,
+            T* tile, T* buffer, Ahead& ahead) {
+    constexpr int64_t W = S * Simd<T>::lanes;
+    product_panel<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead);
+    mask_scores<T, S>(p, batch, rows, s, tile, buffer);
 }
 
 // Where in an array (batch, heads, rows) row r lies.

@@ -34,6 +34,31 @@ MMFAST_INLINE void store_running(const Running<T, S>& running, T* to) {
     }
 }
 
+// factor[lane] = 1 / sum, and the log-sum-exp of softmax number `softmax`.
+template <class T, int S>
+MMFAST_INLINE void finish(const ForwardJob<T>& job, const Item& item, const Rows& rows, int softmax,
+                          const Running<T, S>& running, T* factor) {
+    constexpr int N = Simd<T>::lanes;
+    const Problem& p = *job.problem;
+    alignas(64) T lse[kPanel<T>];
+    for (int v = 0; v < S; ++v) {
+        const Vec<T> sum = running.sum[v];
+        const auto nothing = sum == 0;
+        Simd<T>::store(factor + v * N, nothing ? Vec<T>{} : T(1) / sum);
+        Simd<T>::store(lse + v * N,
+                       nothing ? Simd<T>::splat(-infinity<T>()) : running.maximum[v] * T(kLn2) + mmfast::log(sum));
+    }
+    scatter(p, lse, item.batch, rows, job.lse + softmax * p.batch * p.heads * p.rows);
+}
+
+template <class T, int S>
+MMFAST_INLINE void reset(Running<T, S>& running) {
+    for (int v = 0; v < S; ++v) {
+        running.maximum[v] = Simd<T>::splat(-infinity<T>());
+        running.sum[v] = Vec<T>{};
+    }
+}
+
 // Exponentials in place of the scores, of all vectors from the kFirst-th on; factor[lane] = what outputs so far are to be scaled by.
 template <class T, int S, int kFirst = 0>
 void exponentials(int64_t count, T* tile, Running<T, S>& running, T* factor) {

@@ -91,6 +91,22 @@ struct TileKernels {
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
 };
 
+// Of bfloat16, one softmax, and keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
+struct MatrixKernels {
+    int64_t panel;
+    int64_t (*forward_scratch)(const Problem&, int64_t heads);
+    void (*forward)(const ForwardJob<float>&, const Item&, float* scratch);
+    int64_t (*backward_scratch)(const Problem&, int64_t heads);
+    void (*backward)(const BackwardJob<float>&, const BackwardItem&, float* scratch);
+};
+
+// Those of this machine: fusion_isa.cpp.
+const MatrixKernels& matrix_kernels();
+
+namespace amx {
+void matrix_kernels_float(MatrixKernels& kernels);
+}
+
 #define MMFAST_DECLARE_TILES(isa)                               \
     namespace isa {                                             \
     void forward_kernels_float(TileKernels<float>& kernels);    \

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "common/isa.h"
 #include "fusion/fusion.h"
+#include "fusion/fusion_tile.h"
 
 namespace {
 
@@ -168,11 +169,12 @@ struct Case {
     bool with_grad_lse = false, with_output = false;
 };
 
-// Small, with a source of many keys, or of these with few queries only, whose features are in the lanes.
-enum class Size { small, large, few };
+// Small, with a source of many keys, of these with few queries only, whose features are in the lanes, or as the matrix unit
+// takes them.
+enum class Size { small, large, few, matrix };
 
 Case random_case(Random& random, ScalarType type, Size size) {
-    const bool large = size != Size::small, few = size == Size::few;
+    const bool large = size != Size::small, few = size == Size::few, matrix = size == Size::matrix;
     Case c;
     c.type = type;
     Problem& p = c.p;
@@ -184,15 +186,21 @@ Case random_case(Random& random, ScalarType type, Size size) {
     p.dim = random.between(1, large ? 70 : 20);
     p.value_dim = random.chance(0.5) ? p.dim : random.between(1, large ? 70 : 20);
     p.causal = random.chance(0.25) && !few;
-    p.decoupled = random.chance(0.4) && !few;
+    p.decoupled = random.chance(0.4) && !few && !matrix;
     p.scale = random.chance(0.8) ? 1 / std::sqrt(double(p.dim)) : -0.3;
     p.count = int(random.between(1, 4));
+    if (matrix) {
+        p.rows = random.between(16, 150);
+        p.dim = random.between(16, 70);
+        p.value_dim = random.between(16, 70);
+    }
     c.query = std::make_unique<Tensor>(random, Sizes{shared(), p.heads, p.rows, p.dim}, type, false, normal);
     p.query = c.query->view();
     for (int j = 0; j < p.count; ++j) {
         Source& s = p.sources[j];
         TestSource& t = c.sources.emplace_back();
-        s.keys = large && !p.decoupled && j == 0 ? random.between(500, 1300) : random.between(0, large ? 120 : 12);
+        s.keys = large && !p.decoupled && !matrix && j == 0 ? random.between(500, 1300)
+                                                            : random.between(0, large ? 120 : 12);
         do s.heads = random.between(1, p.heads);
         while (p.heads % s.heads);
         if (random.chance(0.5)) s.heads = p.heads;
@@ -253,7 +261,9 @@ void run(const Case& c) {
     const Problem& p = c.p;
     const int softmaxes = p.softmaxes();
     const int64_t rows = p.batch * p.heads * p.rows;
-    const double compute = sizeof(T) == 8 ? 0x1p-53 : 0x1p-24, store = epsilon(c.type);
+    // On the matrix unit probabilities and gradients of scores have 16 bits.
+    const bool halves = matrix_kernels().panel && c.type == ScalarType::bfloat16;
+    const double compute = sizeof(T) == 8 ? 0x1p-53 : halves ? 0x1p-21 : 0x1p-24, store = epsilon(c.type);
     const ScalarType compute_type = scalar_type_of<T>();
     // What the kernels give.
     Result out({p.batch, p.heads, p.rows, p.value_dim}, c.type);
@@ -371,12 +381,12 @@ int main() {
     std::printf("fusion kernels of %s\n", isa_name(best_isa()));
     constexpr ScalarType kTypes[] = {ScalarType::float32, ScalarType::float64, ScalarType::bfloat16,
                                      ScalarType::float16};
-    constexpr const char* kNames[] = {"small", "large", "few"};
-    for (const Size size : {Size::small, Size::large, Size::few})
-        for (int n = 0; n < (size == Size::small ? 400 : 24); ++n) {
+    constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's"};
+    for (const Size size : {Size::small, Size::large, Size::few, Size::matrix})
+        for (int n = 0; n < (size == Size::small ? 400 : size == Size::matrix ? 96 : 24); ++n) {
             current = "case " + std::to_string(n) + " of the " + kNames[int(size)] + " ones";
             Random random(uint64_t(n + 1000 * int(size)));
-            const Case c = random_case(random, kTypes[n % 4], size);
+            const Case c = random_case(random, size == Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
             if (c.type == ScalarType::float64) run<double>(c);
             else run<float>(c);
         }
