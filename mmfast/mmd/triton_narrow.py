@@ -464,16 +464,15 @@ def _pulled(acc, weight, g, b, b_lo, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constex
 def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
            rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, long_x, long_y, short_x, items, long, short,
            room, FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
-           HELD: tl.constexpr, OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr,
-           COLS: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+           OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+           WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """A block of `ROWS` rows with a strip of blocks of `COLS` columns of one sample: their part of the sums.
 
     Strips of ``long`` blocks come first, ``long_x`` of x and ``long_y`` of y, and then those of ``short`` blocks, of
     which ``short_x`` are of x: what is left at the end is little for each multiprocessor.
 
     ``totals`` (b, row_tiles, strips): of pairs i > j. ``grads`` (strips, b, rows, WIDTH): what these columns add to the
-    gradient. Without `ALL` sums are left out whose coefficient is 0. With `HELD` tensor cores take the rows' points
-    from registers.
+    gradient. Without `ALL` sums are left out whose coefficient is 0.
     """
     pid = tl.program_id(0) % (row_tiles * strips)
     item = (tl.program_id(0) // (row_tiles * strips)).to(tl.int64)
@@ -521,9 +520,6 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
         a_lo = tl.load(lo + i[:, None] * WIDTH + d[None, :])
     if UPCAST:
         a, a_lo = a.to(tl.float32), a_lo.to(tl.float32)
-    elif HELD:  # what comes from memory as it is Triton leaves in shared memory
-        a = a.to(tl.int16, bitcast=True).to(TYPE, bitcast=True)
-        a_lo = a_lo.to(tl.int16, bitcast=True).to(TYPE, bitcast=True)
     total = tl.zeros((ROWS,), tl.float64)
     most = tl.full((ROWS,), 1e-30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
