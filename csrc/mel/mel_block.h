@@ -17,10 +17,11 @@
 //     power    -- sparse filters, log ---------------------------------->  v    [M][F | 1], over z
 //     v        -- range, affine, DCT ---------------------------------->  features, coalesced in either layout
 //
-// Note: [Cost on a GPU], per frame at 400 / 160 / 80, counted, not measured
+// Note: [Cost on a GPU], per frame at 400 / 160 / 80
 //   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
-//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: 620 of a warp for
-//   32 frames each, at most four a cycle: 155 cycles, 1.5 G frames/s with all 132. benchmarks/results/README.md has the parts.
+//   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: about 645 of a
+//   warp for 32 frames each, at most four a cycle: 161 cycles. Measured on an H200: 1.03 G frames/s. benchmarks/results/README.md has
+//   the parts.
 #pragma once
 
 #include <type_traits>

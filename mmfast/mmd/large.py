@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmfast._backend import on_device_of
 from mmfast.mmd.bandwidth import MeanDistance
 from mmfast.mmd.estimators import coefficients, constant
 from mmfast.mmd.kernels import Kernel, fixed_terms
@@ -43,17 +44,17 @@ class Way:
     def compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The value, without dimensions, and what its gradient needs."""
         value, sums = torch.empty_like(self.like_value), torch.empty_like(self.like_sums)
-        with self.launches.on_device_of(x):
+        with on_device_of(x):
             return value, self.launches.forward(self.plan, x, y, self.params, self.coefs, value, sums)
 
     def differentiate(self, grad: Tensor, x: Tensor, y: Tensor, room: Tensor, need_x: bool, need_y: bool):
-        with self.launches.on_device_of(x):
+        with on_device_of(x):
             by_x, by_y = self.launches.backward(self.plan, room, grad, x, y, (need_x, need_y), x.dtype)
         return by_x if need_x else None, by_y if need_y else None
 
     def differentiate_twice(self, grad: Tensor, x: Tensor, y: Tensor, room: Tensor, need_x: bool, need_y: bool):
         """The gradients, by the operator that has derivatives itself."""
-        with self.launches.on_device_of(x):
+        with on_device_of(x):
             units = self.launches.backward(self.plan, room, None, x, y, (need_x, need_y), torch.float32)
         units = [unit[None] if needed else unit for unit, needed in zip(units, (need_x, need_y), strict=True)]
         params = self.plan.of_gradient(room)[0][0]

@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast._backend import on_device_of
 from mmfast._launch import launch
 from mmfast.mmd import triton_narrow, triton_narrow_launch
 from mmfast.mmd.bandwidth import least_length
@@ -47,8 +46,6 @@ from mmfast.mmd.triton_points import (
 )
 from mmfast.mmd.triton_sweep import _inside
 from mmfast.mmd.triton_terms import _not_negative, _terms
-
-__all__ = ["backward", "forward", "is_refused", "on_device_of", "plan", "quadratic", "takes"]
 
 # From how many rows on: with gradients, and for values alone, which have to have that many features too.
 LEAST_ROWS, LEAST_ROWS_OF_VALUES, LEAST_FEATURES_OF_VALUES = 4096, 16384, 512
@@ -390,7 +387,7 @@ class Plan:
         self.rows = self.second + padded(m, _TILE_COLS)
         self.split = self.second // _TILE_COLS
         self.first_strips = triton.cdiv(self.split, _STRIP)
-        self.number_room = padded(6 + 3 * len(families), 16)
+        self.number_room = padded(triton_narrow.FIRST_NUMBER.value, 16)  # those of terms are for ladders
         self.centred = not kind.raw and not self.dot
         self.scratch, self.kept, self.steps = _Room(), _Room(), []
         self._add_rooms()
