@@ -16,7 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 export MAX_JOBS
 
-.PHONY: test bench speech setup lint format docs native-test triton-test sanitize cuda-compile cuda-report gpu clean
+.PHONY: test bench speech setup lint format docs native-test triton-test sanitize cuda-compile cuda-report gpu gpu-memcheck gpu-racecheck clean
 
 # Two processes share the tests. Their threads give way while they wait: there may be more of them than cores. So inductor
 # need not start processes of its own to compile in.
@@ -111,21 +111,27 @@ cuda-report: $(VENV)/torch.stamp
 	cmake --build $(BUILD)/cuda-report --clean-first $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) | $(PY) cmake/cuda_report.py
 
 # On a machine with a GPU, in the Python environment that is active: nothing is installed or downloaded but the extension,
-# which is built in place.
+# which is built in place. With pytest-xdist several processes share the tests: most of their time is Triton's compiler.
 ACTIVE ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
+GPU_WORKERS ?= $(shell n=$$(nproc); echo $$((n > 10 ? 10 : n)))
+GPU_PARALLEL = $(shell $(ACTIVE) -c 'import xdist' 2> /dev/null && printf '%s' '-n $(GPU_WORKERS) --dist worksteal')
+GPU_BENCH_ARGS ?= --quick --memory '*' --prepare $(GPU_WORKERS)
 SANITIZE ?= $(if $(shell command -v compute-sanitizer),memcheck racecheck)
-# Triton has lanes that hold the same number all write it to one place, where it goes from one layout to another:
-# hazards to racecheck, which is for the kernels of CUDA C++, whose order is in the sources.
-memcheck_TESTS = tests/test_mel_cuda.py tests/test_mmd_cuda.py tests/test_fusion_cuda.py -k same_bits
-racecheck_TESTS = tests/test_mel_cuda.py tests/test_mmd_cuda.py tests/test_fusion_cuda.py \
-    -k '(same_bits and (test_mel_cuda or 500-500-3 or tiny)) or test_tiny_heads_by_recordings'
 gpu:
 	MMFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} $(ACTIVE) setup.py build_ext --inplace
-	MMFAST_REQUIRE_CUDA=1 MMFAST_REQUIRE_NATIVE=1 $(ACTIVE) -m pytest -m cuda $(PYTEST_ARGS)
-	$(foreach tool,$(SANITIZE),compute-sanitizer --tool $(tool) --error-exitcode 9 --target-processes all $(ACTIVE) -m pytest -q -m cuda $($(tool)_TESTS) && )true
+	OMP_NUM_THREADS=1 MMFAST_REQUIRE_CUDA=1 MMFAST_REQUIRE_NATIVE=1 $(ACTIVE) -m pytest -m cuda $(GPU_PARALLEL) $(PYTEST_ARGS)
+	$(if $(SANITIZE),$(MAKE) --jobs --output-sync $(SANITIZE:%=gpu-%))
 	name=$$($(ACTIVE) -c 'import datetime, torch; print(torch.cuda.get_device_name().replace(" ", "-"), datetime.date.today(), sep="-")') && \
-	{ $(ACTIVE) -m benchmarks --device cuda --out benchmarks/out/$$name; status=$$?; \
+	{ $(ACTIVE) -m benchmarks --device cuda $(GPU_BENCH_ARGS) --out benchmarks/out/$$name; status=$$?; \
 	  cp benchmarks/out/$$name/rows.jsonl benchmarks/results/$$name.jsonl && exit $$status; }
+
+# Triton has lanes that hold the same number all write it to one place, where it goes from one layout to another:
+# hazards to racecheck, which is for the kernels of CUDA C++, whose order is in the sources.
+gpu-memcheck: SANITIZED = -k same_bits
+gpu-racecheck: SANITIZED = -k '(same_bits and (test_mel_cuda or 500-500-3 or tiny)) or test_tiny_heads_by_recordings'
+gpu-memcheck gpu-racecheck: gpu-%:
+	compute-sanitizer --tool $* --error-exitcode 9 --target-processes all $(ACTIVE) -m pytest -q -m cuda \
+	    tests/test_mel_cuda.py tests/test_mmd_cuda.py tests/test_fusion_cuda.py $(SANITIZED)
 
 clean:
 	rm -rf $(BUILD) $(VENV) *.egg-info mmfast/_C.*.so

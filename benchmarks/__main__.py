@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, help="rounds in place of those of --quick or --full")
     p.add_argument("--pause", type=float, metavar="S", help="seconds of sleep before each turn (default 0.15)")
     p.add_argument("--memory", metavar="A,B", help="providers whose peak memory is measured; '' for none")
+    p.add_argument(
+        "--prepare", type=int, metavar="N", help="first N processes at once call all that compiles (prepare.py)"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--thp", action="store_true", help="start again with THP_MEM_ALLOC_ENABLE=1: huge pages for tensors")
@@ -124,7 +127,7 @@ def _settings(args: argparse.Namespace, **other):
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from benchmarks import cases, providers, report, stages, suite, sweeps
+    from benchmarks import cases, prepare, providers, report, stages, suite, sweeps
 
     chosen = [] if args.sweeps and args.cases is None else cases.select(args.slices, args.cases, args.device)
     chosen += sweeps.select(args.slices) if args.sweeps else []
@@ -140,6 +143,8 @@ def _measure(args: argparse.Namespace) -> int:
         raise ValueError(f"--providers: none of {args.providers} can run here")
     settings = _settings(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.prepare and settings.rounds:
+        prepare.ahead(chosen, available, settings.modes, settings.device, args.prepare)
     rows = _kept(suite.run(chosen, available, settings), args.out / "rows.jsonl") if settings.rounds else []
     if not rows and not args.stages:
         raise ValueError("no provider chosen computes any case chosen in this mode")

@@ -1,6 +1,6 @@
-"""Peak extra memory of one call, in a process of its own.
+"""Peak extra memory of one call, on a CPU in a process of its own.
 
-``python -m benchmarks.memory CASE PROVIDER MODE DEVICE THREADS SEED`` prints the JSON of `measure`. The process calls
+``python -m benchmarks.memory CASE PROVIDER MODE THREADS SEED`` prints the JSON of `measure`. The process calls
 once to load libraries and compile, gives all free memory back, resets the kernel's high-water mark and calls again.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 
-def in_fresh_process(case: str, provider: str, mode: str, device: str, threads: int, seed: int) -> dict[str, Any]:
+def in_fresh_process(case: str, provider: str, mode: str, threads: int, seed: int) -> dict[str, Any]:
     """`measure` in a new interpreter; ``{"error": ...}`` when that fails.
 
     The allocator gives every block of 128 KiB or more back when it is freed: no call hides in what another left.
     """
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    command = [sys.executable, "-m", "benchmarks.memory", case, provider, mode, device, str(threads), str(seed)]
+    command = [sys.executable, "-m", "benchmarks.memory", case, provider, mode, str(threads), str(seed)]
     root = Path(__file__).resolve().parent.parent
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=root)
@@ -34,7 +34,7 @@ def in_fresh_process(case: str, provider: str, mode: str, device: str, threads: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(case_name: str, provider_name: str, mode: str, device: str, threads: int, seed: int) -> dict[str, Any]:
+def measure(case_name: str, provider_name: str, mode: str, threads: int, seed: int) -> dict[str, Any]:
     """Bytes: ``extra`` at the peak above what was resident before, without the results; ``output`` of the results;
     ``kept`` after the first call and its clean-up (tables, plans, scratch, libraries); and the ``method``.
 
@@ -46,11 +46,9 @@ def measure(case_name: str, provider_name: str, mode: str, device: str, threads:
 
     torch.set_num_threads(threads)
     case, provider = sweeps.find(case_name), providers.every()[provider_name]
-    upstream = case.upstream(seed, device)
-    run = provider.build(case, device).call(mode, case.inputs(seed, device), upstream)
+    upstream = case.upstream(seed)
+    run = provider.build(case, "cpu").call(mode, case.inputs(seed), upstream)
     del upstream
-    if device.startswith("cuda"):
-        return _measure_cuda(run)
     _settle()
     before = _status("RssAnon")
     run()
@@ -60,27 +58,32 @@ def measure(case_name: str, provider_name: str, mode: str, device: str, threads:
     start = _status("VmRSS") if method == "VmHWM" else _max_rss()
     results = run()
     peak = _status("VmHWM") if method == "VmHWM" else _max_rss()
-    output = _size(results)
+    output = size(results)
     return {"extra": max(0, peak - start - output), "output": output, "kept": max(0, kept), "method": method}
 
 
-def _measure_cuda(run) -> dict[str, Any]:
+def allocated(device: str) -> int:
+    """Bytes of torch's allocator on a GPU, 0 on a CPU."""
     import torch
 
-    before = torch.cuda.memory_allocated()
-    run()
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def of_call(run, kept: int) -> dict[str, Any]:
+    """The same as `measure` of a call on the current GPU that was made before, and left ``kept`` bytes there."""
+    import torch
+
     torch.cuda.synchronize()
-    kept = torch.cuda.memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    results = run()
+    output = size(run())
     torch.cuda.synchronize()
-    output = _size(results)
     extra = torch.cuda.max_memory_allocated() - start - output
     return {"extra": max(0, extra), "output": output, "kept": max(0, kept), "method": "max_memory_allocated"}
 
 
-def _size(results) -> int:
+def size(results) -> int:
+    """Bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in results)
 
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ class Settings:
         calls: most timed calls of one turn.
         burst: seconds after which a turn ends.
         budget: seconds that one provider may take for a case and mode; it still gets ``least_rounds`` turns.
-        pause: seconds of sleep before each turn, in which other libraries' idle threads stop spinning.
-        memory: patterns of the providers whose memory is measured, each in a process of its own.
+        pause: seconds of sleep before each turn, in which other libraries' idle threads stop spinning; not on a GPU.
+        memory: patterns of the providers whose memory is measured, on a CPU each in a process of its own.
     """
 
     rounds: int = 15
@@ -59,6 +60,7 @@ class _Turn:
     call: Callable[[], tuple[torch.Tensor, ...]]
     error: dict[str, float] | None
     first_call: float
+    kept: int = 0  # bytes on the GPU after the first call
     again: float = 0.0
     rounds: list[list[float]] = field(default_factory=list)
     spent: float = 0.0
@@ -83,14 +85,16 @@ def run(
         "roofline": roof or roofline.measure(settings.device, dtypes=[_dtype(case) for case in cases]),
     }
     with tqdm(total=len(jobs), disable=not progress, unit="case", file=sys.stderr) as bar:
-        for case, mode in jobs:
-            bar.set_description(f"{case.name} {mode}")
-            chosen = [p for p in providers if p.supports(case, mode) and p.runs(case, settings.device)]
-            yield from _rows(case, mode, chosen, settings, common, bar)
-            bar.update()
+        for case, of_case in groupby(jobs, key=itemgetter(0)):
+            inputs = case.inputs(settings.seed, settings.device)  # long signals take seconds to invent
+            for _, mode in of_case:
+                bar.set_description(f"{case.name} {mode}")
+                chosen = [p for p in providers if p.supports(case, mode) and p.runs(case, settings.device)]
+                yield from _rows(case, mode, inputs, chosen, settings, common, bar)
+                bar.update()
 
 
-def _rows(case, mode: str, providers: list[Provider], settings: Settings, common: dict, bar) -> Iterator[dict]:
+def _rows(case, mode: str, inputs, providers: list[Provider], settings: Settings, common, bar) -> Iterator[dict]:
     head = {
         **common,
         "slice": case.slice,
@@ -100,33 +104,36 @@ def _rows(case, mode: str, providers: list[Provider], settings: Settings, common
         **case.facts(),
         **sweeps.facts(case),
     }
-    turns, failures = _make_ready(case, mode, providers, settings)
+    turns, failures = _make_ready(case, mode, inputs, providers, settings)
     _interleave(turns, settings, case, mode, bar)
-    peaks = _memory(case, mode, [t.provider for t in turns], settings, bar)
+    peaks = _memory(case, mode, turns, settings, bar)
     for turn in turns:
         yield head | _row(turn, case, mode, common["roofline"], peaks.get(turn.provider.name))
     for provider, reason in failures:
         yield head | {"provider": provider.name, "version": provider.version(), "failed": reason}
 
 
-def _make_ready(case, mode: str, providers: list[Provider], settings: Settings) -> tuple[list[_Turn], list]:
+def _make_ready(case, mode: str, inputs, providers: list[Provider], settings: Settings) -> tuple[list[_Turn], list]:
     """Builds every provider, calls it once (libraries load, compilers compile) and compares with float64."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # a fresh set of compiled graphs for each case: no recompilation limit is met
-    inputs, upstream = case.inputs(settings.seed, settings.device), case.upstream(settings.seed, settings.device)
+    upstream = case.upstream(settings.seed, settings.device)
     gold = case.gold(inputs, upstream if mode == "backward" else None)
     turns, failures = [], []
     for provider in providers:
         try:
             start = time.perf_counter()
             call = provider.build(case, settings.device).call(mode, inputs, upstream)
+            before = memory.allocated(settings.device)
             results = call()
             _wait(settings.device)
             first = time.perf_counter() - start
+            kept = memory.allocated(settings.device) - before - memory.size(results)
             error = (
                 None if gold is None else errors(results[: len(gold)] if isinstance(gold, tuple) else results[0], gold)
             )
-            turns.append(_Turn(provider, call, error, first, again=first))
+            del results  # else the next one's memory is counted from here
+            turns.append(_Turn(provider, call, error, first, kept, again=first))
         except Exception as error:  # a peer may fail in any way; the row says how
             failures.append((provider, f"{type(error).__name__}: {error}".splitlines()[0]))
     return turns, failures
@@ -140,7 +147,8 @@ def _interleave(turns: list[_Turn], settings: Settings, case, mode: str, bar) ->
         for turn in turns:
             if turn.spent > settings.budget and index >= settings.least_rounds:
                 continue
-            time.sleep(settings.pause)
+            if settings.device == "cpu":
+                time.sleep(settings.pause)
             begin, cpu = time.perf_counter(), machine.cpu_seconds()
             if turn.again < 5 * settings.burst:  # a longer call brings its own data into the caches
                 turn.call()
@@ -192,15 +200,19 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _memory(case, mode: str, providers: list[Provider], settings: Settings, bar) -> dict[str, dict]:
-    """Peak memory by provider, in processes of their own; nothing is being timed, so they run beside each other."""
-    wanted = [p.name for p in providers if any(fnmatchcase(p.name, g) for g in settings.memory)]
+def _memory(case, mode: str, turns: list[_Turn], settings: Settings, bar) -> dict[str, dict]:
+    """Peak memory by provider. On a GPU its allocator counts; on a CPU each has a process of its own: nothing is being
+    timed, so they run beside each other."""
+    wanted = [t for t in turns if any(fnmatchcase(t.provider.name, g) for g in settings.memory)]
     bar.set_postfix_str("memory")
+    if settings.device.startswith("cuda"):
+        return {t.provider.name: memory.of_call(t.call, t.kept) for t in wanted}
+    names = [t.provider.name for t in wanted]
     threads = torch.get_num_threads()
     stored = case.same_shapes_as or case.name  # what a fresh process finds
-    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // threads, len(wanted)))) as pool:
-        measure = lambda name: memory.in_fresh_process(stored, name, mode, settings.device, threads, settings.seed)  # noqa: E731
-        return dict(zip(wanted, pool.map(measure, wanted), strict=True))
+    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // threads, len(names)))) as pool:
+        measure = lambda name: memory.in_fresh_process(stored, name, mode, threads, settings.seed)  # noqa: E731
+        return dict(zip(names, pool.map(measure, names), strict=True))
 
 
 def errors(

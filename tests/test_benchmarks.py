@@ -7,6 +7,7 @@ import dataclasses
 import json
 import xml.etree.ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, machine, memory, providers, readme_bench, report, roofline, suite
+from benchmarks import cases, compare, machine, memory, prepare, providers, readme_bench, report, roofline, suite
 
 ALL = providers.every()
 MEL = cases.select(["mel"]) + cases.select(["mel"], "smoke-2x0.2s")
@@ -201,6 +202,27 @@ def test_failing_provider_costs_the_others_nothing(forward, reason):
     assert f"smoke-2x0.2s forward broken: {reason}" in report.tables(rows)
 
 
+def test_what_compiles_is_called_ahead_in_processes(monkeypatch, capfd):
+    """Each mode of each provider that can, whatever another one does; a case that cannot be made says so."""
+    modes = []
+
+    class Counted(Broken):
+        def __init__(self):
+            super().__init__(lambda x: modes.append(x.requires_grad) or x)
+
+    class Failing(Broken):
+        def __init__(self):
+            super().__init__(lambda x: 1 / 0)
+
+    monkeypatch.setattr(providers, "every", lambda: {"failing": Failing(), "counted": Counted()})
+    prepare.one("cpu", "forward,backward", "failing,counted", "smoke-2x0.2s")
+    assert modes == [False, True]
+    prepare.ahead([cases.CASES["smoke-2x0.2s"]], [ALL["reference"]], ("forward",), "cpu", 1)
+    assert capfd.readouterr().err == ""
+    prepare.ahead([SimpleNamespace(name="nowhere")], [ALL["reference"]], ("forward",), "cpu", 1)
+    assert "nowhere: not prepared" in capfd.readouterr().err
+
+
 def test_wrong_numbers_show_in_the_error_column():
     case = cases.CASES["smoke-2x0.2s"]
     settings = suite.Settings(rounds=1, calls=1, pause=0, memory=(), modes=("forward",))
@@ -322,7 +344,7 @@ def test_plot_text_reads_on_light_and_dark_pages(tmp_path):
 def test_peak_memory_of_the_reference_holds_its_spectrogram():
     """The reference allocates at least the complex spectrum of 4 × 30 s; what it returns does not count."""
     case = cases.CASES["mel2048-4x30s"]
-    peak = memory.in_fresh_process(case.name, "reference", "forward", "cpu", 1, 0)
+    peak = memory.in_fresh_process(case.name, "reference", "forward", 1, 0)
     assert peak["output"] == 4 * 128 * case.frames
     if peak["method"] == "VmHWM":
         spectrum = case.frames * 1025 * 8
@@ -330,7 +352,18 @@ def test_peak_memory_of_the_reference_holds_its_spectrogram():
 
 
 def test_memory_of_a_failing_process_says_why():
-    assert "KeyError" in memory.in_fresh_process("no-such-case", "reference", "forward", "cpu", 1, 0)["error"]
+    assert "KeyError" in memory.in_fresh_process("no-such-case", "reference", "forward", 1, 0)["error"]
+
+
+@pytest.mark.cuda
+def test_peak_memory_on_a_gpu_is_the_allocators():
+    case = cases.CASES["mel2048-4x30s"]
+    settings = suite.Settings(rounds=1, calls=1, memory=("ref*",), modes=("forward",), device="cuda")
+    chosen = [ALL["mmfast"], ALL["reference"]]
+    of = {row["provider"]: row["memory"] for row in suite.run([case], chosen, settings, progress=False, roof=ROOF)}
+    spectrum = case.frames * 1025 * 8
+    assert of["mmfast"] is None and of["reference"]["output"] == 4 * 128 * case.frames
+    assert spectrum < of["reference"]["extra"] < 8 * spectrum
 
 
 def test_machine_and_roofline():
