@@ -171,7 +171,10 @@ class AttentionCase(_Attention):
     def attend(self, inputs: Sequence[Tensor], masks: tuple, backend: str | None) -> Tensor:
         """`compute` with the ``masks`` of `source_masks`."""
         query, pairs, gates = self.parts(inputs)
-        sources = [Source(*kv, *mask, gate=g) for kv, mask, g in zip(pairs, masks, gates, strict=True)]
+        sources = [  # a pair where there are but keys and values, as one would write it
+            kv if g is mask[0] is mask[1] is None else Source(*kv, *mask, gate=g)
+            for kv, mask, g in zip(pairs, masks, gates, strict=True)
+        ]
         return mmfast.cross_attention(query, sources, fusion=self.fusion, backend=backend)
 
     def gold(self, inputs: tuple[Tensor, ...], upstream: Tensor | None = None):

@@ -11,6 +11,12 @@ from mmfast.fusion import Source, direct
 pytestmark = pytest.mark.native
 
 
+def _attend(query, sources, fusion="joint", scale=None, causal=False, lse=False, weights=False, **changes):
+    """`direct.attention`, with arguments of `mmfast.cross_attention` in ``changes``."""
+    given = {"dropout_p": 0.0, "softcap": None, "return_lse": lse, "return_weights": weights, "backend": None}
+    return direct.attention(query, sources, fusion, scale, causal, *(given | changes).values())
+
+
 def _tensors(dtype=torch.float32, batches=(2, 2), heads=(4, 4), lengths=(5, 7), dims=(16, 24), requires_grad=False):
     tensors = [torch.randn(batches[0], heads[0], lengths[0], dims[0])]
     tensors += [torch.randn(batches[1], heads[1], n, d) for n in lengths[1:] for d in dims]
@@ -39,7 +45,7 @@ CASES = {
 def test_as_by_the_operators(name, scale, causal, monkeypatch):
     """The same bits: outputs, and gradients of all inputs."""
     tensors = _tensors(**CASES[name], requires_grad=True)
-    assert direct.attention(tensors[0], _pairs(tensors), "joint", scale, causal) is not None
+    assert _attend(tensors[0], _pairs(tensors), "joint", scale, causal) is not None
     results = []
     for way in ("direct", "operators"):
         if way == "operators":
@@ -88,7 +94,7 @@ def test_whatever_belongs_to_a_source(name, fusion, dtype, return_weights, monke
     tensors = _tensors(dtype, heads=heads, lengths=(5, 7, 9), requires_grad=True)
     sources, gates = _more(name, tensors, torch.float32 if name == "gate a head" else dtype)
     options = {"fusion": fusion, "return_lse": True, "return_weights": return_weights}
-    assert direct.attention(tensors[0], sources, fusion, None, False, True, return_weights) is not None
+    assert _attend(tensors[0], sources, fusion, None, False, True, return_weights) is not None
     results = []
     for way in ("direct", "operators"):
         if way == "operators":
@@ -126,7 +132,7 @@ def test_second_derivatives_of_gates_lses_and_weights():
 def test_ways_to_write_sources():
     query, key, value = _tensors()
     for sources in ((key, value), [(key, value)], ([key, value],), Source(key, value), [Source(key, value)]):
-        assert direct.attention(query, sources, "joint", None, False) is not None
+        assert _attend(query, sources, "joint", None, False) is not None
 
 
 def test_second_derivatives():
@@ -293,7 +299,7 @@ def test_left_to_others(what):
         query, source = query.to("meta"), (key.to("meta"), value.to("meta"))
     elif what == "negative":
         source = key, torch._neg_view(value)
-    assert direct.attention(query, [source], "joint", scale, False) is None
+    assert _attend(query, [source], "joint", scale, False) is None
 
 
 WRONG = {
@@ -336,21 +342,69 @@ WRONG = {
 def test_left_to_others_of_a_source(name, i):
     query, key, value = _tensors()
     source = Source(key, value)._replace(**{name: WRONG[name][i]})
-    assert direct.attention(query, [source], "decoupled", None, False) is None
-    assert direct.attention(query, [Source(key, value)], "decoupled", None, False) is not None
+    assert _attend(query, [source], "decoupled", None, False) is None
+    assert _attend(query, [Source(key, value)], "decoupled", None, False) is not None
 
 
 def test_left_to_others_together():
     query, key, value = _tensors()
     gate = Source(key, value, gate=torch.ones(4))
-    assert direct.attention(query, [gate], "joint", None, False) is None  # an error of others
-    assert direct.attention(query, [(key, value), (key[:, :2], value[:, :2])], "joint", None, False) is None
-    assert direct.attention(query, [(key, value), (key[:, :2], value[:, :2])], "decoupled", None, False) is not None
+    assert _attend(query, [gate], "joint", None, False) is None  # an error of others
+    assert _attend(query, [(key, value), (key[:, :2], value[:, :2])], "joint", None, False) is None
+    assert _attend(query, [(key, value), (key[:, :2], value[:, :2])], "decoupled", None, False) is not None
     long = [torch.randn(2, 4, 505, x.shape[3]) for x in (key, value)]
-    assert direct.attention(query, [(key, value), long], "decoupled", None, False) is None
-    assert direct.attention(query, [(key, value), long], "joint", None, False) is not None
-    assert direct.attention(query, [], "joint", None, False) is None
-    assert direct.attention(query, [(key, value)] * 17, "joint", None, False) is None
+    assert _attend(query, [(key, value), long], "decoupled", None, False) is None
+    assert _attend(query, [(key, value), long], "joint", None, False) is not None
+    assert _attend(query, [], "joint", None, False) is None
+    assert _attend(query, [(key, value)] * 17, "joint", None, False) is None
+
+
+@pytest.mark.parametrize("fusion", ["joint", "decoupled"])
+def test_what_is_returned(fusion):
+    """In the form that `mmfast.cross_attention` has when others return it."""
+
+    def form(x):
+        return type(x), tuple(map(form, x)) if isinstance(x, tuple) else (x.shape, x.dtype, x.requires_grad)
+
+    query, key, value = _tensors(requires_grad=True)
+    sources = [(key, value), Source(key, value)]
+    for lse in (False, True, 1):
+        for weights in (False, True, "mean"):
+            ours = _attend(query, sources, fusion, lse=lse, weights=weights)
+            expected = mmfast.cross_attention(
+                query, sources, fusion=fusion, return_lse=lse, return_weights=weights, backend="reference"
+            )
+            assert form(ours) == form(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout_p": 0.1},
+        {"dropout_p": 0},
+        {"dropout_p": "0"},
+        {"softcap": 2.0},
+        {"return_weights": "all"},
+        {"return_weights": 1},
+        {"backend": "cpu"},
+        {"backend": "triton"},
+        {"backend": 3},
+    ],
+)
+def test_left_to_others_for_options(changes):
+    query, key, value = _tensors()
+    assert _attend(query, [(key, value)]) is not None
+    assert _attend(query, [(key, value)], **changes) is None
+    for fusion in ("other", None, "join"):
+        assert _attend(query, [(key, value)], fusion) is None
+
+
+def test_errors_of_arguments_are_told():
+    query, key, value = _tensors()
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor with more than one value is ambiguous"):
+        mmfast.cross_attention(query, (key, value), return_lse=torch.ones(2))
+    with pytest.raises(TypeError, match="all arguments"):
+        direct.attention(query, (key, value))
 
 
 @pytest.mark.parametrize("where", ["environment", "autocast", "vmap", "grad", "dual", "fake"])
@@ -359,7 +413,7 @@ def test_left_to_others_where(where, monkeypatch):
     seen = []
 
     def attend(query):
-        seen.append(direct.attention(query, [(key, value)], "joint", None, False))
+        seen.append(_attend(query, [(key, value)]))
         return query.sum()
 
     if where == "environment":

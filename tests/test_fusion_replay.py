@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmfast import _backend
-from mmfast.fusion import Source, triton_direct
+from mmfast.fusion import Source, direct, triton_direct
 
 pytestmark = pytest.mark.native
 
@@ -47,7 +47,7 @@ ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 import torch
 
 from mmfast import _backend
-from mmfast.fusion import Source, triton_direct
+from mmfast.fusion import Source, direct, triton_direct
 from mmfast.fusion import recording as recording_of
 
 C, cpu = _backend._C, torch.device("cpu")
@@ -85,9 +85,14 @@ enter, leave = SimpleNamespace(calls=[]), SimpleNamespace(calls=[])
 runtime, kernel = SimpleNamespace(launch_enter_hook=enter, launch_exit_hook=leave), SimpleNamespace(pre_run_hooks=[])
 
 
-def attend(lse=True, **changes):
+def ask(sources, lse=True, **changes):
     given = {"fusion": "joint", "scale": None, "is_causal": False} | changes
-    return C.fusion_called(Source, x, [(key, value)], *given.values(), lse, True)
+    known = direct.attention(x, sources, *given.values(), 0.0, None, lse, False, "triton")
+    return C.fusion_called(x, sources, *given.values(), lse, True) if known is None else known
+
+
+def attend(lse=True, **changes):
+    return ask([(key, value)], lse, **changes)
 
 
 def keep(recording, tracked=True, flash=None, backward=backward, **changes):
@@ -100,7 +105,7 @@ def keep(recording, tracked=True, flash=None, backward=backward, **changes):
 known = keep(forward)
 out, lse = attend()
 assert out.stride() == (6, 6, 1, 2) and torch.equal(out.mT.flatten(), 2 * x.flatten())
-assert torch.equal(lse.flatten(), key.flatten()[:2] / 2)
+assert lse.shape == (1, 1, 2) and torch.equal(lse.flatten(), key.flatten()[:2] / 2)
 assert out.requires_grad and lse.requires_grad
 # Other calls are not known, nor is this one where somebody is to be told of launches.
 for changes in ({"fusion": "decoupled"}, {"scale": 0.5}, {"is_causal": True}, {"lse": False}):
@@ -109,8 +114,10 @@ for changes in ({"fusion": "decoupled"}, {"scale": 0.5}, {"is_causal": True}, {"
 with torch.no_grad():
     assert len(attend()) == 3
     untracked = keep(forward, tracked=False, lse=False)
-    again, nothing = attend(lse=False)
-    assert torch.equal(again, out) and nothing is None and not again.requires_grad
+    again = attend(lse=False)
+    assert torch.equal(again, out) and not again.requires_grad and not again.is_inference()
+with torch.inference_mode():
+    assert attend(lse=False).is_inference()
 for told in (enter.calls, leave.calls, kernel.pre_run_hooks):
     told.append(print)
     assert len(attend()) == 3
@@ -123,7 +130,7 @@ assert len(attend()) == 2
 with torch.autocast("cpu"):
     assert attend() is None
 os.environ["MMFAST_BACKEND"] = "reference"
-assert attend() is None
+assert C.fusion_called(x, [(key, value)], "joint", None, False, True, True) is None
 del os.environ["MMFAST_BACKEND"]
 
 # Not recorded yet: the plan is asked.
@@ -172,6 +179,11 @@ except RuntimeError as error:
     assert "CUDA's error 3" in str(error)
 else:
     raise AssertionError
+
+# Memory is filled where that is asked for.
+torch.use_deterministic_algorithms(True)
+assert recording([((2, 3), (1, 2))]).again([], 0)[0].isnan().all()
+torch.use_deterministic_algorithms(False)
 
 # Kernels of the extension, which say what they were given.
 def told(missing):
@@ -237,7 +249,7 @@ plan.number = backward.number
 
 
 def attend():
-    return C.fusion_called(Source, x, [(key, value), (other, other_value)], "joint", 0.25, False, True, True)
+    return ask([(key, value), (other, other_value)], scale=0.25)
 
 
 # Of the four that it is given, the second output is doubled and the first log-sum-exp halved.
@@ -247,11 +259,11 @@ known = C.fusion_keep_recorded(
 )
 out, lse = attend()
 torch.testing.assert_close(out, 2 * (x + 2))
-torch.testing.assert_close(lse[0], (x[..., 0] + 1) / 2)
+torch.testing.assert_close(lse, (x[..., 0] + 1) / 2)
 assert [s[2:] for s in seen] == [(False, 0.25)] * 2 and torch.equal(seen[1][0], other)
 before, seen[:] = plan.calls, []
 of_x, of_key, of_other = torch.autograd.grad(out, (x, key, other), up, retain_graph=True)
-assert plan.calls == before and all(torch.equal(s[0], out) and torch.equal(s[1], lse[0]) for s in seen)
+assert plan.calls == before and all(torch.equal(s[0], out) and torch.equal(s[1], lse) for s in seen)
 torch.testing.assert_close(of_x, 2 * up + 3)
 assert torch.equal(of_key, key + 1) and torch.equal(of_other, other + 1)
 
@@ -308,6 +320,14 @@ def _sources(name):
     }[name]  # fmt: skip
 
 
+def _called(query, sources, causal=False):
+    """What is known of a call, or else how it is called."""
+    known = direct.attention(query, sources, "decoupled", None, causal, 0.0, None, False, False, "triton")
+    if known is not None:
+        return known
+    return _backend._C.fusion_called(query, sources, "decoupled", None, causal, False, True)
+
+
 NAMES = ["one", "grouped", "shared query", "gate of queries", "gate of heads", "several"]
 
 
@@ -318,7 +338,7 @@ def test_written_out(name, tracked):
     query, sources, causal = _sources(name)
 
     def called():
-        return _backend._C.fusion_called(Source, query, sources, "decoupled", None, causal, False, True)
+        return _called(query, sources, causal)
 
     with torch.set_grad_enabled(tracked), sdpa_kernel(SDPBackend.MATH):  # which has second derivatives
         key, tensors, addresses = called()
@@ -327,8 +347,8 @@ def test_written_out(name, tracked):
         plan = triton_direct._Composed(query, given, 8**-0.5, causal)
         expected = plan(tensors, addresses).out
         plan.tell(key, tensors)
-        ours, lse = called()
-        assert lse is None and ours.dtype == query.dtype and ours.requires_grad is tracked
+        ours = called()
+        assert ours.dtype == query.dtype and ours.requires_grad is tracked
         torch.testing.assert_close(ours, expected)
         with torch.overrides.TorchFunctionMode():  # who is told of functions is told of this one
             assert len(called()) == 3
@@ -350,9 +370,9 @@ def test_gradient_of_a_gate_is_no_sum_in_half_precision():
     query, ones = torch.randn(1, 4, 256, 8).half(), torch.ones(1, 4, 5, 8).half()
     gate = torch.ones(1, 1, 1, 1).requires_grad_()
     source = Source(ones, ones, gate=gate)
-    key, tensors, _ = _backend._C.fusion_called(Source, query, source, "decoupled", None, False, False, True)
+    key, tensors, _ = _called(query, source)
     plan = triton_direct._Composed(query, [source], 0.3, False)
     plan.tell(key, tensors)
-    out, _ = _backend._C.fusion_called(Source, query, source, "decoupled", None, False, False, True)
+    out = _called(query, source)
     (grad,) = torch.autograd.grad(out, gate, torch.full_like(out, 100))
     torch.testing.assert_close(grad.squeeze(), torch.tensor(100.0 * out.numel()))

@@ -1,9 +1,12 @@
 // Binds the fusion slice: attention as Python has it, and its node in autograd's graph.
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -344,30 +347,34 @@ bool is_far(const Arguments& a, const Tensor& lse) {
     return lse.scalar_type() == at::kDouble ? any(lse.const_data_ptr<double>()) : any(lse.const_data_ptr<float>());
 }
 
-// `mmfast.cross_attention` of a query and sources as it has them: the output, the log-sum-exp of each softmax and, where
-// asked for, the weights. None for what `is_for_kernels` does not take, or where somebody has to see what is done.
-py::object direct(py::handle source_class, py::handle query, py::handle sources, bool decoupled, py::handle is_causal,
-                  py::handle scale, bool weights, bool mean) {
-    if (!nobody_looks_on() || !is_plain_type(query.ptr()) || backend_is_asked_for()) return py::none();
-    if (!PyBool_Check(is_causal.ptr()) || !(scale.is_none() || PyFloat_CheckExact(scale.ptr()))) return py::none();
+// The arguments of `attention` below, as they stand there.
+struct Asked {
+    PyObject *query, *sources, *fusion, *scale, *causal, *dropout, *softcap, *lse, *weights, *backend;
+};
+
+// On the CPU, by the kernels alone. Null, without an error, for what `is_for_kernels` does not take, or where somebody has to see
+// what is done.
+PyObject* attend_on_cpu(const Asked& asked, bool lse, bool weights) {
+    if (!nobody_looks_on() || backend_is_asked_for() || at::autocast::is_autocast_enabled(at::kCPU)) return nullptr;
+    if (!PyBool_Check(asked.causal) || !(asked.scale == Py_None || PyFloat_CheckExact(asked.scale))) return nullptr;
+    if (!PyUnicode_Check(asked.fusion)) return nullptr;
     Arguments a;
-    a.query = THPVariable_Unpack(query.ptr());
-    if (a.query.dim() != 4 || a.query.is_nested()) return py::none();
-    a.decoupled = decoupled;
-    a.causal = is_causal.ptr() == Py_True;
-    a.scale = scale.is_none() ? std::pow(double(a.query.size(3)), -0.5) : PyFloat_AS_DOUBLE(scale.ptr());
-    if (!std::isfinite(a.scale)) return py::none();
-    const auto is_source = [&](PyObject* x) {
-        return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(source_class.ptr());
-    };
-    PyObject* given = sources.ptr();
+    a.decoupled = PyUnicode_CompareWithASCIIString(asked.fusion, "decoupled") == 0;
+    if (!a.decoupled && PyUnicode_CompareWithASCIIString(asked.fusion, "joint") != 0) return nullptr;
+    a.query = THPVariable_Unpack(asked.query);
+    if (a.query.dim() != 4 || a.query.is_nested()) return nullptr;
+    a.causal = asked.causal == Py_True;
+    a.scale = asked.scale == Py_None ? std::pow(double(a.query.size(3)), -0.5) : PyFloat_AS_DOUBLE(asked.scale);
+    if (!std::isfinite(a.scale)) return nullptr;
+    PyObject* given = asked.sources;
     const bool one = is_source(given) || is_pair(given);
-    if (!one && !is_sequence(given)) return py::none();
+    if (!one && !is_sequence(given)) return nullptr;
     for (Py_ssize_t i = 0; i < (one ? 1 : PySequence_Fast_GET_SIZE(given)); ++i) {
         PyObject* source = one ? given : PySequence_Fast_GET_ITEM(given, i);
-        if (!(is_source(source) ? add_source(a, source) : add_pair(a, source))) return py::none();
+        if (!(is_source(source) ? add_source(a, source) : add_pair(a, source))) return nullptr;
     }
-    if (!is_for_kernels(a)) return py::none();
+    if (!is_for_kernels(a)) return nullptr;
+    const bool mean = PyUnicode_Check(asked.weights);
     vector<Tensor> results, each;
     {
         const py::gil_scoped_release release;
@@ -375,10 +382,47 @@ py::object direct(py::handle source_class, py::handle query, py::handle sources,
         if ((weights || results[0].requires_grad()) && is_far(a, results[1])) results.clear();
         else if (weights) each = weigh_followed(a, results[1], mean);
     }
-    if (results.empty()) return py::none();
-    if (weights) return py::make_tuple(results[0], results[1], each);
-    return py::make_tuple(results[0], results[1]);
+    if (results.empty()) return nullptr;
+    py::object their;
+    if (weights) their = py::tuple(py::cast(each));
+    return returned(std::move(results[0]), results[1], lse, !a.decoupled, their.ptr());
 }
+
+// `mmfast.cross_attention`, whose arguments these are, all of them by position: what it returns, of a call that may go straight to
+// the kernels. None for others.
+PyObject* attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    if (count != sizeof(Asked) / sizeof(PyObject*)) {
+        PyErr_SetString(PyExc_TypeError, "fusion_attention takes all arguments of cross_attention");
+        return nullptr;
+    }
+    Asked asked;
+    std::copy_n(arguments, count, &asked.query);
+    const auto& [query, sources, fusion, scale, causal, dropout, softcap, lse, weights, backend] = asked;
+    const bool weighs = weights != Py_False;
+    if (!is_plain_type(query) || softcap != Py_None || !PyFloat_CheckExact(dropout) ||
+        PyFloat_AS_DOUBLE(dropout) != 0 ||
+        (weighs && weights != Py_True &&
+         !(PyUnicode_Check(weights) && PyUnicode_CompareWithASCIIString(weights, "mean") == 0)) ||
+        torch::autograd::ForwardADLevel::try_get_by_idx(0))
+        Py_RETURN_NONE;
+    const int with_lse = PyObject_IsTrue(lse);
+    if (with_lse < 0) return nullptr;
+    const bool free = backend == Py_None;
+    const bool triton = PyUnicode_Check(backend) && PyUnicode_CompareWithASCIIString(backend, "triton") == 0;
+    const c10::Device at = THPVariable_Unpack(query).device();
+    PyObject* result = nullptr;
+    if (free && at.is_cpu()) result = attend_on_cpu(asked, with_lse, weighs);
+    else if ((free || triton) && (at.is_cuda() || at.is_cpu()) && !weighs)
+        result = attend_known({query, sources, fusion, scale, causal, bool(with_lse), free});
+    if (!result && !PyErr_Occurred()) Py_RETURN_NONE;
+    return result;
+    END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"fusion_attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&attention)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 // ---- One argument after the other, for the operators
 
@@ -406,6 +450,19 @@ std::tuple<Tensor, vector<Tensor>, vector<Tensor>, Tensor> differentiate(const A
 
 }  // namespace
 
+PyObject* returned(Tensor out, const Tensor& lses, bool lse, bool joint, PyObject* weights) {
+    if (!lse && !weights) return THPVariable_Wrap(std::move(out));
+    py::list result;
+    result.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out))));
+    if (lse) {
+        const vector<Tensor> each = lses.unbind();
+        if (joint) result.append(each[0]);
+        else result.append(py::tuple(py::cast(each)));
+    }
+    if (weights) result.append(py::handle(weights));
+    return py::tuple(std::move(result)).release().ptr();
+}
+
 void bind_fusion_replay(py::module_& m);
 void bind_fusion_tiny(py::module_& m);
 
@@ -415,7 +472,7 @@ void bind_fusion(py::module_& m) {
     m.attr("fusion_most_sources") = fusion::kMostSources;
     m.attr("fusion_far") = fusion::kFar;
     py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
-    m.def("fusion_direct", &direct);
+    if (PyModule_AddFunctions(m.ptr(), methods)) throw py::error_already_set();
     m.def("fusion_attend", &attend_followed, Release());
     m.def("fusion_forward", &fusion::attend, Release());
     m.def("fusion_backward", &differentiate, Release());

@@ -1,14 +1,20 @@
 // Launches of compiled kernels made again, from one call: what mmfast/fusion/recording.py has written down, and a node of
 // autograd's graph that needs no Python in the backward pass. The driver is asked for by name at run time, so that nothing here
 // needs CUDA to be built.
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,10 +23,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <unordered_map>
 
@@ -63,6 +69,18 @@ struct Driver {
 struct Room {
     vector<int64_t> sizes, strides;
     at::ScalarType type;
+
+    // at::empty_strided on the current device, without the dispatcher.
+    Tensor make(const at::Device& device) const {
+        const at::Context& context = at::globalContext();
+        if (!(device.is_cpu() || device.is_cuda()) ||
+            (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()))
+            return at::empty_strided(sizes, strides, at::TensorOptions().device(device).dtype(type));
+        c10::Allocator* const allocator =
+            device.is_cpu() ? c10::GetCPUAllocator() : at::detail::getCUDAHooks().getCUDADeviceAllocator();
+        const auto kind = device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+        return Tensor(at::detail::empty_strided_generic(sizes, strides, allocator, c10::DispatchKeySet(kind), type));
+    }
 };
 
 struct Launch {
@@ -77,7 +95,7 @@ struct Launch {
 class Recording {
 public:
     Recording(vector<std::tuple<vector<int64_t>, vector<int64_t>, at::ScalarType>> rooms, at::Device device)
-        : options_(at::TensorOptions().device(device)) {
+        : device_(device) {
         for (auto& [sizes, strides, type] : rooms) rooms_.push_back({std::move(sizes), std::move(strides), type});
         Driver::get().get_context(&context_);
     }
@@ -86,21 +104,23 @@ public:
         launches_.push_back({function, grid, threads, shared, std::move(arguments), std::move(pointers)});
     }
     // The memory that was made, for inputs at these addresses.
-    vector<Tensor> again(vector<uint64_t> where, uint64_t stream) const {
+    vector<Tensor> again(at::ArrayRef<uint64_t> inputs, uint64_t stream) const {
+        const c10::OptionalDeviceGuard guard(device_.is_cpu() ? std::nullopt : std::optional(device_));
+        c10::SmallVector<uint64_t, 24> where(inputs.begin(), inputs.end());
         vector<Tensor> made;
         made.reserve(rooms_.size());
         for (const Room& room : rooms_) {
-            made.push_back(at::empty_strided(room.sizes, room.strides, options_.dtype(room.type)));
+            made.push_back(room.make(device_));
             where.push_back(reinterpret_cast<uint64_t>(made.back().const_data_ptr()));
         }
         const Driver& driver = Driver::get();
         void* current = nullptr;
         driver.get_context(&current);
         if (!current) driver.set_context(context_);  // a thread of autograd that has not met the device yet
-        vector<uint64_t> arguments;
-        vector<void*> places;
+        c10::SmallVector<uint64_t, 96> arguments;
+        c10::SmallVector<void*, 96> places;
         for (const Launch& launch : launches_) {
-            arguments = launch.arguments;
+            arguments.assign(launch.arguments.begin(), launch.arguments.end());
             for (const auto& [i, of] : launch.pointers) arguments[i] = where[of];
             places.clear();
             for (uint64_t& argument : arguments) places.push_back(&argument);
@@ -116,37 +136,41 @@ public:
 private:
     vector<Room> rooms_;
     vector<Launch> launches_;
-    at::TensorOptions options_;
+    at::Device device_;
     void* context_ = nullptr;
 };
 
 // ---- What of tensors a launch depends on
 
 struct Description {
-    vector<int64_t> what;
-    vector<uint64_t> addresses;
+    c10::SmallVector<int64_t, 128> what;
+    c10::SmallVector<uint64_t, 16> addresses;
 
-    std::string key() const { return {reinterpret_cast<const char*>(what.data()), what.size() * sizeof(int64_t)}; }
+    std::string_view key() const { return {reinterpret_cast<const char*>(what.data()), what.size() * sizeof(int64_t)}; }
+    // Adds dtypes, sizes, strides, alignment, whether autograd follows them, and which lie at the same address. False where one of
+    // them is not plain memory of the device.
+    bool add(at::TensorList tensors, int64_t device) {
+        for (const Tensor& t : tensors) {
+            if (!holds_its_values(t) || (t.device().is_cpu() ? -1 : t.get_device()) != device) return false;
+            const auto address = reinterpret_cast<uint64_t>(t.const_data_ptr());
+            const int64_t same = std::find(addresses.begin(), addresses.end(), address) - addresses.begin();
+            addresses.push_back(address);
+            what.push_back(int64_t(t.scalar_type()) << 32 | int64_t(address % 16) << 24 | t.dim() << 16 | same << 1 |
+                           int64_t(t.requires_grad()));
+            what.append(t.sizes().begin(), t.sizes().end());
+            what.append(t.strides().begin(), t.strides().end());
+        }
+        return true;
+    }
 };
 
-// Dtypes, sizes, strides, alignment, whether autograd follows them, and which lie at the same address. Nothing where one of
-// them is not plain memory of the device.
-std::optional<Description> describe(const vector<Tensor>& tensors, int64_t device) {
-    Description result;
-    auto& [what, at] = result;
-    what.reserve(10 * tensors.size());
-    for (const Tensor& t : tensors) {
-        if (!holds_its_values(t) || (t.device().is_cpu() ? -1 : t.get_device()) != device) return std::nullopt;
-        const auto address = reinterpret_cast<uint64_t>(t.const_data_ptr());
-        const int64_t same = std::find(at.begin(), at.end(), address) - at.begin();
-        at.push_back(address);
-        what.push_back(int64_t(t.scalar_type()) << 32 | int64_t(address % 16) << 24 | t.dim() << 16 | same << 1 |
-                       int64_t(t.requires_grad()));
-        what.insert(what.end(), t.sizes().begin(), t.sizes().end());
-        what.insert(what.end(), t.strides().begin(), t.strides().end());
-    }
-    return result;
-}
+// Of maps whose keys are those of descriptions.
+struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view key) const { return std::hash<std::string_view>()(key); }
+};
+template <class T>
+using ByKey = std::unordered_map<std::string, T, Hash, std::equal_to<>>;
 
 // ---- What Python passes
 
@@ -165,24 +189,21 @@ int64_t same_bits(double x) {
     return bits;
 }
 
-// The tensors of a query and of sources, query first; what each source has is added to ``has``. Nothing for what others have to look
+using Tensors = c10::SmallVector<Tensor, 8>;
+
+// Adds the tensors of a query and of sources, query first, and to ``has`` what each source has. False for what others have to look
 // at. As `_parts` in mmfast/fusion/triton_direct.py.
-std::optional<vector<Tensor>> parts_of(py::handle source_class, py::handle query_object, py::handle sources,
-                                       vector<int64_t>& has) {
-    if (!is_plain_type(query_object.ptr())) return std::nullopt;
-    const Tensor query = THPVariable_Unpack(query_object.ptr());
-    if (query.is_nested() || query.dim() != 4) return std::nullopt;
-    vector<Tensor> tensors{query};
-    const auto is_source = [&](PyObject* x) {
-        return Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(source_class.ptr());
-    };
-    PyObject* given = sources.ptr();
+bool add_parts(PyObject* query_object, PyObject* given, Tensors& tensors, Description& has) {
+    if (!is_plain_type(query_object)) return false;
+    const Tensor& query = THPVariable_Unpack(query_object);
+    if (query.is_nested() || query.dim() != 4) return false;
+    tensors.push_back(query);
     const bool one = is_source(given) || (PyTuple_CheckExact(given) && is_pair(given));
-    if (!one && !is_sequence(given)) return std::nullopt;
+    if (!one && !is_sequence(given)) return false;
     for (Py_ssize_t i = 0; i < (one ? 1 : PySequence_Fast_GET_SIZE(given)); ++i) {
         PyObject* source = one ? given : PySequence_Fast_GET_ITEM(given, i);
         const bool whole = is_source(source);
-        if (!whole && !is_pair(source)) return std::nullopt;
+        if (!whole && !is_pair(source)) return false;
         int64_t bits = 0;
         double number = 0;
         for (int place = 0; place < (whole ? 6 : 2); ++place) {  // key, value, mask, lengths, bias, gate
@@ -190,26 +211,28 @@ std::optional<vector<Tensor>> parts_of(py::handle source_class, py::handle query
             if (part == Py_None) continue;
             const bool gate = place == 5;
             if (is_plain_type(part)) {
-                Tensor t = THPVariable_Unpack(part);
-                if (t.is_nested()) return std::nullopt;
-                std::optional<Tensor> four = t;  // lengths have one dimension, keys and values all of them
-                if (place < 2 && t.dim() != 4) four = std::nullopt;
-                else if (place == 2 || place > 3) four = in_four(t, gate, query);
-                if (!four) return std::nullopt;
-                tensors.push_back(*four);
+                const Tensor& t = THPVariable_Unpack(part);
+                if (t.is_nested() || (place < 2 && t.dim() != 4)) return false;
+                if (t.dim() == 4 || place == 3) {  // lengths have one dimension
+                    tensors.push_back(t);
+                } else {
+                    std::optional<Tensor> four = in_four(t, gate, query);
+                    if (!four) return false;
+                    tensors.push_back(*std::move(four));
+                }
                 bits |= 1 << place;
             } else if (gate && (PyFloat_CheckExact(part) || PyLong_CheckExact(part))) {
                 number = PyFloat_AsDouble(part);
                 if (PyErr_Occurred()) throw py::error_already_set();
                 bits |= 1 << 6;
             } else {
-                return std::nullopt;
+                return false;
             }
         }
-        has.push_back(bits);
-        has.push_back(same_bits(number));
+        has.what.push_back(bits);
+        has.what.push_back(same_bits(number));
     }
-    return tensors;
+    return true;
 }
 
 // Without the dispatcher where there is nothing to do.
@@ -290,12 +313,12 @@ public:
     }
     void keep(const std::string& key, std::shared_ptr<Recording> recording, vector<int64_t> room_of) {
         const std::lock_guard lock(mutex_);
-        entries_[key] = {std::move(recording), std::move(room_of)};
+        entries_[key] = std::make_shared<const Entry>(std::move(recording), std::move(room_of));
     }
-    std::optional<Entry> find(const std::string& key) const {
+    std::shared_ptr<const Entry> find(std::string_view key) const {
         const std::lock_guard lock(mutex_);
         const auto found = entries_.find(key);
-        return found == entries_.end() ? std::nullopt : std::optional<Entry>(found->second);
+        return found == entries_.end() ? nullptr : found->second;
     }
     void clear() {
         const std::lock_guard lock(mutex_);
@@ -317,25 +340,35 @@ private:
     }
 
     mutable std::mutex mutex_;
-    std::unordered_map<std::string, Entry> entries_;
+    ByKey<std::shared_ptr<const Entry>> entries_;
 };
 
 using Attended = std::pair<Tensor, Tensor>;  // output and log-sum-exps, the latter perhaps undefined
 
+// What is behind a node: its forward pass, which has been made, and where the backward pass is found.
+struct Made {
+    const Attended& attended;
+    int64_t number;
+    const at::IValue& plan;
+    uint64_t stream;
+    bool keeps_out;
+};
+
 struct Replayed : torch::autograd::Function<Replayed> {
-    static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors,
-                                  const std::function<Attended()>& make, int64_t number, const std::string& plan,
-                                  uint64_t stream, bool keeps_out) {
-        const auto [out, lse] = make();
-        vector<Tensor> saved = tensors.vec();
+    static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors, const Made& made) {
+        const auto& [out, lse] = made.attended;
+        vector<Tensor> saved;
+        saved.reserve(tensors.size() + 2);
+        saved.assign(tensors.begin(), tensors.end());
         saved.push_back(lse);
-        if (keeps_out) saved.push_back(out);
+        if (made.keeps_out) saved.push_back(out);
         ctx->save_for_backward(std::move(saved));
         ctx->set_materialize_grads(false);
-        ctx->saved_data["number"] = number;
-        ctx->saved_data["plan"] = plan;
-        ctx->saved_data["stream"] = static_cast<int64_t>(stream);
-        ctx->saved_data["keeps_out"] = keeps_out;
+        ctx->saved_data.reserve(4);
+        ctx->saved_data["number"] = made.number;
+        ctx->saved_data["plan"] = made.plan;
+        ctx->saved_data["stream"] = static_cast<int64_t>(made.stream);
+        ctx->saved_data["keeps_out"] = made.keeps_out;
         return {out, lse};
     }
 
@@ -344,29 +377,29 @@ struct Replayed : torch::autograd::Function<Replayed> {
         const bool keeps_out = ctx->saved_data["keeps_out"].toBool();
         const int64_t number = ctx->saved_data["number"].toInt();
         const size_t count = saved.size() - 1 - keeps_out;
-        vector<Tensor> result(count + 5);  // forward had five arguments more
+        vector<Tensor> result(count + 1);  // forward had an argument more
         if (!grads[0].defined() && !grads[1].defined()) return result;
-        // The same order as in mmfast/fusion/triton_direct.py.
-        vector<Tensor> given(saved.begin(), saved.begin() + count + 1);
-        for (const Tensor& grad : grads)
-            if (grad.defined()) given.push_back(grad);
-        if (keeps_out) given.push_back(saved.back());
         const auto is_dual = [](const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); };
         if (grads[0].defined() && nobody_looks_on() && !c10::GradMode::is_enabled() &&
             std::none_of(grads.begin(), grads.end(), is_dual)) {
-            const auto found = describe(given, saved[0].get_device());
-            const auto backward = found ? Backward::of(number) : nullptr;
+            // The same order as in mmfast/fusion/triton_direct.py.
+            const int64_t device = saved[0].get_device();
+            const at::TensorList all(saved);
+            Description given;
+            bool plain = given.add(all.slice(0, count + 1), device) && given.add(grads[0], device);
+            plain = plain && (!grads[1].defined() || given.add(grads[1], device));
+            plain = plain && (!keeps_out || given.add(saved.back(), device));
+            const auto backward = plain ? Backward::of(number) : nullptr;
             if (backward && backward->flash && !grads[1].defined()) {
-                auto by = backward->flash->backward(grads[0], at::TensorList(saved).slice(0, count), saved.back(),
-                                                    saved[count].select(0, 0));
+                auto by =
+                    backward->flash->backward(grads[0], all.slice(0, count), saved.back(), saved[count].select(0, 0));
                 for (size_t i = 0; i < count; ++i)
                     if (ctx->needs_input_grad(i)) result[i] = std::move(by[i]);
                 return result;
             }
-            const auto entry = backward ? backward->find(found->key()) : std::nullopt;
-            if (entry) {
+            if (const auto entry = backward ? backward->find(given.key()) : nullptr) {
                 const auto stream = static_cast<uint64_t>(ctx->saved_data["stream"].toInt());
-                const vector<Tensor> made = entry->recording->again(found->addresses, stream);
+                const vector<Tensor> made = entry->recording->again(given.addresses, stream);
                 for (size_t i = 0; i < count; ++i) {
                     if (entry->room_of[i] < 0 || !ctx->needs_input_grad(i)) continue;
                     // Summed over what the input was broadcast along.
@@ -425,9 +458,9 @@ public:
         if (found != all().end() && found->second.expired()) all().erase(found);
     }
     // Nothing where somebody has to be told in Python.
-    virtual std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>& addresses) const = 0;
+    virtual std::optional<Attended> attend(at::TensorList tensors, at::ArrayRef<uint64_t> addresses) const = 0;
 
-    static std::shared_ptr<Known> of(const std::string& key) {
+    static std::shared_ptr<Known> of(std::string_view key) {
         const auto found = all().find(key);
         return found == all().end() ? nullptr : found->second.lock();
     }
@@ -438,8 +471,8 @@ public:
 
 private:
     // Never destroyed: plans may outlive what ends with the program.
-    static std::unordered_map<std::string, std::weak_ptr<Known>>& all() {
-        static auto& map = *new std::unordered_map<std::string, std::weak_ptr<Known>>;
+    static ByKey<std::weak_ptr<Known>>& all() {
+        static auto& map = *new ByKey<std::weak_ptr<Known>>;
         return map;
     }
 
@@ -456,29 +489,30 @@ public:
           keeps_out_(keeps_out), flash_(flash), number_(number), plan_(std::move(plan)), runtime_(std::move(runtime)),
           kernels_(std::move(kernels)) {}
 
-    std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>& addresses) const override {
+    std::optional<Attended> attend(at::TensorList tensors, at::ArrayRef<uint64_t> addresses) const override {
         if (is_watched()) return std::nullopt;
         const c10::Device device = tensors[0].device();
         void* handle = nullptr;
         if (!device.is_cpu()) handle = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
         const auto stream = reinterpret_cast<uint64_t>(handle);
-        const auto make = [&] {
-            vector<Tensor> parts;
-            vector<uint64_t> places;
-            if (flash_) {
-                parts = flash_->forward(tensors);
-                for (const Tensor& part : parts) places.push_back(reinterpret_cast<uint64_t>(part.const_data_ptr()));
-            }
-            const vector<Tensor> made = recording_->again(flash_ ? places : addresses, stream);
-            return Attended(made[result_[0]], made[result_[1]]);
-        };
-        if (!tracked_) return make();
-        const vector<Tensor> made = Replayed::apply(at::TensorList(tensors), std::function<Attended()>(make), number_,
-                                                    plan_, stream, keeps_out_);
-        return Attended(made[0], made[1]);
+        const Attended made = make(tensors, addresses, stream);
+        if (!tracked_) return made;
+        const vector<Tensor> followed = Replayed::apply(tensors, Made{made, number_, plan_, stream, keeps_out_});
+        return Attended(followed[0], followed[1]);
     }
 
 private:
+    Attended make(at::TensorList tensors, at::ArrayRef<uint64_t> addresses, uint64_t stream) const {
+        vector<Tensor> parts;
+        c10::SmallVector<uint64_t, 16> places;
+        if (flash_) {
+            const at::AutoGradMode without(false);
+            parts = flash_->forward(tensors);
+            for (const Tensor& part : parts) places.push_back(reinterpret_cast<uint64_t>(part.const_data_ptr()));
+        }
+        const vector<Tensor> made = recording_->again(flash_ ? at::ArrayRef<uint64_t>(places) : addresses, stream);
+        return {made[result_[0]], made[result_[1]]};
+    }
     // As `is_watched` of mmfast/_launch.py.
     bool is_watched() const {
         static PyObject* const enter = PyUnicode_InternFromString("launch_enter_hook");
@@ -504,7 +538,7 @@ private:
     bool tracked_, keeps_out_;
     std::optional<Flash> flash_;
     int64_t number_;
-    std::string plan_;
+    at::IValue plan_;
     py::object runtime_;
     vector<py::object> kernels_;
 };
@@ -529,7 +563,7 @@ public:
         }
     }
 
-    std::optional<Attended> attend(const vector<Tensor>& tensors, const vector<uint64_t>&) const override {
+    std::optional<Attended> attend(at::TensorList tensors, at::ArrayRef<uint64_t>) const override {
         if (at::impl::torch_function_mode_enabled()) return std::nullopt;
         const py::gil_scoped_release release;
         const Tensor query = whole(tensors[0]);
@@ -559,46 +593,66 @@ private:
     vector<Part> parts_;
 };
 
-// `mmfast.cross_attention` without dropout, softcap and weights: (output, log-sum-exps or None) of a call that is known; of others
-// (the key of all that it depends on, its tensors, their addresses); None for what is not for `triton_direct` at all. As `_called`
-// there. ``free``: the caller leaves the backend to us.
-py::object called(py::handle source_class, py::handle query, py::handle sources, py::handle fusion, py::handle scale,
-                  py::handle is_causal, bool lse, bool free) {
-    if (!nobody_looks_on() || (free && backend_is_asked_for()) || !PyUnicode_Check(fusion.ptr())) return py::none();
-    const bool joint = PyUnicode_CompareWithASCIIString(fusion.ptr(), "joint") == 0;
-    if (!joint && PyUnicode_CompareWithASCIIString(fusion.ptr(), "decoupled") != 0) return py::none();
-    if (!scale.is_none() && !PyFloat_CheckExact(scale.ptr()) && !PyLong_CheckExact(scale.ptr())) return py::none();
-    const double number = scale.is_none() ? 0.0 : PyFloat_AsDouble(scale.ptr());
-    const int causal = PyObject_IsTrue(is_causal.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
-    vector<int64_t> what(3);
-    const auto tensors = parts_of(source_class, query, sources, what);
-    if (!tensors) return py::none();
-    const c10::Device at = tensors->front().device();
-    if (at::autocast::is_autocast_enabled(at.type())) return py::none();
-    if (!at.is_cpu() && c10::impl::VirtualGuardImpl(at.type()).getDevice() != at) return py::none();
-    const int64_t device = at.is_cpu() ? -1 : at.index();
-    what[0] = joint | causal << 1 | lse << 2 | !scale.is_none() << 3 | c10::GradMode::is_enabled() << 4;
-    what[1] = device;
-    what[2] = same_bits(number);
-    const auto found = describe(*tensors, device);
-    if (!found) return py::none();
-    what.insert(what.end(), found->what.begin(), found->what.end());
-    const std::string key = Description{what, {}}.key();
-    if (const auto known = Known::of(key)) {
-        if (const auto result = known->attend(*tensors, found->addresses))
-            return py::make_tuple(result->first, lse ? py::cast(result->second) : py::none());
+// All that a call depends on, as `_called_by_python` in mmfast/fusion/triton_direct.py.
+struct Call {
+    Tensors tensors;
+    Description description;
+    bool joint = true;
+
+    // False for what is not for `triton_direct` at all.
+    bool describe(const Question& q) {
+        if (!nobody_looks_on() || (q.free && backend_is_asked_for()) || !PyUnicode_Check(q.fusion)) return false;
+        joint = PyUnicode_CompareWithASCIIString(q.fusion, "joint") == 0;
+        if (!joint && PyUnicode_CompareWithASCIIString(q.fusion, "decoupled") != 0) return false;
+        const bool scaled = q.scale != Py_None;
+        if (scaled && !PyFloat_CheckExact(q.scale) && !PyLong_CheckExact(q.scale)) return false;
+        const double number = scaled ? PyFloat_AsDouble(q.scale) : 0.0;
+        const int causal = PyObject_IsTrue(q.causal);
+        if (PyErr_Occurred()) throw py::error_already_set();
+        auto& what = description.what;
+        what.resize(3);
+        if (!add_parts(q.query, q.sources, tensors, description)) return false;
+        const c10::Device at = tensors[0].device();
+        if (at::autocast::is_autocast_enabled(at.type())) return false;
+        if (!at.is_cpu() && c10::impl::VirtualGuardImpl(at.type()).getDevice() != at) return false;
+        const int64_t device = at.is_cpu() ? -1 : at.index();
+        what[0] = joint | causal << 1 | q.lse << 2 | scaled << 3 | c10::GradMode::is_enabled() << 4;
+        what[1] = device;
+        what[2] = same_bits(number);
+        return description.add(tensors, device);
     }
-    return py::make_tuple(py::bytes(key), *tensors, found->addresses);
+};
+
+// For a call that is not known: the key of all that it depends on, its tensors, their addresses. None for what is not for
+// `triton_direct` at all.
+py::object called(py::handle query, py::handle sources, py::handle fusion, py::handle scale, py::handle causal,
+                  bool lse, bool free) {
+    Call call;
+    if (!call.describe({query.ptr(), sources.ptr(), fusion.ptr(), scale.ptr(), causal.ptr(), lse, free}))
+        return py::none();
+    const auto& [what, addresses] = call.description;
+    return py::make_tuple(py::bytes(std::string(call.description.key())), at::TensorList(call.tensors).vec(),
+                          vector<uint64_t>(addresses.begin(), addresses.end()));
 }
 
 }  // namespace
+
+PyObject* attend_known(const Question& question) {
+    Call call;
+    if (!call.describe(question)) return nullptr;
+    const auto known = Known::of(call.description.key());
+    if (!known) return nullptr;
+    auto result = known->attend(call.tensors, call.description.addresses);
+    return result ? returned(std::move(result->first), result->second, question.lse, call.joint) : nullptr;
+}
 
 void bind_fusion_replay(py::module_& m) {
     py::class_<Recording, std::shared_ptr<Recording>>(m, "Recording")
         .def(py::init<vector<std::tuple<vector<int64_t>, vector<int64_t>, at::ScalarType>>, at::Device>())
         .def("add", &Recording::add)
-        .def("again", &Recording::again);
+        .def("again", [](const Recording& self, const vector<uint64_t>& inputs, uint64_t stream) {
+            return self.again(inputs, stream);
+        });
     py::class_<Backward, std::shared_ptr<Backward>>(m, "RecordedBackward")
         .def(py::init(&Backward::make))
         .def_readonly("number", &Backward::number)
@@ -606,9 +660,10 @@ void bind_fusion_replay(py::module_& m) {
         .def("keep", [](Backward& self, const py::bytes& key, std::shared_ptr<Recording> recording,
                         vector<int64_t> room_of) { self.keep(key, std::move(recording), std::move(room_of)); });
     m.def("fusion_described", [](const vector<Tensor>& tensors, int64_t device) -> py::object {
-        const auto found = describe(tensors, device);
-        if (!found) return py::none();
-        return py::make_tuple(py::bytes(found->key()), found->addresses);
+        Description found;
+        if (!found.add(tensors, device)) return py::none();
+        return py::make_tuple(py::bytes(std::string(found.key())),
+                              vector<uint64_t>(found.addresses.begin(), found.addresses.end()));
     });
     py::class_<Known, std::shared_ptr<Known>>(m, "KnownCall");
     m.def("fusion_keep_recorded",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from mmfast import _backend
 from mmfast.fusion import direct, op, reference, routes, streamed, triton_direct
@@ -87,13 +88,15 @@ def cross_attention(
         >>> cross_attention(query, [text, Source(*image, gate=0.6)], fusion="decoupled").shape
         torch.Size([2, 8, 4096, 64])
     """
-    if softcap is None and type(dropout_p) is float and not dropout_p and return_weights in WEIGHTS:
-        lse, here = bool(return_lse), isinstance(query, Tensor) and query.is_cpu
-        result = None
-        if here and backend is None:
-            result = direct.attention(query, sources, fusion, scale, is_causal, lse, return_weights)
-        if result is None and not return_weights and backend in (None, "triton"):
-            result = triton_direct.attention(query, sources, fusion, scale, is_causal, lse, backend)
+    if not is_compiling():
+        known = direct.attention(
+            query, sources, fusion, scale, is_causal, dropout_p, softcap, return_lse, return_weights, backend
+        )
+        if known is not None:
+            return known
+    bare = softcap is None and type(dropout_p) is float and not dropout_p and return_weights is False
+    if bare and backend in (None, "triton"):
+        result = triton_direct.attention(query, sources, fusion, scale, is_causal, bool(return_lse), backend)
         if result is not None:
             return _returned(result, fusion, return_lse, return_weights)
     check_choice("return_weights", return_weights, WEIGHTS)

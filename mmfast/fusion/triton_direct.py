@@ -2,7 +2,8 @@
 
 Of a call that is seen for the first time everything is checked and chosen as for any other; what came of it is kept
 under all that it depends on: shapes, strides, dtypes, alignments, options. A call that is like one before goes straight
-to the kernels, and those of Triton by their recorded launches (`mmfast.fusion.recording`).
+to the kernels, and those of Triton by their recorded launches (`mmfast.fusion.recording`). What it comes to the
+extension is told, which then makes such calls by itself (`mmfast.fusion.direct`).
 """
 
 from __future__ import annotations
@@ -43,12 +44,9 @@ def attention(
         return None
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not _backend._TRITON:
         return None
-    found = _called(Source, query, sources, fusion, scale, is_causal, lse, backend is None)
+    found = _called(query, sources, fusion, scale, is_causal, lse, backend is None)
     if found is None:
         return None
-    if len(found) == 2:
-        out, each = found
-        return Attention(out, each.unbind(0) if lse else (), None)
     key, tensors, addresses = found
     plan = _plans.get(key, False)
     if plan is False:
@@ -64,12 +62,12 @@ def attention(
 
 
 def _called_by_python(
-    _source, query: Tensor, sources: Sequence, fusion: str, scale: float | None, is_causal: bool, lse: bool, free: bool
+    query: Tensor, sources: Sequence, fusion: str, scale: float | None, is_causal: bool, lse: bool, free: bool
 ) -> tuple[Hashable, list[Tensor], list[int]] | None:
     """All that a call depends on, its tensors, and their addresses; None for what is not for this module, and with
     ``free``, where the backend may be chosen, where it is chosen already.
 
-    ``fusion_called`` of the extension, in Python; the extension has the results of plans that have told it of them."""
+    ``fusion_called`` of the extension, in Python."""
     if not _backend.nobody_looks_on() or torch.is_autocast_enabled(query.device.type):
         return None
     if (free and os.environ.get("MMFAST_BACKEND")) or fusion not in FUSIONS or type(scale) not in _NUMBERS:

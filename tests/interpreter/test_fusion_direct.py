@@ -163,7 +163,7 @@ def test_plan_that_is_told_again(build):
     out = outputs(tensors, call, "triton", True)[0].detach()  # whose graph would keep the plan
     (plan,) = triton_direct._plans.values()
     query, sources, _ = call(tensors)
-    given = triton_direct._called(Source, query, sources, "joint", None, False, True, False)[1]
+    given = triton_direct._called(query, sources, "joint", None, False, True, False)[1]
     with torch.no_grad():
         _, lse = plan.compute(given, [x.data_ptr() for x in given])
         args = torch.randn_like(out), None, given, out if plan.joint else None, lse
