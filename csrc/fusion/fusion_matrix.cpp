@@ -123,18 +123,25 @@ void pair_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t coun
             }
 }
 
-// to[column][row] of rows, whose number is a multiple of 32.
+// to[column][row] of rows; their number and the width are multiples of 32.
 void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint16_t* to,
                     int64_t to_stride) {
+    const auto put = [&](Floats* x, uint16_t* at) __attribute__((always_inline)) {
+        Simd<float>::transpose(x);
+        for (int64_t i = 0; i < kLanes; ++i, at += 2 * to_stride) __builtin_memcpy(at, &x[i], sizeof x[i]);
+    };
     for (int64_t r = 0; r < count; r += 2 * kLanes)
-        for (int64_t k = 0; k < width; k += kLanes) {
-            Floats x[kLanes];
+        for (int64_t k = 0; k < width; k += 2 * kLanes) {
+            Floats even[kLanes], odd[kLanes];  // columns, pairs of rows
             for (int64_t i = 0; i < kLanes; ++i) {
-                const uint16_t* const at = from + (r + 2 * i) * stride + k;
-                x[i] = number_of((load_upper(at) >> 16) | load_upper(at + stride));
+                Words first, second;
+                __builtin_memcpy(&first, from + (r + 2 * i) * stride + k, sizeof first);
+                __builtin_memcpy(&second, from + (r + 2 * i + 1) * stride + k, sizeof second);
+                even[i] = number_of((first & 0xffffu) | (second << 16));
+                odd[i] = number_of((first >> 16) | (second & 0xffff0000u));
             }
-            Simd<float>::transpose(x);
-            for (int64_t i = 0; i < kLanes; ++i) __builtin_memcpy(to + (k + i) * to_stride + r, &x[i], sizeof x[i]);
+            put(even, to + k * to_stride + r);
+            put(odd, to + (k + 1) * to_stride + r);
         }
 }
 
@@ -392,11 +399,14 @@ MMFAST_INLINE Floats fold(Floats* x, const F& f) {
     }
 }
 
-// Of a row a pair of vectors: of the tiles 2 i and 2 i + 1, of which the second may not be. f(i, column, word, both).
+// f<kBoth>(tile, first column, word) for each pair of vectors of a row: of a tile, and if kBoth of the next one.
 template <class F>
 MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
-    for (int64_t k = 0; k < total; k += kTwoTiles)
-        for (int64_t l = 0; l < kTile; l += kLanes) f(k / kTile, k + l, k / 2 + l, k + kTile < total);
+    int64_t k = 0;
+    for (; k + kTile < total; k += kTwoTiles)
+#pragma GCC unroll 2
+        for (int64_t l = 0; l < kTile; l += kLanes) f.template operator()<true>(k / kTile, k + l, k / 2 + l);
+    for (int64_t l = 0; k < total && l < kTile; l += kLanes) f.template operator()<false>(k / kTile, k + l, k / 2 + l);
 }
 
 // rows r < n of x, times factor[r] or as they are.
@@ -476,6 +486,10 @@ struct Softmaxes {
     Softmax of[kMostSources];
     Floats sums[kMostSources][kLanes];  // of rows under way
 
+    // Nothing is cleared: it would take longer than a product.
+    Softmaxes(const Problem& problem, const Places& at, const ForwardBuffers& buffers, float by)
+        : p(problem), places(at), b(buffers), factor(by) {}
+
     int64_t first(int m) const { return p.decoupled ? places.first[m] : 0; }
     int64_t last(int m) const { return p.decoupled ? places.first[m + 1] : places.total; }
 
@@ -496,19 +510,21 @@ struct Softmaxes {
     }
     // One softmax: P times their sum, in halves.
     void weigh(int64_t from, int64_t to) {
+        const int64_t total = places.total;
+        const float by = factor;
         for (int64_t r = from; r < to; ++r) {
             const float* const scores = b.scores + r * b.key_stride;
+            uint32_t *const high = b.high + r * b.pair_stride, *const low = b.low + r * b.pair_stride;
             const Floats shift = Simd<float>::splat(of[0].shift[r]);
             Floats sum{};
             const auto half = [&](int64_t k) __attribute__((always_inline)) {
-                const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * factor - shift);
+                const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * by - shift);
                 sum += e;
                 return split<true>(e);
             };
-            for_pairs(places.total, [&](int64_t, int64_t k, int64_t word, bool both) __attribute__((always_inline)) {
+            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t word) __attribute__((always_inline)) {
                 const Halves first = half(k);
-                const int64_t at = r * b.pair_stride + word;
-                put_pairs(b.high + at, b.low + at, first, both ? half(k + kTile) : Halves{});
+                put_pairs(high + word, low + word, first, kBoth ? half(k + kTile) : Halves{});
             });
             sums[0][r % kLanes] = sum;
             if (r % kLanes == kLanes - 1) add_up(r - r % kLanes, 0);
@@ -516,13 +532,14 @@ struct Softmaxes {
     }
     // Several: exponentials in place, and their sums; when those of kLanes rows are known, gate P in halves.
     void weigh_gated(int64_t from, int64_t to) {
+        const float by = factor;
         for (int64_t r = from; r < to; ++r) {
             float* const scores = b.scores + r * b.key_stride;
-            for (int m = 0; m < p.count; ++m) {
+            for (int m = 0, count = p.count; m < count; ++m) {
                 const Floats shift = Simd<float>::splat(of[m].shift[r]);
                 Floats sum{};
-                for (int64_t k = first(m); k < last(m); k += kLanes) {
-                    const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * factor - shift);
+                for (int64_t k = first(m), end = last(m); k < end; k += kLanes) {
+                    const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * by - shift);
                     sum += e;
                     Simd<float>::store(scores + k, e);
                 }
@@ -544,12 +561,12 @@ private:
     }
     void apply_gates(int64_t r) {
         const float* const scores = b.scores + r * b.key_stride;
-        for_pairs(places.total, [&](int64_t tile, int64_t k, int64_t word, bool both) __attribute__((always_inline)) {
-            const auto half = [&](int64_t t, int64_t k) __attribute__((always_inline)) {
-                return split<false>(Simd<float>::load(scores + k) * of[places.source[t]].gate[r]);
-            };
-            const int64_t at = r * b.pair_stride + word;
-            put_pairs(b.high + at, b.low + at, half(tile, k), both ? half(tile + 1, k + kTile) : Halves{});
+        uint32_t *const high = b.high + r * b.pair_stride, *const low = b.low + r * b.pair_stride;
+        const auto half = [&](int64_t tile, int64_t k) __attribute__((always_inline)) {
+            return split<false>(Simd<float>::load(scores + k) * of[places.source[tile]].gate[r]);
+        };
+        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) __attribute__((always_inline)) {
+            put_pairs(high + word, low + word, half(tile, k), kBoth ? half(tile + 1, k + kTile) : Halves{});
         });
     }
 };
@@ -563,7 +580,7 @@ void forward_panel(MatrixUnit& unit, const ForwardJob<float>& job, int64_t head,
     const Left queries = panel_rows(p.query, item.batch, rows, p.dim, lanes, b.queries);
     const uint32_t* const keys = b.keys + head * b.keys_size;
     const uint32_t* const values = b.values + head * b.values_size;
-    Softmaxes softmaxes{p, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f, {}, {}};
+    Softmaxes softmaxes(p, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f);
     for (int m = 0; m < p.softmaxes(); ++m) {
         if (p.decoupled) gates_of(p.sources[m], item.batch, rows, softmaxes.of[m].gate);
         else
@@ -722,19 +739,28 @@ struct ScoreGradients {
     float factor;
     bool by_query, by_key, by_value;
     Lanes<float> of[kMostSources];
+    // scale dS = P (slope dP + offset)
+    alignas(64) float slope[kMostSources][kRows];
+    alignas(64) float offset[kMostSources][kRows];
     Floats deltas[kMostSources][kLanes], totals[kMostSources][kLanes];  // of rows under way
+
+    ScoreGradients(const BackwardJob<float>& job, const Places& at, const BackwardBuffers& buffers, float by)
+        : p(*job.problem), places(at), b(buffers), factor(by), by_query(job.query.target.data),
+          by_key(any_wanted(job.key, p.count)), by_value(any_wanted(job.value, p.count)) {}
 
     // P in place of the scores, and delta.
     void weigh(int64_t from, int64_t to) {
+        const float by = factor;
+        const int softmaxes = p.softmaxes();
         for (int64_t r = from; r < to; ++r) {
             float* const scores = b.p + r * b.key_stride;
             const float* const dp = b.dp + r * b.key_stride;
-            for (int m = 0; m < p.softmaxes(); ++m) {
-                const int64_t last = p.decoupled ? places.first[m + 1] : places.total;
+            for (int m = 0; m < softmaxes; ++m) {
+                const int64_t end = p.decoupled ? places.first[m + 1] : places.total;
                 const Floats lse = Simd<float>::splat(of[m].lse[r]);
                 Floats delta{}, total{};
-                for (int64_t k = p.decoupled ? places.first[m] : 0; k < last; k += kLanes) {
-                    const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * factor - lse);
+                for (int64_t k = p.decoupled ? places.first[m] : 0; k < end; k += kLanes) {
+                    const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * by - lse);
                     delta += e * Simd<float>::load(dp + k);
                     total += e;
                     Simd<float>::store(scores + k, e);
@@ -743,48 +769,62 @@ struct ScoreGradients {
                 totals[m][r % kLanes] = total;
             }
             if (r % kLanes == kLanes - 1)
-                for (int m = 0; m < p.softmaxes(); ++m) add_up(r - r % kLanes, m);
+                for (int m = 0; m < softmaxes; ++m) add_up(r - r % kLanes, m);
         }
     }
-    // Pairs of rows.
+    // Rows in pairs.
     void differentiate(int64_t from, int64_t to) {
-        for (int64_t r = 2 * from; r < 2 * to; r += 2) {
+        for (int64_t r = from; r < to; r += 2) {
             if (p.decoupled) differentiate_pair<true>(r);
             else differentiate_pair<false>(r);
         }
     }
 
 private:
-    // As set_delta() says.
+    // delta as set_delta() says.
     void add_up(int64_t r, int m) {
         const auto plus = [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; };
-        const Floats total = fold(totals[m], plus), delta = fold(deltas[m], plus);
-        Simd<float>::store(of[m].delta + r, total == 0 ? Floats{} : delta / total);
+        const Floats total = fold(totals[m], plus), sum = fold(deltas[m], plus);
+        const Floats delta = total == 0 ? Floats{} : sum / total;
+        const Floats gate = Simd<float>::load(of[m].gate + r), grad_lse = Simd<float>::load(of[m].grad_lse + r);
+        Simd<float>::store(of[m].delta + r, delta);
+        Simd<float>::store(slope[m] + r, gate * float(p.scale));
+        Simd<float>::store(offset[m] + r, (grad_lse - gate * delta) * float(p.scale));
     }
     template <bool kGated>
     void differentiate_pair(int64_t r) {
-        const float scale = float(p.scale);
-        for_pairs(places.total, [&](int64_t tile, int64_t k, int64_t word, bool both) __attribute__((always_inline)) {
-            Halves ds[2][2] = {};  // of the row, of the tile
-            for (int t = 0; t < 1 + both; ++t) {
-                const Lanes<float>& lanes = of[kGated ? places.source[tile + t] : 0];
-                Halves weights[2];
-                for (int i = 0; i < 2; ++i) {
-                    const int64_t at = (r + i) * b.key_stride + k + t * kTile;
-                    const Floats e = Simd<float>::load(b.p + at);
-                    const Floats d =
-                        Simd<float>::load(b.dp + at) - (lanes.delta[r + i] - (kGated ? 0 : lanes.grad_lse[r + i]));
-                    ds[i][t] = split<false>(scale * e * (kGated ? d * lanes.gate[r + i] + lanes.grad_lse[r + i] : d));
-                    if (by_value) weights[i] = split<!kGated>(kGated ? e * lanes.gate[r + i] : e);
-                }
-                const int64_t to = r / 2 * b.key_stride + k + t * kTile;
-                if (by_value) put_pairs(b.p_high + to, b.p_low + to, weights[0], weights[1]);
-                if (by_key) put_pairs(b.ds_high + to, b.ds_low + to, ds[0][t], ds[1][t]);
-            }
-            for (int i = 0; by_query && i < 2; ++i) {
-                const int64_t to = (r + i) * b.pair_stride + word;
-                put_pairs(b.ds_row_high + to, b.ds_row_low + to, ds[i][0], ds[i][1]);
-            }
+        const int64_t stride = b.key_stride, pair_stride = b.pair_stride;
+        const float *const weights = b.p + r * stride, *const dp = b.dp + r * stride;
+        uint32_t *const p_high = b.p_high + r / 2 * stride, *const p_low = b.p_low + r / 2 * stride;
+        uint32_t *const ds_high = b.ds_high + r / 2 * stride, *const ds_low = b.ds_low + r / 2 * stride;
+        uint32_t *const row_high = b.ds_row_high + r * pair_stride, *const row_low = b.ds_row_low + r * pair_stride;
+        const bool query = by_query, key = by_key, value = by_value;
+        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) __attribute__((always_inline)) {
+            // Of two rows, whose halves are put side by side; those of dS are given back.
+            struct Two {
+                Halves row[2];
+            };
+            const auto of_tile = [&](int64_t m, int64_t at) __attribute__((always_inline)) {
+                const auto weight = [&](int i) __attribute__((always_inline)) {
+                    return Simd<float>::load(weights + i * stride + at);
+                };
+                const auto ds = [&](int i) __attribute__((always_inline)) {
+                    const Floats d = Simd<float>::load(dp + i * stride + at) * slope[m][r + i] + offset[m][r + i];
+                    return split<false>(weight(i) * d);
+                };
+                const auto gated = [&](int i) __attribute__((always_inline)) {
+                    return split<!kGated>(kGated ? weight(i) * of[m].gate[r + i] : weight(i));
+                };
+                if (value) put_pairs(p_high + at, p_low + at, gated(0), gated(1));
+                const Two result{{ds(0), ds(1)}};
+                if (key) put_pairs(ds_high + at, ds_low + at, result.row[0], result.row[1]);
+                return result;
+            };
+            const Two first = of_tile(kGated ? places.source[tile] : 0, k);
+            const Two second = kBoth ? of_tile(kGated ? places.source[tile + 1] : 0, k + kTile) : Two{};
+            if (!query) return;
+            put_pairs(row_high + word, row_low + word, first.row[0], second.row[0]);
+            put_pairs(row_high + pair_stride + word, row_low + pair_stride + word, first.row[1], second.row[1]);
         });
     }
 };
@@ -797,16 +837,7 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total, depth = padded(total);
     const Left queries = panel_rows(p.query, item.batch, rows, p.dim, lanes, b.query_rows);
     const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, lanes, b.grad_rows);
-    ScoreGradients of{p,
-                      places,
-                      b,
-                      is_plain ? float(p.scale * kLog2e) : 1.0f,
-                      job.query.target.data != nullptr,
-                      any_wanted(job.key, p.count),
-                      any_wanted(job.value, p.count),
-                      {},
-                      {},
-                      {}};
+    ScoreGradients of(job, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f);
     for (int m = 0; m < p.softmaxes(); ++m) set_lanes<float, kPanelWidth>(job, item.batch, rows, m, of.of[m]);
     const auto scores = [&](int64_t from, auto&& between) {
         multiply_scores(unit, p, from, half, queries, b.keys, places, b.p, b.key_stride, between);
@@ -831,19 +862,18 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const int64_t calls = product_calls(half, dim, total) + product_calls(half, value_dim, total);
     ahead.spread(calls);
     scores(0, ahead);
-    if (of.by_key) transpose_rows(queries.high, queries.stride, to_tiles(p.dim), lanes, b.query_columns, kQueryStride);
-    if (of.by_value)
-        transpose_rows(grads.high, grads.stride, to_tiles(p.value_dim), lanes, b.grad_columns, kQueryStride);
+    if (of.by_key) transpose_rows(queries.high, queries.stride, dim, lanes, b.query_columns, kQueryStride);
+    if (of.by_value) transpose_rows(grads.high, grads.stride, value_dim, lanes, b.grad_columns, kQueryStride);
     Spread first(half, half < lanes ? calls : 1, weigh);
     if (half < lanes) scores(half, first);
     first.rest();
-    of.differentiate(0, half / 2);
+    of.differentiate(0, half);
     const auto finish_second = [&](int64_t from, int64_t to) {
         // The sums of a group of rows are complete when its last row is.
         for (int64_t i = from; i < to; ++i) {
             const int64_t group = half + i * kLanes;
             of.weigh(group, group + kLanes);
-            of.differentiate(group / 2, (group + kLanes) / 2);
+            of.differentiate(group, group + kLanes);
         }
     };
     Spread second((lanes - half) / kLanes, product_calls(half, depth, to_tiles(p.dim)), finish_second);
