@@ -123,26 +123,30 @@ void pair_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t coun
             }
 }
 
-// to[column][row] of rows; their number and the width are multiples of 32.
-void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint16_t* to,
+// to[column][row] of rows; their number and the width are multiples of 32. Blocks first .. last - 1 of transposed_blocks().
+constexpr int64_t transposed_blocks(int64_t width, int64_t count) {
+    return width / (2 * kLanes) * (count / (2 * kLanes));
+}
+void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t first, int64_t last, uint16_t* to,
                     int64_t to_stride) {
     const auto put = [&](Floats* x, uint16_t* at) __attribute__((always_inline)) {
         Simd<float>::transpose(x);
         for (int64_t i = 0; i < kLanes; ++i, at += 2 * to_stride) __builtin_memcpy(at, &x[i], sizeof x[i]);
     };
-    for (int64_t r = 0; r < count; r += 2 * kLanes)
-        for (int64_t k = 0; k < width; k += 2 * kLanes) {
-            Floats even[kLanes], odd[kLanes];  // columns, pairs of rows
-            for (int64_t i = 0; i < kLanes; ++i) {
-                Words first, second;
-                __builtin_memcpy(&first, from + (r + 2 * i) * stride + k, sizeof first);
-                __builtin_memcpy(&second, from + (r + 2 * i + 1) * stride + k, sizeof second);
-                even[i] = number_of((first & 0xffffu) | (second << 16));
-                odd[i] = number_of((first >> 16) | (second & 0xffff0000u));
-            }
-            put(even, to + k * to_stride + r);
-            put(odd, to + (k + 1) * to_stride + r);
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t in_row = width / (2 * kLanes);
+        const int64_t r = block / in_row * 2 * kLanes, k = block % in_row * 2 * kLanes;
+        Floats even[kLanes], odd[kLanes];  // columns, pairs of rows
+        for (int64_t i = 0; i < kLanes; ++i) {
+            Words upper, lower;
+            __builtin_memcpy(&upper, from + (r + 2 * i) * stride + k, sizeof upper);
+            __builtin_memcpy(&lower, from + (r + 2 * i + 1) * stride + k, sizeof lower);
+            even[i] = number_of((upper & 0xffffu) | (lower << 16));
+            odd[i] = number_of((upper >> 16) | (lower & 0xffff0000u));
         }
+        put(even, to + k * to_stride + r);
+        put(odd, to + (k + 1) * to_stride + r);
+    }
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -409,12 +413,13 @@ MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
     for (int64_t l = 0; k < total && l < kTile; l += kLanes) f.template operator()<false>(k / kTile, k + l, k / 2 + l);
 }
 
-// rows r < n of x, times factor[r] or as they are.
+// Rows first .. last - 1 of x, as far as there are queries, times factor[row] or as they are.
 void put_rows(const float* x, int64_t stride, int64_t count, const float* factor, int64_t batch, const Rows& rows,
-              const Target& to, int64_t offset, bool add) {
+              int64_t first, int64_t last, const Target& to, int64_t offset, bool add) {
+    last = smaller(last, rows.n);
     const auto put = [&](auto* kind) __attribute__((always_inline)) {
         using To = std::remove_pointer_t<decltype(kind)>;
-        for (int64_t r = 0; r < rows.n; ++r) {
+        for (int64_t r = first; r < last; ++r) {
             To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
             const Floats f = Simd<float>::splat(factor ? factor[r] : 1.0f);
             for (int64_t k = 0; k < count; k += kLanes) {
@@ -577,6 +582,7 @@ void forward_panel(MatrixUnit& unit, const ForwardJob<float>& job, int64_t head,
     const bool is_plain = plain(p);
     const int64_t lanes = padded(rows.n), half = smaller(lanes, kHalf), depth = padded(places.total);
     const int64_t score_calls = product_calls(half, padded(p.dim), places.total);
+    const int64_t output_calls = product_calls(half, depth, to_tiles(p.value_dim));
     const Left queries = panel_rows(p.query, item.batch, rows, p.dim, lanes, b.queries);
     const uint32_t* const keys = b.keys + head * b.keys_size;
     const uint32_t* const values = b.values + head * b.values_size;
@@ -610,12 +616,19 @@ void forward_panel(MatrixUnit& unit, const ForwardJob<float>& job, int64_t head,
     if (half < lanes) scores(half, first);
     first.rest();
     begin = half;
-    Spread second(lanes - half, product_calls(half, depth, to_tiles(p.value_dim)), weigh);
+    Spread second(lanes - half, output_calls, weigh);
     outputs(0, second);
     second.rest();
-    if (half < lanes) outputs(half, Nothing());
-    alignas(64) float factor[kRows];
+    const auto put = [&](int64_t from, int64_t to) {
+        put_rows(b.out, b.value_stride, p.value_dim, p.decoupled ? nullptr : softmaxes.of[0].gate, item.batch, rows,
+                 from, to, job.out, 0, false);
+    };
+    Spread finished(half, output_calls, put);
+    if (half < lanes) outputs(half, finished);
+    finished.rest();
+    put(half, lanes);
     for (int m = 0; m < p.softmaxes(); ++m) {
+        alignas(64) float factor[kRows];
         Running<float, kPanelWidth> running;
         for (int v = 0; v < kPanelWidth; ++v) {
             running.maximum[v] = Simd<float>::load(softmaxes.of[m].maximum + v * kLanes);
@@ -623,7 +636,6 @@ void forward_panel(MatrixUnit& unit, const ForwardJob<float>& job, int64_t head,
         }
         finish<float, kPanelWidth>(job, item, rows, m, running, factor);
     }
-    put_rows(b.out, b.value_stride, p.value_dim, p.decoupled ? nullptr : factor, item.batch, rows, job.out, 0, false);
 }
 
 // As forward() of fusion_forward.cpp: see [Heads of an item] there.
@@ -853,17 +865,15 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
                  {b.key_pairs, nullptr, b.dim_stride}, {b.dq + from * b.dim_stride, b.dim_stride, nullptr, 0}, between);
     };
     // Sums over the queries.
-    const auto add = [&](int64_t width, const uint16_t* columns, const uint32_t* high, const uint32_t* low,
-                         float* sums) {
+    const auto add = [&](int64_t width, const uint16_t* columns, const uint32_t* high, const uint32_t* low, float* sums,
+                         auto&& between) {
         multiply(unit, to_tiles(width), lanes, total, {columns, nullptr, kQueryStride}, {high, low, b.key_stride},
-                 {sums, b.key_stride, sums, b.key_stride}, Nothing());
+                 {sums, b.key_stride, sums, b.key_stride}, between);
     };
     const auto weigh = [&](int64_t from, int64_t to) { of.weigh(from, to); };
     const int64_t calls = product_calls(half, dim, total) + product_calls(half, value_dim, total);
     ahead.spread(calls);
     scores(0, ahead);
-    if (of.by_key) transpose_rows(queries.high, queries.stride, dim, lanes, b.query_columns, kQueryStride);
-    if (of.by_value) transpose_rows(grads.high, grads.stride, value_dim, lanes, b.grad_columns, kQueryStride);
     Spread first(half, half < lanes ? calls : 1, weigh);
     if (half < lanes) scores(half, first);
     first.rest();
@@ -876,17 +886,33 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
             of.differentiate(group, group + kLanes);
         }
     };
-    Spread second((lanes - half) / kLanes, product_calls(half, depth, to_tiles(p.dim)), finish_second);
+    const int64_t query_calls = product_calls(half, depth, to_tiles(p.dim));
+    Spread second((lanes - half) / kLanes, query_calls, finish_second);
     if (of.by_query) by_query(0, second);
     second.rest();
-    if (of.by_query && half < lanes) by_query(half, Nothing());
-    if (of.by_key) add(p.dim, b.query_columns, b.ds_high, b.ds_low, b.dk);
-    if (of.by_value) add(p.value_dim, b.grad_columns, b.p_high, b.p_low, b.dv);
+    // What the sums need, and what is left to write, beside products that need neither.
+    const auto query_columns = [&](int64_t from, int64_t to) {
+        transpose_rows(queries.high, queries.stride, dim, from, to, b.query_columns, kQueryStride);
+    };
+    const auto grad_columns = [&](int64_t from, int64_t to) {
+        transpose_rows(grads.high, grads.stride, value_dim, from, to, b.grad_columns, kQueryStride);
+    };
+    const auto put = [&](int64_t from, int64_t to) {
+        put_rows(b.dq, b.dim_stride, p.dim, nullptr, item.batch, rows, from, to, job.query.target,
+                 item.query_run * job.query.run, job.query.add);
+    };
+    Spread queries_turned(of.by_key ? transposed_blocks(dim, lanes) : 0, query_calls, query_columns);
+    Spread grads_turned(of.by_value ? transposed_blocks(value_dim, lanes) : 0,
+                        product_calls(to_tiles(p.dim), lanes, total), grad_columns);
+    Spread finished(of.by_query ? rows.n : 0, product_calls(to_tiles(p.value_dim), lanes, total), put);
+    if (of.by_query && half < lanes) by_query(half, queries_turned);
+    queries_turned.rest();
+    if (of.by_key) add(p.dim, b.query_columns, b.ds_high, b.ds_low, b.dk, grads_turned);
+    grads_turned.rest();
+    if (of.by_value) add(p.value_dim, b.grad_columns, b.p_high, b.p_low, b.dv, finished);
+    finished.rest();
     for (int m = 0; job.grad_gates && m < p.softmaxes(); ++m)
         scatter(p, of.of[m].delta, item.batch, rows, job.grad_gates + m * p.batch * p.heads * p.rows);
-    if (of.by_query)
-        put_rows(b.dq, b.dim_stride, p.dim, nullptr, item.batch, rows, job.query.target, item.query_run * job.query.run,
-                 job.query.add);
 }
 
 void begin_head(const Problem& p, const BackwardItem& item, const Places& places, const BackwardBuffers& b) {
