@@ -15,7 +15,7 @@
 // Note: [Products meanwhile]
 //   A panel is two halves. What is done with the scores of one is spread over the products of the other: the vector units and
 //   the matrix unit work at the same time, and P has left for the first cache, as loads of tiles need it, long before it is
-//   multiplied.
+//   multiplied. Halves take the place of what they are made from, so that what a half is busy with stays in the first cache.
 #include "common/amx.h"
 #include "fusion/fusion_gradients.h"
 #include "fusion/fusion_panel.h"
@@ -44,9 +44,10 @@ constexpr int64_t to_tiles(int64_t n) {
 constexpr int64_t padded(int64_t n) {
     return up_to_multiple(n, kTwoTiles);
 }
-// Words from one row of n to the next: an odd number of lines, so that rows are spread over all sets of a cache.
+// Words from one row of n to the next: no multiple of 4 lines, by which rows would soon be 4 KiB apart.
 constexpr int64_t row_stride(int64_t n) {
-    return ((n + kTile - 1) / kTile | 1) * kTile;
+    const int64_t lines = (n + kTile - 1) / kTile;
+    return (lines + (lines % 4 == 0)) * kTile;
 }
 // The same in bfloat16.
 constexpr int64_t half_stride(int64_t n) {
@@ -156,6 +157,7 @@ template <class E>
 struct Factor {
     const E *high, *low;
     int64_t stride;
+    int64_t apart = 1;  // of a left one: pieces of 32 columns begin so many times 32 apart
 };
 using Left = Factor<uint16_t>;
 using Right = Factor<uint32_t>;
@@ -196,7 +198,7 @@ MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& l
     }
     for (int64_t k = 0; k < depth; k += kTwoTiles) {
         between();
-        load_left(left.high + k);
+        load_left(left.high + k * left.apart);
         if (right.low) {
             load_right(right.low + k / 2 * right.stride);
             unit.multiply_add<R, C>();
@@ -204,7 +206,7 @@ MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& l
         load_right(right.high + k / 2 * right.stride);
         unit.multiply_add<R, C>();
         if (left.low) {
-            load_left(left.low + k);
+            load_left(left.low + k * left.apart);
             unit.multiply_add<R, C>();
         }
     }
@@ -222,7 +224,7 @@ void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, cons
     unit.fence();
     for (int64_t i = 0; i < rows; i += kTwoTiles) {
         const int64_t down = i * left.stride;
-        const Left l{left.high + down, left.low ? left.low + down : nullptr, left.stride};
+        const Left l{left.high + down, left.low ? left.low + down : nullptr, left.stride, left.apart};
         for (int64_t j = 0; j < width; j += kTwoTiles) {
             const Right r{right.high + j, right.low ? right.low + j : nullptr, right.stride};
             const Sums s{sums.data + i * sums.stride + j, sums.stride,
@@ -443,26 +445,22 @@ void put_rows(const float* x, int64_t stride, int64_t count, const float* factor
 
 struct ForwardBuffers {
     uint16_t *rows, *queries;  // rows of a head's keys or values; queries
-    float *scores, *out;       // [query][key], [query][feature]
-    uint32_t *high, *low;      // of P, [query][pair of keys]
+    float *scores, *out;       // [query][key]: P in halves, in the end; [query][feature]
     uint32_t *keys, *values;   // of each head: [pair of features][key], [pair of keys][feature]
     int64_t keys_size, values_size;
-    int64_t key_stride, pair_stride, value_stride;
+    int64_t key_stride, value_stride;
 };
 
 int64_t lay_out(const Problem& p, int64_t heads, float* scratch, ForwardBuffers& b) {
     const int64_t n = most_keys(p), dim = padded(p.dim), value_dim = padded(p.value_dim);
     Pieces pieces(scratch);
     b.key_stride = row_stride(n);
-    b.pair_stride = row_stride(n / 2);
     b.value_stride = row_stride(to_tiles(p.value_dim));
     b.keys_size = dim / 2 * b.key_stride;
     b.values_size = n / 2 * b.value_stride;
     pieces.take(b.rows, n * half_stride(larger(dim, value_dim)));
     pieces.take(b.queries, kRows * half_stride(dim));
     pieces.take(b.scores, kRows * b.key_stride);
-    pieces.take(b.high, kRows * b.pair_stride);
-    pieces.take(b.low, kRows * b.pair_stride);
     pieces.take(b.out, kRows * b.value_stride);
     pieces.take(b.keys, heads * b.keys_size);
     pieces.take(b.values, heads * b.values_size);
@@ -518,8 +516,7 @@ struct Softmaxes {
         const int64_t total = places.total;
         const float by = factor;
         for (int64_t r = from; r < to; ++r) {
-            const float* const scores = b.scores + r * b.key_stride;
-            uint32_t *const high = b.high + r * b.pair_stride, *const low = b.low + r * b.pair_stride;
+            float* const scores = b.scores + r * b.key_stride;
             const Floats shift = Simd<float>::splat(of[0].shift[r]);
             Floats sum{};
             const auto half = [&](int64_t k) __attribute__((always_inline)) {
@@ -527,9 +524,9 @@ struct Softmaxes {
                 sum += e;
                 return split<true>(e);
             };
-            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t word) __attribute__((always_inline)) {
+            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t) __attribute__((always_inline)) {
                 const Halves first = half(k);
-                put_pairs(high + word, low + word, first, kBoth ? half(k + kTile) : Halves{});
+                put_in_place(scores + k, first, kBoth ? half(k + kTile) : Halves{});
             });
             sums[0][r % kLanes] = sum;
             if (r % kLanes == kLanes - 1) add_up(r - r % kLanes, 0);
@@ -558,6 +555,11 @@ struct Softmaxes {
     }
 
 private:
+    // In the place of the vectors that they were.
+    static MMFAST_INLINE void put_in_place(float* to, const Halves& first, const Halves& second) {
+        uint32_t* const words = reinterpret_cast<uint32_t*>(to);
+        put_pairs(words, words + kTile, first, second);
+    }
     void add_up(int64_t r, int m) {
         const Floats sum = fold(sums[m], [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
         const Floats gate = Simd<float>::load(of[m].gate + r);
@@ -565,13 +567,12 @@ private:
         Simd<float>::store(of[m].gate + r, sum == 0 ? Floats{} : gate / sum);
     }
     void apply_gates(int64_t r) {
-        const float* const scores = b.scores + r * b.key_stride;
-        uint32_t *const high = b.high + r * b.pair_stride, *const low = b.low + r * b.pair_stride;
+        float* const scores = b.scores + r * b.key_stride;
         const auto half = [&](int64_t tile, int64_t k) __attribute__((always_inline)) {
             return split<false>(Simd<float>::load(scores + k) * of[places.source[tile]].gate[r]);
         };
-        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) __attribute__((always_inline)) {
-            put_pairs(high + word, low + word, half(tile, k), kBoth ? half(tile + 1, k + kTile) : Halves{});
+        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t) __attribute__((always_inline)) {
+            put_in_place(scores + k, half(tile, k), kBoth ? half(tile + 1, k + kTile) : Halves{});
         });
     }
 };
@@ -598,10 +599,8 @@ void forward_panel(MatrixUnit& unit, const ForwardJob<float>& job, int64_t head,
         softmaxes.find_maxima(from, from + half);
     };
     const auto outputs = [&](int64_t from, auto&& between) {
-        const int64_t at = from * b.pair_stride;
-        multiply(unit, half, depth, to_tiles(p.value_dim),
-                 {reinterpret_cast<const uint16_t*>(b.high + at), reinterpret_cast<const uint16_t*>(b.low + at),
-                  2 * b.pair_stride},
+        const auto* const halves = reinterpret_cast<const uint16_t*>(b.scores + from * b.key_stride);
+        multiply(unit, half, depth, to_tiles(p.value_dim), {halves, halves + kTwoTiles, 2 * b.key_stride, 2},
                  {values, nullptr, b.value_stride}, {b.out + from * b.value_stride, b.value_stride, nullptr, 0},
                  between);
     };
@@ -679,11 +678,10 @@ void forward(const ForwardJob<float>& job, const Item& item, float* scratch) {
 struct BackwardBuffers {
     uint16_t *rows, *query_rows, *grad_rows;  // rows of a head's keys or values; queries and gradients of the output
     uint16_t *query_columns, *grad_columns;   // [feature][query]
-    float *p, *dp, *dq;                       // [query][key], [query][feature]
-    uint32_t *p_high, *p_low;                 // [pair of queries][key]
-    uint32_t *ds_high, *ds_low;               // the same of dS
-    uint32_t *ds_row_high, *ds_row_low;       // [query][pair of keys]
-    float* block;                             // gradients of 16 keys
+    // [query][key] of P and dP, then halves of pairs of rows, those of dS in the place of dP; [query][feature].
+    float *p, *dp, *dq;
+    uint32_t *ds_row_high, *ds_row_low;  // [query][pair of keys]
+    float* block;                        // gradients of 16 keys
     // Of each head: [pair of features][key] of keys and values, [pair of keys][feature] of keys, [feature][key] of sums.
     uint32_t *keys, *values, *key_pairs;
     float *dk, *dv;
@@ -715,7 +713,6 @@ int64_t lay_out(const Problem& p, int64_t heads, float* scratch, BackwardBuffers
     pieces.take(b.grad_columns, value_dim * kQueryStride);
     for (float** to : {&b.p, &b.dp}) pieces.take(*to, kRows * b.key_stride);
     pieces.take(b.dq, kRows * b.dim_stride);
-    for (uint32_t** to : {&b.p_high, &b.p_low, &b.ds_high, &b.ds_low}) pieces.take(*to, kRows / 2 * b.key_stride);
     for (uint32_t** to : {&b.ds_row_high, &b.ds_row_low}) pieces.take(*to, kRows * b.pair_stride);
     pieces.take(b.block, kTile * larger(dim, value_dim));
     b.keys_size = dim / 2 * b.key_stride;
@@ -806,9 +803,7 @@ private:
     template <bool kGated>
     void differentiate_pair(int64_t r) {
         const int64_t stride = b.key_stride, pair_stride = b.pair_stride;
-        const float *const weights = b.p + r * stride, *const dp = b.dp + r * stride;
-        uint32_t *const p_high = b.p_high + r / 2 * stride, *const p_low = b.p_low + r / 2 * stride;
-        uint32_t *const ds_high = b.ds_high + r / 2 * stride, *const ds_low = b.ds_low + r / 2 * stride;
+        float *const weights = b.p + r * stride, *const dp = b.dp + r * stride;
         uint32_t *const row_high = b.ds_row_high + r * pair_stride, *const row_low = b.ds_row_low + r * pair_stride;
         const bool query = by_query, key = by_key, value = by_value;
         for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) __attribute__((always_inline)) {
@@ -817,19 +812,23 @@ private:
                 Halves row[2];
             };
             const auto of_tile = [&](int64_t m, int64_t at) __attribute__((always_inline)) {
-                const auto weight = [&](int i) __attribute__((always_inline)) {
-                    return Simd<float>::load(weights + i * stride + at);
-                };
+                const auto row = [&](const float* x, int i)
+                                     __attribute__((always_inline)) { return Simd<float>::load(x + i * stride + at); };
+                const auto put = [&](float* to, const Halves& upper, const Halves& lower)
+                                     __attribute__((always_inline)) {
+                                         uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
+                                         put_pairs(words, words + stride, upper, lower);
+                                     };
+                const Floats e[] = {row(weights, 0), row(weights, 1)};
                 const auto ds = [&](int i) __attribute__((always_inline)) {
-                    const Floats d = Simd<float>::load(dp + i * stride + at) * slope[m][r + i] + offset[m][r + i];
-                    return split<false>(weight(i) * d);
+                    return split<false>(e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]));
                 };
                 const auto gated = [&](int i) __attribute__((always_inline)) {
-                    return split<!kGated>(kGated ? weight(i) * of[m].gate[r + i] : weight(i));
+                    return split<!kGated>(kGated ? e[i] * of[m].gate[r + i] : e[i]);
                 };
-                if (value) put_pairs(p_high + at, p_low + at, gated(0), gated(1));
                 const Two result{{ds(0), ds(1)}};
-                if (key) put_pairs(ds_high + at, ds_low + at, result.row[0], result.row[1]);
+                if (value) put(weights, gated(0), gated(1));
+                if (key) put(dp, result.row[0], result.row[1]);
                 return result;
             };
             const Two first = of_tile(kGated ? places.source[tile] : 0, k);
@@ -865,10 +864,10 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
                  {b.key_pairs, nullptr, b.dim_stride}, {b.dq + from * b.dim_stride, b.dim_stride, nullptr, 0}, between);
     };
     // Sums over the queries.
-    const auto add = [&](int64_t width, const uint16_t* columns, const uint32_t* high, const uint32_t* low, float* sums,
-                         auto&& between) {
-        multiply(unit, to_tiles(width), lanes, total, {columns, nullptr, kQueryStride}, {high, low, b.key_stride},
-                 {sums, b.key_stride, sums, b.key_stride}, between);
+    const auto add = [&](int64_t width, const uint16_t* columns, const float* pairs, float* sums, auto&& between) {
+        const auto* const words = reinterpret_cast<const uint32_t*>(pairs);
+        multiply(unit, to_tiles(width), lanes, total, {columns, nullptr, kQueryStride},
+                 {words, words + b.key_stride, 2 * b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
     };
     const auto weigh = [&](int64_t from, int64_t to) { of.weigh(from, to); };
     const int64_t calls = product_calls(half, dim, total) + product_calls(half, value_dim, total);
@@ -907,9 +906,9 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     Spread finished(of.by_query ? rows.n : 0, product_calls(to_tiles(p.value_dim), lanes, total), put);
     if (of.by_query && half < lanes) by_query(half, queries_turned);
     queries_turned.rest();
-    if (of.by_key) add(p.dim, b.query_columns, b.ds_high, b.ds_low, b.dk, grads_turned);
+    if (of.by_key) add(p.dim, b.query_columns, b.dp, b.dk, grads_turned);
     grads_turned.rest();
-    if (of.by_value) add(p.value_dim, b.grad_columns, b.p_high, b.p_low, b.dv, finished);
+    if (of.by_value) add(p.value_dim, b.grad_columns, b.p, b.dv, finished);
     finished.rest();
     for (int m = 0; job.grad_gates && m < p.softmaxes(); ++m)
         scatter(p, of.of[m].delta, item.batch, rows, job.grad_gates + m * p.batch * p.heads * p.rows);
