@@ -99,7 +99,8 @@ def test_best_instruction_set_up_to_the_limit(limit):
     best = 0
     if {"avx2", "fma", "f16c"} <= flags:
         best = 2 if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else 1
-    if best == 2 and {"amx_tile", "amx_bf16"} <= flags and "amx" in _backend._C.build_info()["isa_built"]:
+    matrix_unit = {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags
+    if best == 2 and matrix_unit and "amx" in _backend._C.build_info()["isa_built"]:
         best = 3
     names = ["baseline", "avx2", "avx512", "amx"]
     code = """

@@ -64,12 +64,13 @@ public:
         else if constexpr (kNumber == 2) _tile_stored(2, to, stride);
         else _tile_stored(3, to, stride);
     }
-    // Tile 2 r + c += tile (4 + r) times tile (6 + c).
+    // Tile 2 r + c += tile (4 + r) times tile (6 + c), for r < R and c < C.
+    template <int R = 2, int C = 2>
     MMFAST_INLINE void multiply_add() {
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (C == 2) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
     }
 };
 
@@ -94,8 +95,10 @@ public:
         for (int i = 0; i < kTileRows; ++i)
             std::memcpy(static_cast<char*>(to) + i * stride, tiles_[kNumber][i], kTileBytes);
     }
+    template <int R = 2, int C = 2>
     MMFAST_INLINE void multiply_add() {
-        for (int i = 0; i < 4; ++i) product(tiles_[i], tiles_[4 + i / 2], tiles_[6 + i % 2]);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) product(tiles_[2 * r + c], tiles_[4 + r], tiles_[6 + c]);
     }
 
 private:

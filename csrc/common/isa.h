@@ -8,7 +8,7 @@
 
 namespace mmfast {
 
-// amx: AVX-512 and the matrix unit for bfloat16, of use to some kernels only.
+// amx: AVX-512, its conversions to bfloat16 and the matrix unit for that, of use to some kernels only.
 enum class Isa { baseline, avx2, avx512, amx };
 
 // Best instruction set that was built and that the processor and the operating system support, but none above the

@@ -75,7 +75,7 @@ constexpr int64_t kMatrixRows = 16, kMatrixFeatures = 16;
 template <class T>
 bool on_matrix_unit(const Problem& p) {
     const auto fits = [](const View& x) { return x.type == ScalarType::bfloat16 && x.column == 1; };
-    bool result = sizeof(T) == 4 && matrix_kernels().panel && !p.decoupled && fits(p.query) &&
+    bool result = sizeof(T) == 4 && matrix_kernels().panel && fits(p.query) &&
                   std::min(p.dim, p.value_dim) >= kMatrixFeatures && shared_heads(p) * p.rows >= kMatrixRows;
     const int64_t keys = all_keys(p);
     for (int j = 0; j < p.count; ++j) result = result && fits(p.sources[j].key) && fits(p.sources[j].value);

@@ -186,13 +186,15 @@ Case random_case(Random& random, ScalarType type, Size size) {
     p.dim = random.between(1, large ? 70 : 20);
     p.value_dim = random.chance(0.5) ? p.dim : random.between(1, large ? 70 : 20);
     p.causal = random.chance(0.25) && !few;
-    p.decoupled = random.chance(0.4) && !few && !matrix;
+    p.decoupled = random.chance(0.4) && !few;
     p.scale = random.chance(0.8) ? 1 / std::sqrt(double(p.dim)) : -0.3;
     p.count = int(random.between(1, 4));
     if (matrix) {
         p.rows = random.between(16, 150);
-        p.dim = random.between(16, 70);
-        p.value_dim = random.between(16, 70);
+        // Multiples of 32 are read where they lie.
+        const auto features = [&] { return random.chance(0.3) ? 32 * random.between(1, 2) : random.between(16, 70); };
+        p.dim = features();
+        p.value_dim = features();
     }
     c.query = std::make_unique<Tensor>(random, Sizes{shared(), p.heads, p.rows, p.dim}, type, false, normal);
     p.query = c.query->view();
@@ -229,8 +231,9 @@ Case random_case(Random& random, ScalarType type, Size size) {
         if (p.decoupled && random.chance(0.6)) {
             const auto some = [&](int64_t n) { return random.chance(0.5) ? n : 1; };
             const ScalarType in = type == ScalarType::float64 ? type : ScalarType::float32;
+            const double open = random.chance(0.2) ? 0.0 : 0.9;
             t.gate = std::make_unique<Tensor>(random, Sizes{some(p.batch), some(p.heads), some(p.rows), 1}, in, false,
-                                              normal);
+                                              [&] { return random.chance(open) ? random.normal() : 0.0; });
             s.gate = t.gate->view();
         }
     }
