@@ -34,10 +34,11 @@ bool amx_granted() {
 #if defined(MMFAST_EMULATE_AMX)
     return true;
 #elif defined(MMFAST_ASK_FOR_AMX)
-    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kConversions = 1u << 5;  // AVX512_BF16 the last
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux 5.16
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kBFloat16 | kTiles))) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (~a & kConversions)) return false;
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
     return false;
