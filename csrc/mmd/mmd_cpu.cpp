@@ -54,6 +54,9 @@ Program<T> program_of(const Layer& layer) {
         }
         gaussians = left;
     }
+    const int* const squarings = p.chain[0].squarings;
+    p.doubles = p.chains == 1 && p.others == 0 && squarings[0] == 0 &&
+                std::all_of(squarings + 1, squarings + p.chain[0].count, [](int n) { return n == 1; });
     return p;
 }
 

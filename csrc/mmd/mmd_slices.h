@@ -13,13 +13,12 @@
 namespace mmfast {
 namespace mmd {
 
-// Distances that are computed again need whole rows, and the matrix unit has its own form of them. Values alone read half as
-// much for each multiply-add, and what slices save there their packing costs.
+// Distances that are computed again need whole rows. Values alone read half as much for each multiply-add, and what slices
+// save there their packing costs.
 template <class T>
 bool Sweep<T>::takes_slices() const {
     const Layer& layer = groups_[0].kernel.layers[0];
-    return gradients_ && layer.dimension > kWide && layer.metric != Metric::l1 && !programs_[0][0].roots &&
-           !passes(layer, groups_[0].x->type);
+    return gradients_ && layer.dimension > kWide && layer.metric != Metric::l1 && !programs_[0][0].roots;
 }
 
 // Rows of a block whose points, of both sides, find room in memory that is kept between calls.
@@ -37,7 +36,10 @@ void Sweep<T>::lay_out_slices() {
     p.block = block_size_ * stride;
     p.a_rows = take(p.count * p.block);
     p.b_rows = take(p.count * p.block);
-    p.b_panels = take(p.block);
+    p.passes = passes(groups_[0].kernel.layers[0], groups_[0].x->type);
+    p.a_split = p.passes ? take(block_size_ * split_row_stride(stride) / 2) : 0;
+    p.b_split = p.passes ? take(kTile * split_depth(stride)) : 0;
+    p.b_panels = p.passes ? 0 : take(p.block);
     p.a_norms = take(block_size_);
     p.b_norms = take(block_size_);
     p.norms = take(block_size_);
@@ -78,14 +80,19 @@ void Sweep<T>::compare_slices(int64_t batch, const Block& a, const Block& b, cha
             from.dimension = depth;
             return from;
         };
-        const Points<T> to_a{at(s, p.a_rows) + i * p.block, nullptr, a_norms, stride};
-        t.pack(slice(a.side), a.first, a.count, centre, {to_a.rows, nullptr, norms, stride});
+        Points<T> to_a{at(s, p.a_rows) + i * p.block, nullptr, norms, stride};
+        if (p.passes) to_a.split_rows = reinterpret_cast<uint16_t*>(s + p.a_split);
+        to_a.passes = p.passes;
+        t.pack(slice(a.side), a.first, a.count, centre, to_a);
+        to_a.norms = a_norms;
         for (int64_t r = 0; r < a.count; ++r) a_norms[r] += norms[r];
         for (int64_t j = 0; j < b.count; j += kTile) {
             const int64_t columns = std::min(kTile, b.count - j);
-            const Points<T> to_b{at(s, p.b_rows) + i * p.block + j * stride, at(s, p.b_panels) + j * stride,
-                                 b_norms + j, stride};
-            t.pack(slice(b.side), b.first + j, columns, centre, {to_b.rows, to_b.panels, norms, stride});
+            Points<T> to_b{at(s, p.b_rows) + i * p.block + j * stride, nullptr, norms, stride};
+            if (p.passes) to_b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
+            else to_b.panels = at(s, p.b_panels) + j * stride;
+            t.pack(slice(b.side), b.first + j, columns, centre, to_b);
+            to_b.norms = b_norms + j;
             for (int64_t r = 0; r < kTile; ++r) to_b.norms[r] += norms[r];
             for (int64_t r = 0; r < a.count && !(diagonal && r > j); r += kTile)
                 t.compare_slice(i == 0, l2 && i + 1 == p.count, depth, to_a, r, std::min(kTile, a.count - r), to_b,

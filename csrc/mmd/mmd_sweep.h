@@ -95,6 +95,9 @@ public:
         make_blocks();
         make_centres();
         lay_out();
+        const Layer& layer = groups_[0].kernel.layers[0];
+        strips_ = simple_ && !gradients_ && tiles<T>().compare_sum && programs_[0][0].doubles &&
+                  layer.metric == Metric::l2 && passes(layer, groups_[0].x->type);
     }
 
     int64_t blocks() const { return int64_t(blocks_.size()); }
@@ -354,11 +357,24 @@ private:
                 if (gradients_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
             double column_sums[2 * kMostLayers][kTile] = {};
-            for (int64_t i = 0; i < a.count && !(diagonal && i > j); i += kTile) {
+            int64_t i = 0;
+            T factor = 0;
+            if (strips_ && tile.columns == kTile) {
+                tile.i0 = a.first;
+                tile.rows = std::min(a.count / kTile * kTile, diagonal ? j : a.count);
+                tile.diagonal = false;
+                if (tile.rows > 0 && reducer.is_sum(tile, factor)) {
+                    const Part& p = parts_[0][0];
+                    const int64_t dimension = groups_[0].kernel.layers[0].dimension;
+                    reducer.add(tile, tiles<T>().compare_sum(programs_[0][0], dimension, a_points(p, s), tile.rows,
+                                                             b_points(p, s)));
+                    i = tile.rows;
+                }
+            }
+            for (; i < a.count && !(diagonal && i > j); i += kTile) {
                 tile.i0 = a.first + i;
                 tile.rows = std::min(kTile, a.count - i);
                 tile.diagonal = diagonal && i == j;
-                T factor = 0;
                 if (simple_ && tile.columns == kTile && !tile.diagonal && reducer.is_sum(tile, factor)) {
                     reducer.add(tile, compute_sum(tile, i, s, factor, column_sums[0]));
                     continue;
@@ -550,11 +566,13 @@ private:
     bool gradients_ = false, parameters_ = false;
     bool simple_ = false;  // one kernel of one layer, whose parameters have no gradients
     bool sliced_ = false;  // its points are taken slice by slice
+    bool strips_ = false;  // its values may be added up by compare_sum()
 
     // Of mmd_slices.h.
     struct Slices {  // offsets in a thread's scratch
-        size_t a_rows, a_norms, b_rows, b_panels, b_norms, norms, z, k, a_gradient, b_gradient;
+        size_t a_rows, a_norms, a_split, b_rows, b_panels, b_norms, b_split, norms, z, k, a_gradient, b_gradient;
         int64_t count, block;  // slices, and rows of each
+        int passes;            // of split products, or 0
     };
     Slices slices_{};
     bool takes_slices() const;

@@ -70,13 +70,16 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
     dispatch(from.type, [&](auto* kind) __attribute__((always_inline)) {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(from.data);
-        for (int64_t i = 0; i < count; ++i)
+        for (int64_t i = 0; i < count; ++i) {
             to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, kAhead * from.row_stride,
                                    from.dimension, centre, to.stride, to.rows + i * to.stride);
+#if defined(MMFAST_AMX_TILES)
+            if (i % 16 == 15) split_points(i - 15, count, from.dimension, to);  // before they leave the first cache
+#endif
+        }
     });
 #if defined(MMFAST_AMX_TILES)
-    if (to.split_rows) split_rows(count, from.dimension, to);
-    if (to.split_columns) split_columns(count, from.dimension, to);
+    for (int64_t i = count / 16 * 16; i < (count + 31) / 32 * 32; i += 16) split_points(i, count, from.dimension, to);
 #endif
     if (to.panels || to.split_columns)
         for (int64_t i = count; i < kTile; ++i) to.norms[i] = to.norms[count - 1];
@@ -233,6 +236,10 @@ void compare_products(bool squared_distance, int64_t dimension, const Points<T>&
 template <class T>
 void compare_slice(bool starts, bool ends_distance, int64_t depth, const Points<T>& a, int64_t first, int64_t rows,
                    const Points<T>& b, int64_t columns, T* z) {
+#if defined(MMFAST_AMX_TILES)
+    if (a.split_rows && b.split_columns)
+        return compare_split(starts, ends_distance, depth, a, first, rows, b, columns, z);
+#endif
     add_products(starts, ends_distance, 0, depth, a, first, rows, b, columns, z);
 }
 
@@ -296,7 +303,7 @@ void compare(Metric metric, bool roots, int64_t dimension, const Points<T>& a, i
     T share = T(1.0 / 128);
 #if defined(MMFAST_AMX_TILES)
     if (a.split_rows && b.split_columns) {
-        compare_split(l2, dimension, a, first, rows, b, columns, z);
+        compare_split(true, l2, dimension, a, first, rows, b, columns, z);
         share = T(1.0 / 8);
     } else
 #endif
@@ -375,13 +382,15 @@ template <class T>
 MMFAST_INLINE TileKernels<T> tiles_of() {
 #if defined(MMFAST_AMX_TILES)
     constexpr bool splits = true;
+    constexpr auto compare_sum = mmd::MMFAST_ISA::compare_sum;
 #else
     constexpr bool splits = false;
+    constexpr auto compare_sum = nullptr;
 #endif
-    return {Simd<T>::lanes,   splits,           pack<T>,        compare<T>,      add_rows<T>,
-            squares_about<T>, compare_slice<T>, evaluate<T>,    evaluate_sum<T>, parameters<T>,
-            reduce<T>,        add_sums<T>,      inner<T>,       combine<T>,      multiply<T>,
-            scale<T>,         product<T>,       differences<T>, put<T>,          signs<T>};
+    return {Simd<T>::lanes,   splits,      pack<T>,         compare<T>,  add_rows<T>,   squares_about<T>,
+            compare_slice<T>, evaluate<T>, evaluate_sum<T>, compare_sum, parameters<T>, reduce<T>,
+            add_sums<T>,      inner<T>,    combine<T>,      multiply<T>, scale<T>,      product<T>,
+            differences<T>,   put<T>,      signs<T>};
 }
 
 }  // namespace

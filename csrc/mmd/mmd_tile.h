@@ -33,7 +33,8 @@ template <class T>
 struct Program {
     static constexpr int kMostChains = 16, kMostTerms = 64;
     Metric metric;
-    bool roots;  // a term is a function of the distance itself
+    bool roots;    // a term is a function of the distance itself
+    bool doubles;  // one chain in which each Gaussian is the square of the one before, as DAN's are and as one alone is
     int chains, others, terms;
     Chain<T> chain[kMostChains];
     Term<T> other[kMostTerms];  // what stands in no chain
@@ -95,6 +96,10 @@ struct TileKernels {
     // row_sums[i] and column_sums[j] unless null.
     double (*evaluate_sum)(const Program<T>& program, int64_t rows, bool slopes, T factor, T* z, double* row_sums,
                            double* column_sums);
+    // What compare() and evaluate_sum() without slopes give for the first `rows` of a and all of b's, in whole tiles of split
+    // points, of a program that only doubles. Null where nothing is gained by it.
+    double (*compare_sum)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
+                          const Points<T>& b);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
     // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij and

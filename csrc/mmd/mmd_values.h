@@ -118,14 +118,6 @@ MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T
     }
 }
 
-// One chain in which each Gaussian is the square of the one before, as DAN's are and as one alone is.
-template <class T>
-MMFAST_INLINE bool only_doubles(const Program<T>& p) {
-    bool all = p.chains == 1 && p.others == 0 && p.chain[0].squarings[0] == 0;
-    for (int i = 1; all && i < p.chain[0].count; ++i) all = p.chain[0].squarings[i] == 1;
-    return all;
-}
-
 template <class T, int U, bool kSlope>
 MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, T shift, const Vec<T> (&z)[U], Vec<T> (&k)[U], Vec<T> (&h)[U]) {
     Vec<T> t[U];
@@ -178,7 +170,7 @@ MMFAST_INLINE void evaluate_tile(const Program<T>& p, int64_t rows, const T* z, 
 
 template <class T>
 void evaluate(const Program<T>& p, int64_t rows, const T* z, T* k, T* h) {
-    if (only_doubles(p)) {
+    if (p.doubles) {
         if (h) evaluate_tile<T, true, true>(p, rows, z, k, h);
         else evaluate_tile<T, false, true>(p, rows, z, k, h);
     } else {
@@ -248,7 +240,7 @@ MMFAST_INLINE double evaluate_sum_of(const Program<T>& p, int64_t rows, T factor
 template <class T>
 double evaluate_sum(const Program<T>& p, int64_t rows, bool slopes, T factor, T* z, double* row_sums,
                     double* column_sums) {
-    if (only_doubles(p))
+    if (p.doubles)
         return slopes ? evaluate_sum_of<T, true, true>(p, rows, factor, z, row_sums, column_sums)
                       : evaluate_sum_of<T, false, true>(p, rows, factor, z, nullptr, nullptr);
     return slopes ? evaluate_sum_of<T, true, false>(p, rows, factor, z, row_sums, column_sums)

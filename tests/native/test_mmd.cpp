@@ -109,7 +109,8 @@ class Asked {
 public:
     Gradients<T> pointers;
 
-    Asked(const Kernel& kernel, const Sample& x, const Sample* y, bool weighted_x, bool weighted_y, Random& random)
+    Asked(const Kernel& kernel, const Sample& x, const Sample* y, bool weighted_x, bool weighted_y, Random& random,
+          bool parameters = true)
         : start_(random.chance(0.3) ? 1 : 0) {
         const auto maybe = [&](auto& to, int64_t size, auto*& pointer, bool can) {
             if (can && random.chance(0.7)) {
@@ -122,7 +123,7 @@ public:
         maybe(y_, y ? int64_t(y->values.size()) : 0, pointers.y, y);
         maybe(weights_x_, x.batch * x.count, pointers.weights_x, weighted_x);
         maybe(weights_y_, y ? y->batch * y->count : 0, pointers.weights_y, weighted_y);
-        maybe(parameters_, x.batch * kernel.terms() * 4, pointers.parameters, true);
+        maybe(parameters_, x.batch * kernel.terms() * 4, pointers.parameters, parameters);
     }
     void check(const SlowGradients& should) const {
         if (x_) compare_all<T>(*x_, should.x, start_, gradient_tally, "gradient of x");
@@ -140,8 +141,9 @@ private:
 
 // ---- Operations ----------------------------------------------------------------------------------------------------
 
+// Kernels whose parameters have no gradients go another way.
 template <class T>
-void check_quadratic(Case<T>& c) {
+void check_quadratic(Case<T>& c, bool parameters = true) {
     Random& random = c.random;
     const double eps = kEps<T>;
     std::unique_ptr<Buffer<T>> w[2];
@@ -152,7 +154,7 @@ void check_quadratic(Case<T>& c) {
     double coefs[3];
     for (double& v : coefs) v = random.chance(0.25) ? 0 : random.normal();
     const bool all_sums = random.chance(0.5);
-    Asked<T> asked(c.kernel, c.x.sample, &c.y.sample, w[0] != nullptr, w[1] != nullptr, random);
+    Asked<T> asked(c.kernel, c.x.sample, &c.y.sample, w[0] != nullptr, w[1] != nullptr, random, parameters);
     const Buffer<double> sums(c.batch() * 3, 0);
     quadratic_cpu<T>(c.batch(), c.kernel, c.x.set(), c.y.set(), w[0] ? w[0]->data() : nullptr,
                      w[1] ? w[1]->data() : nullptr, coefs, all_sums, sums.data(), asked.pointers);
@@ -187,6 +189,26 @@ void check_quadratic(Case<T>& c) {
     }
     compare_all<T>(sums, should, 0, sum_tally, "quadratic sum");
     asked.check(gradients);
+}
+
+// Values alone, of points without weights.
+template <class T>
+void check_values(Case<T>& c) {
+    const double coefs[3] = {1, 1, -2};
+    const Buffer<double> sums(3, 0);
+    quadratic_cpu<T>(1, c.kernel, c.x.set(), c.y.set(), nullptr, nullptr, coefs, false, sums.data(), {});
+    std::vector<Approx> should(3);
+    for (int kind = 0; kind < 3; ++kind) {
+        const Pairs& p = c.pairs(0, kind);
+        const double summed = of_sum<T>(c.kernel, p.n * p.m);
+        for (int64_t i = 0; i < p.n; ++i)
+            for (int64_t j = 0; j < p.m; ++j) {
+                if (p.skip(i, j)) continue;
+                const Approx& k = p.at(i, j);
+                should[kind].add(1, k.v, k.e + (8 * kEps<T> + summed) * k.size());
+            }
+    }
+    compare_all<T>(sums, should, 0, sum_tally, "sum of values");
 }
 
 template <class T>
@@ -480,6 +502,37 @@ void check_many_points(uint64_t seed) {
     check_permutations(few, 1030);
 }
 
+// Points of so many dimensions that products are taken some of them at a time, and with gradients distances as well, in tiles that
+// are whole and in tiles that are not.
+template <class T>
+void check_many_dimensions() {
+    Random random(9);
+    const int64_t shapes[][3] = {{130, 70, 150}, {70, 64, 460}, {129, 20, 400}};
+    for (const auto& s : shapes)
+        for (const Metric metric : {Metric::l2, Metric::dot}) {
+            std::vector<mmfast::mmd::Term<double>> terms;
+            if (metric == Metric::dot) terms = {{Family::polynomial, 1, 0.05, 1, 2}};
+            else
+                for (int i = 0; i < 3; ++i)
+                    terms.push_back({Family::gaussian, 1 + 0.5 * i, 0.25 * double(1 << i) / double(s[2]), 0, 0});
+            for (const ScalarType type : {mmfast::scalar_type_of<T>(), ScalarType::bfloat16}) {
+                Case<T> c({{{metric, s[2], terms}}}, random_sample(1, s[0], s[2], 1, random),
+                          random_sample(1, s[1], s[2], 1, random), type, random);
+                check_quadratic(c, false);
+                check_values(c);
+            }
+        }
+    // Blocks of several tiles, of one step of products and of several, and what is left of them.
+    for (const int64_t d : {20, 140}) {
+        std::vector<mmfast::mmd::Term<double>> terms;
+        for (int i = 0; i < 5; ++i)
+            terms.push_back({Family::gaussian, 1 + 0.1 * i, 0.05 * double(1 << i) / double(d), 0, 0});
+        Case<T> c({{{Metric::l2, d, terms}}}, random_sample(1, 700, d, 1, random), random_sample(1, 400, d, 0, random),
+                  mmfast::scalar_type_of<T>(), random);
+        check_values(c);
+    }
+}
+
 // Ladders of Gaussians where the narrowest counts: each value as exact as its own exponential.
 template <class T>
 void check_ladders() {
@@ -513,6 +566,8 @@ int main(int argc, char** argv) {
     check_ladders<double>();
     check_random<float>(cases, seed);
     check_random<double>(cases / 2, seed + 1);
+    check_many_dimensions<float>();
+    check_many_dimensions<double>();
     check_many_points<float>(3);
     check_many_points<double>(4);
     sum_tally.report("sums");
