@@ -311,7 +311,8 @@ def holds_its_values(t: torch.Tensor) -> bool:
     """True where the memory of ``t`` holds its values: strided, no other subclass than a parameter, nothing still to be
     done, no batch of gradients (``is_grads_batched``)."""
     ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not is_batch_of_gradients(t)
-    return ours and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()
+    dense = ours and t.layout is torch.strided and not t.is_nested
+    return dense and not t.is_neg() and not t._is_zerotensor()
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
