@@ -231,7 +231,7 @@ private:
         for (int64_t k = 0; k < d; ++k) {
             const T u = means[k], v = means[stride + k], w = means[2 * stride + k];
             const T middle = groups == 1 ? u : std::max(std::min(u, v), std::min(std::max(u, v), w));
-            centre[k] = std::isfinite(middle) ? middle : T(0);
+            centre[k] = std::isfinite(u + v + w) ? middle : T(0);
         }
     }
 

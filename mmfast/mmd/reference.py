@@ -165,7 +165,8 @@ def _centred(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Of fewer than three rows some thirds are empty.
         means = [torch.where(whole.new_full((), _count(*p)) > 0, _mean_of(*p), whole) for p in parts]
         low, high = torch.minimum(*means[:2]), torch.maximum(*means[:2])
-        middle = torch.maximum(low, torch.minimum(high, means[2])).nan_to_num(0, 0, 0).to(dtype)
+        middle = torch.maximum(low, torch.minimum(high, means[2]))
+        middle = torch.where(whole.isfinite(), middle, 0).to(dtype)
     x, y = x.to(dtype), y.to(dtype)
     return x - middle, y - middle
 
