@@ -296,6 +296,12 @@ def is_differentiated_by_formula() -> bool:
     )
 
 
+def check_dense(name: str, t: torch.Tensor) -> None:
+    """That ``t`` is neither sparse nor nested, for which torch would raise errors of its own further on."""
+    if t.layout is not torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+
+
 def is_plain(t: torch.Tensor) -> bool:
     """True where the memory of ``t``, on the CPU, holds its values (`holds_its_values`)."""
     return holds_its_values(t) and t.is_cpu
@@ -305,7 +311,8 @@ def holds_its_values(t: torch.Tensor) -> bool:
     """True where the memory of ``t`` holds its values: strided, no other subclass than a parameter, nothing still to be
     done, no batch of gradients (``is_grads_batched``)."""
     ours = type(t) in (torch.Tensor, torch.nn.Parameter) and not is_batch_of_gradients(t)
-    return ours and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()
+    dense = ours and t.layout is torch.strided and not t.is_nested
+    return dense and not t.is_neg() and not t._is_zerotensor()
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -313,6 +320,19 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def is_tracked(t: torch.Tensor | None) -> bool:
+    """Whether autograd follows what is done with ``t``; inside `torch.func.vmap`, whose tensors deny it, too. A graph
+    that is traced there takes no look at what they hold: then it may."""
+    if t is None or not t.is_floating_point() or not torch.is_grad_enabled():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling():
+            return True
+        while torch._C._functorch.is_functorch_wrapped_tensor(t) and not t.requires_grad:
+            t = torch._C._functorch.get_unwrapped(t)
+    return t.requires_grad
 
 
 def is_batch_of_gradients(x: torch.Tensor | None) -> bool:

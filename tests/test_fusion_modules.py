@@ -49,7 +49,7 @@ def mask_of(kind, shape):
     if kind is None:
         return None
     mask = torch.rand(shape) < 0.3
-    mask[..., 0] = False
+    mask[..., :1] = False
     return mask if kind == "bool" else randn(*shape).masked_fill(mask, -torch.inf)
 
 
@@ -140,6 +140,17 @@ def test_drop_in_masked_rows(kind, build, need_weights):
             module(*given, **call)[0].sum().backward()
         for a, b in zip(*same_rows, strict=True):
             torch.testing.assert_close(a.grad, b.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("batch, keys", [(0, S), (N, 0), (0, 0)])
+def test_drop_in_without_items_or_keys(batch, keys, average):
+    theirs, ours = pair(batch_first=True)
+    args = randn(batch, L, E), randn(batch, keys, E), randn(batch, keys, E)
+    for padding, mask in itertools.product((None, (batch, keys)), (None, (L, keys))):
+        given = {"key_padding_mask": mask_of(padding and "float", padding)}
+        given["attn_mask"] = None if mask is None else randn(*mask)
+        same(theirs, ours, args, average_attn_weights=average, **given)
 
 
 def test_masked_rows_zero():

@@ -268,6 +268,22 @@ def test_float32_gradients(mmd_backend):
 # ---- Products, sums, witness
 
 
+@pytest.mark.parametrize("far", [1e5, 1e8, 1e15])
+@pytest.mark.parametrize("d", [3, 16, 70])
+def test_one_point_far_off(d, far, mmd_backend):
+    """What rounds away with a centre that follows it are all the others."""
+    x, y, v = torch.randn(90, d), torch.randn(80, d) + 0.1, torch.randn(80, 2)
+    x[0, 0] = far
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        given = [t.to(dtype).requires_grad_() for t in (x, y, v)]
+        value = mmfast.mmd2(*given[:2], k.Gaussian(d**0.5), backend=mmd_backend)
+        product = mmfast.kernel_matmul(*given, k.Gaussian(d**0.5), backend=mmd_backend)
+        results.append((value, product, *torch.autograd.grad(value + product.square().sum(), given)))
+    for gold, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), gold.double(), rtol=1e-4, atol=2e-5 * gold.abs().max().item())
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_matmul(name, mmd_backend):
     x, y = samples()

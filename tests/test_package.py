@@ -346,3 +346,16 @@ def test_cores_include_neither_torch_nor_cuda(slice_name):
         pattern = forbidden.get(path.name.rsplit("_", 1)[-1])
         if pattern:
             assert not re.search(rf"#include\s*[<\"]({pattern})", path.read_text()), path
+
+
+@pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: torch.nested.nested_tensor(list(t))])
+def test_only_dense_tensors(make):
+    """Sparse and nested ones are refused by name, but for attention's of the jagged layout."""
+    x, heads = make(torch.randn(4, 600)), make(torch.randn(1, 2, 4, 8))
+    dense = torch.randn(1, 2, 4, 8)
+    with pytest.raises(TypeError, match="waveform must be a dense tensor"):
+        mmfast.mel.extract(x, mmfast.mel.MelConfig())
+    with pytest.raises(TypeError, match="x must be a dense tensor"):
+        mmfast.mmd2(x, torch.randn(4, 600))
+    with pytest.raises((TypeError, ValueError), match=r"key of|nested in the jagged layout"):
+        mmfast.cross_attention(dense, [(heads, dense)])

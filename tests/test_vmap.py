@@ -1,10 +1,12 @@
-"""torch.func.vmap over the native mel op: the same numbers as a loop."""
+"""torch.func.vmap over the native ops: the same numbers and gradients as a loop."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import mmfast
+from mmfast.fusion import Source
 from mmfast.mel import MelConfig, extract
 
 CONFIGS = {
@@ -83,3 +85,68 @@ def test_modes_see_the_operator():
     with Names():
         extract(x, MelConfig(n_fft=64, hop_length=16, n_mels=8))
     assert "mmfast.mel_forward.default" in seen
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (3, 2, 10)])
+def test_no_frames(shape, backend):
+    config = MelConfig(n_fft=64, hop_length=20, n_mels=10, framing="valid")
+    x = torch.randn(shape, requires_grad=True)
+    out = torch.func.vmap(lambda t: extract(t, config, backend=backend))(x)
+    assert out.shape == (*shape[:-1], 10, 0)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert not gradient.any()
+
+
+def test_dither(backend):
+    """One noise for all samples, and the same again for a batch of gradients."""
+    config = MelConfig(n_fft=64, hop_length=20, n_mels=10, log="ln", log_offset=1e-3, dither=1.0)
+    x = torch.randn(2, 700, requires_grad=True)
+    run = lambda t: extract(t, config, backend=backend)  # noqa: E731
+    torch.manual_seed(0)
+    out = run(x)
+    torch.manual_seed(0)
+    samples = torch.func.vmap(run, randomness="same")(x.detach().expand(3, 2, 700))
+    torch.testing.assert_close(samples, out.detach().expand(3, *out.shape))
+    upstream = torch.randn(3, *out.shape)
+    expected = torch.stack([torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in upstream])
+    (actual,) = torch.autograd.grad(out, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="randomness must be 'same'"):
+        torch.func.vmap(run, randomness="different")(x.detach())
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(-1, 1, tensor.numel()).view(tensor.shape).sin()
+
+
+_POINTS = _other(torch.empty(9, 4))
+_HEADS = _other(torch.empty(2, 4, 5, 8))
+TRACKED = {
+    "mel": ((300,), lambda t: extract(t, CONFIGS["log_mel"])),
+    "lengths": ((300,), lambda t: extract(t, CONFIGS["log_mel"], lengths=torch.tensor(200))[0]),
+    "mmd2": ((9, 4), lambda t: mmfast.mmd2(t, _POINTS)),
+    "one_sample_u": ((9, 4), lambda t: mmfast.mmd2(_POINTS, t, estimator="one_sample_u")),
+    "weights": ((9,), lambda t: mmfast.mmd2(_POINTS, _POINTS.exp(), weights_x=t.exp())),
+    "bandwidth": ((), lambda t: mmfast.mmd2(_POINTS, _POINTS.exp(), mmfast.kernels.Gaussian(t.exp()))),
+    "mmd2_power": ((9, 4), lambda t: mmfast.mmd2_power(t, _POINTS)),
+    "kernel_matmul": ((9, 4), lambda t: mmfast.kernel_matmul(_POINTS, t, _POINTS)),
+    "query": ((2, 4, 5, 8), lambda t: mmfast.cross_attention(t, [(_HEADS, _HEADS)])),
+    "mask": ((5, 5), lambda t: mmfast.cross_attention(_HEADS, [Source(_HEADS, _HEADS, mask=t)])),
+    "bias": ((5, 5), lambda t: mmfast.cross_attention(_HEADS, [Source(_HEADS, _HEADS, bias=t)])),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("shape, run", TRACKED.values(), ids=TRACKED)
+def test_autograd_sees_through(shape, run, compiled):
+    """Gradients of what was made under vmap, for autograd outside it: a tensor in there denies that it has one."""
+    x = torch.randn(3, *shape, requires_grad=True)
+    mapped = torch.func.vmap(run)
+    if compiled:
+        torch._dynamo.reset()
+        mapped = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    out, expected = mapped(x), torch.stack([run(t) for t in x])
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    (actual,), (gold,) = (torch.autograd.grad(o, x, upstream) for o in (out, expected))
+    torch.testing.assert_close(actual, gold, rtol=1e-4, atol=1e-5)

@@ -11,8 +11,10 @@
 //
 // Note: [Centres]
 //   Kernels of a distance do not change when all points move. Products lose the digits that all points have in common, so
-//   a centre is subtracted first: of x for pairs in x, of y for pairs in y, half way for pairs of both. It need not be exact:
-//   the mean of some of the points, of its finite parts.
+//   a centre is subtracted first: of x for pairs in x, of y for pairs in y, half way for pairs of both. It need not be exact,
+//   but must not follow a single point that lies far off: the others, less such a centre, would be rounded to nothing. So
+//   it is the median of three means of some of the points, of its finite parts. Few dimensions have their differences
+//   taken, which needs no centre.
 #pragma once
 
 #include <algorithm>
@@ -203,34 +205,46 @@ private:
             for (size_t q = 0; q < groups_.size(); ++q)
                 for (size_t l = 0; l < groups_[q].kernel.layers.size(); ++l) {
                     const Layer& layer = groups_[q].kernel.layers[l];
-                    if (layer.metric != Metric::l2) continue;
+                    if (!has_centre(layer)) continue;
                     T* const c = centres_.data() + b * size + centre_at_[q][l];
                     const int64_t d = layer.dimension, s = padded<T>(d);
-                    add_mean(b, q, l, 0, c);
+                    find_centre(b, q, l, 0, c);
                     if (pairs_ == Pairs::within_x) continue;
-                    add_mean(b, q, l, 1, c + s);
+                    find_centre(b, q, l, 1, c + s);
                     for (int64_t k = 0; k < d; ++k) c[2 * s + k] = (c[k] + c[s + k]) / 2;
                 }
     }
 
-    void add_mean(int64_t b, size_t q, size_t l, int side, T* mean) const {
-        constexpr int64_t kSome = 16;
+    void find_centre(int64_t b, size_t q, size_t l, int side, T* centre) const {
+        constexpr int64_t kSome = 16, kGroups = 3;
         const Set& set = side ? *groups_[q].y : *groups_[q].x;
         const int64_t n = std::min(set.count, kSome), d = groups_[q].kernel.layers[l].dimension, stride = padded<T>(d);
         if (!n) return;
-        const Scratch scratch((stride + 16) * sizeof(T));
-        T* const row = reinterpret_cast<T*>(scratch.data());
+        const Scratch scratch(((1 + kGroups) * stride + 16) * sizeof(T));
+        T* const means = reinterpret_cast<T*>(scratch.data());
+        T* const row = means + kGroups * stride;
+        std::fill(means, row, T(0));
+        const int64_t groups = n < kGroups ? 1 : kGroups;
         for (int64_t i = 0; i < n; ++i) {
-            const int64_t at = i * set.count / n;
+            const int64_t at = i * set.count / n, g = i % groups;
             tiles<T>().pack(source(b, q, l, side), at, 1, nullptr, {row, nullptr, row + stride, stride});
-            for (int64_t k = 0; k < d; ++k) mean[k] += row[k];
+            const T part = T(1) / T((n - g + groups - 1) / groups);
+            for (int64_t k = 0; k < d; ++k) means[g * stride + k] += row[k] * part;
         }
-        for (int64_t k = 0; k < d; ++k) mean[k] = std::isfinite(mean[k]) ? mean[k] / T(n) : T(0);
+        for (int64_t k = 0; k < d; ++k) {
+            const T u = means[k], v = means[stride + k], w = means[2 * stride + k];
+            const T middle = groups == 1 ? u : std::max(std::min(u, v), std::min(std::max(u, v), w));
+            centre[k] = std::isfinite(u + v + w) ? middle : T(0);
+        }
+    }
+
+    static bool has_centre(const Layer& layer) {
+        return layer.metric == Metric::l2 && layer.dimension > kFewDimensions;
     }
 
     const T* centre(int64_t b, size_t q, size_t l, int kind) const {
         const Layer& layer = groups_[q].kernel.layers[l];
-        if (layer.metric != Metric::l2) return nullptr;
+        if (!has_centre(layer)) return nullptr;
         return centres_.data() + b * centres_size_ + centre_at_[q][l] + kind * padded<T>(layer.dimension);
     }
 

@@ -91,6 +91,7 @@ def check_tensor(name: str, x: object, dims: int, layout: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    _backend.check_dense(name, x)
     if x.dim() != dims:
         raise ValueError(f"{name} must be {layout}, got {tuple(x.shape)}")
 

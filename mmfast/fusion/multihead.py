@@ -113,7 +113,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = [key_padding_mask, None if causal else attn_mask]
         alone = self.bias_k is None and not self.add_zero_attn
         as_nan = self.masked_rows == "torch" and NAN_ROWS[need_weights] and alone
-        as_nan = as_nan and (k.shape[2] == 0 or any(m is not None for m in masks))
+        as_nan = as_nan and k.shape[2] > 0 and any(m is not None for m in masks)  # without keys torch gives zero
         options = {
             "is_causal": causal,
             "dropout_p": self.dropout if self.training else 0.0,
@@ -214,7 +214,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _masks(self, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> tuple:
         """``mask``, ``lengths`` and ``bias`` of a `Source`."""
         if padding is not None:
-            padding = padding.view(q.shape[0], 1, 1, -1)
+            padding = padding.view(q.shape[0], 1, 1, padding.shape[-1])
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (q.shape[0], self.num_heads))
         if mask is None or padding is None:

@@ -49,7 +49,7 @@ def can(query: Tensor, sources: Sequence[Source], dropout_p: float, softcap: flo
         return "a softcap"
     if len(sources) > MOST_SOURCES:
         return f"more than {MOST_SOURCES} sources"
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for s in sources for x in (s.mask, s.bias)):
+    if any(_backend.is_tracked(x) for s in sources for x in (s.mask, s.bias)):
         return "the gradient of a mask or bias"
     return None
 

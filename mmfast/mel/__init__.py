@@ -70,6 +70,7 @@ def extract(
         raise TypeError(f"waveform must be a tensor, got {type(waveform).__name__}")
     if waveform.dtype not in _DTYPES:
         raise TypeError(f"waveform must be float32, float64, float16, bfloat16 or int16, got {waveform.dtype}")
+    _backend.check_dense("waveform", waveform)
     if waveform.dim() == 0:
         raise ValueError("waveform must have at least one dimension, (..., T), got a scalar")
     shape = waveform.shape
@@ -89,7 +90,7 @@ def extract(
         dct = _given("dct", dct, waveform, (config.n_mels, config.n_mfcc) if config.n_mfcc else None)
     scope = config.top_db_scope
     group = 1 if scope == "item" else shape[-2] if scope == "channels" and len(shape) > 2 else 0  # 0 is all rows
-    seed = int(torch.randint(2**31 - 1, (), device="cpu")) if config.dither else 0
+    seed = _draw_seed() if config.dither else 0
     if len(shape) == 2:
         rows = waveform
     else:
@@ -108,6 +109,13 @@ def extract(
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16)
+
+
+def _draw_seed() -> int:
+    seed = torch.randint(2**31 - 1, (), device="cpu")
+    if torch._C._functorch.is_batchedtensor(seed):
+        raise ValueError("dither has one noise for all samples under vmap: randomness must be 'same', got 'different'")
+    return int(seed)
 
 
 def _has_gradient(tensor: torch.Tensor | None) -> bool:

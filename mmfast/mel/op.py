@@ -35,9 +35,9 @@ _forward = torch.ops.mmfast.mel_forward.default
 def mel(rows, window, filters, dct, lengths, group, seed, config: MelConfig):
     """`mel_reference` by the native kernels: the same arguments, the same results."""
     args = rows, window, filters, dct, lengths, group, seed, config.key
-    tracked = torch.is_grad_enabled() and (rows.requires_grad or (filters is not None and filters.requires_grad))
     if torch.compiler.is_compiling():
         return _forward(*args)[:2]
+    tracked = _backend.is_tracked(rows) or _backend.is_tracked(filters)
     if _takes_no_dispatcher(rows, window, filters, dct, lengths):
         return _Direct.apply(*args) if tracked else _forward_native(*args)[:2]
     if tracked:
@@ -244,7 +244,18 @@ def _rows(info, dim, tensor):
     if tensor is None:
         return None
     tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.reshape(info.batch_size * tensor.shape[1], *tensor.shape[2:])
+    return tensor.reshape(info.batch_size * tensor.shape[1], *tensor.shape[2:]).contiguous()  # lengths must be
+
+
+def _samples(info, dims, tensors):
+    """The arguments of each sample: noise follows the number of a row, which is to be the same in all of them."""
+    for i in range(info.batch_size):
+        yield [t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=False)]
+
+
+def _by_sample(info, tensor):
+    """``(N * B, ...)`` as ``(N, B, ...)``; there may be nothing in it."""
+    return tensor.reshape(info.batch_size, tensor.shape[0] // info.batch_size, *tensor.shape[1:])
 
 
 def _check_shared(dims):
@@ -255,10 +266,14 @@ def _check_shared(dims):
 @torch.library.register_vmap("mmfast::mel_forward")
 def _(info, in_dims, waveform, window, filters, dct, lengths, group, seed, config):
     _check_shared(in_dims[1:4])
+    if MelConfig.from_key(config).dither:
+        samples = _samples(info, in_dims, (waveform, window, filters, dct, lengths))
+        outs = [torch.ops.mmfast.mel_forward(*sample, group, seed, config) for sample in samples]
+        return tuple(map(torch.stack, zip(*outs, strict=True))), (0, 0, 0)
     rows, lengths = _rows(info, in_dims[0], waveform), _rows(info, in_dims[4], lengths)
     group = group or rows.shape[0] // info.batch_size
     out = torch.ops.mmfast.mel_forward(rows, window, filters, dct, lengths, group, seed, config)
-    return tuple(t.reshape(info.batch_size, -1, *t.shape[1:]) for t in out), (0, 0, 0)
+    return tuple(_by_sample(info, t) for t in out), (0, 0, 0)
 
 
 @torch.library.register_vmap("mmfast::mel_backward")
@@ -281,6 +296,11 @@ def _(
     _check_shared(in_dims[2:5])
     if need_filters:
         raise ValueError("the gradient of filters has no rule for vmap: compute it sample by sample")
+    if MelConfig.from_key(config).dither:
+        rest = group, seed, config, need_waveform, need_filters
+        samples = _samples(info, in_dims, (grad, waveform, window, filters, dct, lengths, maxima))
+        outs = [torch.ops.mmfast.mel_backward(*sample, *rest) for sample in samples]
+        return (torch.stack([by_waveform for by_waveform, _ in outs]), outs[0][1]), (0, None)
     grad, waveform, lengths, maxima = (
         _rows(info, in_dims[i], t) for i, t in ((0, grad), (1, waveform), (5, lengths), (6, maxima))
     )
@@ -288,4 +308,4 @@ def _(
     grad_waveform, grad_filters = torch.ops.mmfast.mel_backward(
         grad, waveform, window, filters, dct, lengths, maxima, group, seed, config, need_waveform, need_filters
     )
-    return (grad_waveform.reshape(info.batch_size, -1, grad_waveform.shape[1]), grad_filters), (0, None)
+    return (_by_sample(info, grad_waveform), grad_filters), (0, None)

@@ -42,6 +42,7 @@ def as_layers(name: str, x: Tensor | Sequence[Tensor], count: int) -> tuple[list
     for layer in x:
         if layer.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {layer.dtype}")
+        _backend.check_dense(name, layer)
         if layer.dim() not in (2, 3):
             raise ValueError(f"{name} must be (n, d), or (b, n, d), got {tuple(layer.shape)}")
         if layer is not first:

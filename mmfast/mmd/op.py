@@ -78,9 +78,8 @@ def quadratic(x, y, wx, wy, coefs: Tensor, terms: Terms, by: str = "") -> tuple[
         return reference.quadratic(x, y, wx, wy, coefs, terms)
     kernel, name = _kernel(x, terms), by + _precision.current()
     x, y = _joined(x), _joined(y)
-    need = [False] * 6  # gradients of x, y, wx, wy, params; the sums that coefs leave out
-    if torch.is_grad_enabled():
-        need = [t is not None and t.requires_grad for t in (x, y, wx, wy, terms.params, coefs)]
+    # Gradients of x, y, wx, wy, params; the sums that coefs leave out.
+    need = [_backend.is_tracked(t) for t in (x, y, wx, wy, terms.params, coefs)]
     if any(need) and _is_plain(x, y, wx, wy):
         return _Quadratic.apply(x, y, wx, wy, coefs, *kernel, need, name)
     if any(need) or torch.compiler.is_compiling():

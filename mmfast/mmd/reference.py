@@ -155,12 +155,28 @@ def _measure(x: Tensor, y: Tensor, same: bool, families: list[int]) -> tuple[Ten
 
 
 def _centred(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both about their common mean, a constant: distances, and so all their derivatives, do not depend on it."""
+    """Both about their common middle, a constant: distances, and so all their derivatives, do not depend on it.
+
+    It is the median of the means of three thirds: one row far off, or a bad one, must not spoil the others.
+    """
     with torch.no_grad():
-        mean = (x.sum(1, keepdim=True) + y.sum(1, keepdim=True)) / max(x.shape[1] + y.shape[1], 1)
-        mean = mean.nan_to_num(0, 0, 0).to(dtype)  # one bad row must not spoil the others
+        whole = _mean_of(x, y)
+        parts = [(x[:, i::3], y[:, i::3]) for i in range(3)]
+        # Of fewer than three rows some thirds are empty.
+        means = [torch.where(whole.new_full((), _count(*p)) > 0, _mean_of(*p), whole) for p in parts]
+        low, high = torch.minimum(*means[:2]), torch.maximum(*means[:2])
+        middle = torch.maximum(low, torch.minimum(high, means[2]))
+        middle = torch.where(whole.isfinite(), middle, 0).to(dtype)
     x, y = x.to(dtype), y.to(dtype)
-    return x - mean, y - mean
+    return x - middle, y - middle
+
+
+def _count(x: Tensor, y: Tensor) -> int:
+    return x.shape[1] + y.shape[1]
+
+
+def _mean_of(x: Tensor, y: Tensor) -> Tensor:
+    return (x.sum(1, keepdim=True) + y.sum(1, keepdim=True)) / max(_count(x, y), 1)
 
 
 def _values(terms: Terms, layer: int, measure: Tensor, zero: Tensor | None) -> Tensor:
