@@ -11,6 +11,8 @@ A tile is left out if it is excluded for all queries of the block: by lengths, b
 queries has a key with more than a quarter of it: beside that the weight is exp(−16000) or less.
 """
 
+# Triton knows no conditional expression that picks code:
+# ruff: noqa: SIM108
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,12 +27,14 @@ from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import power_of_two
+from mmfast.fusion.triton_split import Gradient, add_up
 from mmfast.fusion.triton_tiles import (
     BIAS,
     LOG2E,
     MASK,
     MASK_BOOL,
     aligned,
+    allowed_by_key,
     dot_options,
     keys_there,
     load_tile,
@@ -105,28 +109,71 @@ def _list(
             rows = tl.maximum(rows, tl.load(near + (item * key_blocks + i) * BM + tl.arange(0, BM)))
         excluded = tl.min(rows.to(tl.int32)) == 1
         state = tl.where(state == FAR, tl.where(excluded, NOTHING, MIXED), state)
+        tl.store(states + item * key_blocks + n, state.to(tl.int8), mask=n < key_blocks)  # for `_list_by_keys`
+    _write_list(state, n, tiles, counts, item, key_blocks)
+
+
+@triton.jit
+def _list_by_keys(
+    states, tiles, counts, state_strides, key_blocks, key_heads, group, row_blocks, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """For the gradients of a tile of keys: the blocks of queries that visit it, of all heads of its group in a row."""
+    tile = tl.program_id(0) % key_blocks
+    item = (tl.program_id(0) // key_blocks).to(tl.int64)
+    b, h0 = item // key_heads, item % key_heads * group
+    n = tl.arange(0, BLOCKS)
+    many = group * row_blocks
+    at = b * state_strides[0] + (h0 + n // row_blocks) * state_strides[1] + n % row_blocks * state_strides[2]
+    state = tl.load(states + at * key_blocks + tile, mask=n < many, other=NOTHING).to(tl.int32)
+    _write_list(state, n, tiles, counts, tl.program_id(0).to(tl.int64), many)
+
+
+@triton.jit
+def _write_list(state, n, tiles, counts, item, room):
     free, mixed = (state == FREE).to(tl.int32), (state == MIXED).to(tl.int32)
-    to = tiles + item * 2 * key_blocks
+    to = tiles + item * 2 * room
     tl.store(to + tl.cumsum(free, 0) - 1, n, mask=free == 1)
-    tl.store(to + key_blocks + tl.cumsum(mixed, 0) - 1, n, mask=mixed == 1)
+    tl.store(to + room + tl.cumsum(mixed, 0) - 1, n, mask=mixed == 1)
     tl.store(counts + 2 * item, tl.sum(free))
     tl.store(counts + 2 * item + 1, tl.sum(mixed))
 
 
 class Lists(NamedTuple):
-    """Of one source: numbers of tiles, how many, and how to find those of an item, a head and a block of queries."""
+    """Of one source: numbers of tiles, room for how many, how many there are, and how to find those of an item, a head
+    and a block of queries; or, of blocks of queries, those of an item, a key head and a tile of keys."""
 
     tiles: Tensor
+    room: int
     counts: Tensor
-    key_blocks: int
     strides: tuple[int, int, int]
+
+
+@triton.jit
+def _steps(of, at, limit, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
+    """How many steps go over keys where nothing is masked, and how many over others. Without a list all ``limit`` keys
+    are visited, and only the end of them may be no whole step."""
+    if LISTED:
+        return tl.load(of.counts + 2 * at) * PARTS, tl.load(of.counts + 2 * at + 1) * PARTS
+    else:
+        whole = limit // STEP
+        return whole, tl.cdiv(limit, STEP) - whole
+
+
+@triton.jit
+def _begin(tiles, i, before, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
+    """The first key of step ``i``; without a list ``before`` steps lie before it."""
+    if LISTED:
+        return (tl.load(tiles + i // PARTS).to(tl.int64) * PARTS + i % PARTS) * STEP
+    else:
+        return tl.cast(before + i, tl.int64) * STEP
 
 
 @triton.jit
 def _attend(
     query, query_strides, sources, lists, out, out_strides, lse, heads, row_limit, dim, value_dim, row_blocks, scale2,
-    HAS: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr,
+    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % row_blocks
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -137,24 +184,25 @@ def _attend(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BV], tl.float32)
+    local = tl.arange(0, STEP)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
         at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
-        tiles = of.tiles + at * 2 * of.key_blocks
+        tiles = of.tiles + at * 2 * of.room
         key = start_of(src.key, src.key_strides, b, h // src.group, BY)
         value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        columns = tl.arange(0, BN)
-        for i in range(tl.load(of.counts + 2 * at)):
-            first = tl.load(tiles + i).to(tl.int64) * BN
+        free, mixed = _steps(of, at, limit, LISTED[j], PARTS, STEP)
+        for i in range(free):
+            first = _begin(tiles, i, 0, LISTED[j], PARTS, STEP)
             at_key = key + first * (src.key_strides[2] // BY * BY)
             at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, columns, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, columns, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            k = load_tile(at_key, local, STEP, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, STEP, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             top, total, o = scaled_step(s, v, top, total, o, scale2, POSITIVE, DOT, PRECISION)
-        for i in range(tl.load(of.counts + 2 * at + 1)):
-            there = tl.load(tiles + of.key_blocks + i) * BN + columns
+        for i in range(mixed):
+            there = _begin(tiles + of.room, i, free, LISTED[j], PARTS, STEP) + local
             k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
             v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
@@ -171,25 +219,50 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     value_dim = sources[0].value.shape[3]
     sources = [s for s in sources if s.key.shape[2]]
     source_refs, has = refs(query, sources)
-    wide, wide_value = power_of_two(dim), power_of_two(value_dim)
-    half = query.dtype != torch.float32
-    large = half and wide + wide_value <= 256 and roomy(query.device)
-    block, width = min(128 if large else 64, power_of_two(rows)), 128 if large else 64 if half else 32
-    lists = tuple(_lists(query, s, causal, batch, block, width) for s in sources)
+    block, width, step, warps, stages = _forward_sizes(query, value_dim)
+    row_blocks = triton.cdiv(rows, block)
+    listed = _listed(sources, causal)
+    lists = tuple(
+        _lists(query, s, causal, batch, block, width)[0] if one else _no_lists(query)
+        for s, one in zip(sources, listed, strict=True)
+    )
     out = heads_inside(query, (batch, heads, rows, value_dim))
     lse = room(query, (batch, heads, rows), torch.float32)
-    row_blocks = triton.cdiv(rows, block)
     launch(
         _attend, (batch * heads * row_blocks,), query, strides(query), source_refs, lists, out, out.stride(), lse,
-        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, POSITIVE=scale > 0,
-        BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(query, *keys_and_values(sources)), num_warps=8 if block
-        == 128 else 4, num_stages=2, **dot_options(query.dtype),
+        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, LISTED=listed, CAUSAL=causal,
+        POSITIVE=scale > 0, BM=block, PARTS=width // step, STEP=step, BD=power_of_two(dim), BV=power_of_two(value_dim),
+        BY=aligned(query, *keys_and_values(sources)), num_warps=warps, num_stages=stages, **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse
 
 
-def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, width: int) -> Lists:
-    """As few as differ: one for all heads, say, that share a mask."""
+def _tiles(query: Tensor, value_dim: int) -> tuple[int, int]:
+    """Queries of a block and keys of a tile, of which lists are made."""
+    half = query.dtype != torch.float32
+    large = half and power_of_two(query.shape[3]) + power_of_two(value_dim) <= 256 and roomy(query.device)
+    return min(128 if large else 64, power_of_two(query.shape[2])), 128 if large else 64 if half else 32
+
+
+def _forward_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int, int, int]:
+    """Block and tile, keys of a step, warps and stages."""
+    block, width = _tiles(query, value_dim)
+    return block, width, width, 8 if block == 128 else 4, 2
+
+
+def _listed(sources: Sequence[Source], causal: bool) -> tuple[bool, ...]:
+    """Whether of a source there is more to know than how many keys an item has."""
+    return tuple(causal or s.mask is not None or s.bias is not None for s in sources)
+
+
+def _no_lists(query: Tensor) -> Lists:
+    return Lists(query, 0, query, (0, 0, 0))
+
+
+def _lists(
+    query: Tensor, source: Source, causal: bool, batch: int, block: int, width: int, by_keys: bool = False
+) -> tuple[Lists, Lists | None]:
+    """As few as differ: one for all heads, say, that share a mask. And ``by_keys`` those of tiles of keys."""
     (ref,), (has,) = refs(query, [source])
     rows, mask = query.shape[2], source.mask
     shape = [1, 1, 1] if mask is None else list(mask.shape[:3])
@@ -215,4 +288,261 @@ def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, 
         BM=block, num_warps=4,
     )  # fmt: skip
     of = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
-    return Lists(tiles, counts, key_blocks, of)
+    by_rows = Lists(tiles, key_blocks, counts, of)
+    if not by_keys:
+        return by_rows, None
+    group, row_blocks = query.shape[1] // source.key.shape[1], triton.cdiv(query.shape[2], block)
+    key_heads, many = source.key.shape[1] if heads > 1 else 1, group * row_blocks
+    tiles = room(query, (items * key_heads * key_blocks, 2, many), torch.int32)
+    counts = room(query, (items * key_heads * key_blocks, 2), torch.int32)
+    launch(
+        _list_by_keys, (items * key_heads * key_blocks,), states, tiles, counts, of, key_blocks, key_heads, group,
+        row_blocks, BLOCKS=power_of_two(many), num_warps=4,
+    )  # fmt: skip
+    of = (key_heads * key_blocks if items > 1 else 0, key_blocks if heads > 1 else 0, 1)
+    return by_rows, Lists(tiles, many, counts, of)
+
+
+# ---- Backward
+
+
+@triton.jit
+def _query_gradient(
+    grad_out, grad_out_strides, grad_lse, query, query_strides, sources, lists, out, out_strides, lse, shifts, deltas,
+    grad, grad_strides, heads, row_limit, dim, value_dim, row_blocks, scale, scale2,
+    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr, BM: tl.constexpr,
+    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries, and of each row, for `_key_gradients`, what is subtracted from scores and from dP."""
+    block = tl.program_id(0) % row_blocks
+    item = (tl.program_id(0) // row_blocks).to(tl.int64)
+    b, h = item // heads, item % heads
+    rows = block * BM + tl.arange(0, BM)
+    start = start_of(grad_out, grad_out_strides, b, h, BY)
+    do = load_tile(start, rows, row_limit, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
+    start = start_of(out, out_strides, b, h, BY)
+    o = load_tile(start, rows, row_limit, out_strides[2], value_dim, out_strides[3], BV, DOT, BY)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    at_rows = item * row_limit + rows
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse + at_rows, mask=rows < row_limit, other=0.0)
+    shift = tl.load(lse + at_rows, mask=rows < row_limit, other=float("inf")) * LOG2E
+    shift = tl.where(shift == float("-inf"), float("inf"), shift)  # exp2(s - inf) = 0: such a row has no weights
+    tl.store(shifts + at_rows, shift, mask=rows < row_limit)
+    tl.store(deltas + at_rows, delta, mask=rows < row_limit)
+    start = start_of(query, query_strides, b, h, BY)
+    q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+    dq = tl.zeros([BM, BD], tl.float32)
+    local = tl.arange(0, STEP)
+    for j in tl.static_range(len(HAS)):
+        src, of = sources[j], lists[j]
+        limit = keys_there(src, b, HAS[j])
+        at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
+        tiles = of.tiles + at * 2 * of.room
+        key = start_of(src.key, src.key_strides, b, h // src.group, BY)
+        value = start_of(src.value, src.value_strides, b, h // src.group, BY)
+        free, mixed = _steps(of, at, limit, LISTED[j], PARTS, STEP)
+        for i in range(free):
+            first = _begin(tiles, i, 0, LISTED[j], PARTS, STEP)
+            at_key = key + first * (src.key_strides[2] // BY * BY)
+            at_value = value + first * (src.value_strides[2] // BY * BY)
+            k = load_tile(at_key, local, STEP, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, STEP, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(s * scale2 - shift[:, None]) * (dp - delta[:, None])
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+        for i in range(mixed):
+            there = _begin(tiles + of.room, i, free, LISTED[j], PARTS, STEP) + local
+            k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(s - shift[:, None]) * (dp - delta[:, None])
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+    to = start_of(grad, grad_strides, b, h, BY)
+    store_tile(to, dq * scale, rows, row_limit, grad_strides[2], dim, grad_strides[3], BD, BY)
+
+
+@triton.jit
+def _rows_of(blocks, i, row_blocks, h0, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
+    """Head and first query of step ``i``."""
+    if LISTED:
+        at = tl.load(blocks + i // PARTS)
+    else:
+        at = i // PARTS
+    return h0 + at // row_blocks, (at % row_blocks * PARTS + i % PARTS) * STEP
+
+
+@triton.jit
+def _load_rows(
+    query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, first, heads, row_limit, dim, value_dim,
+    STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Queries, gradients of their outputs, and what is subtracted from their scores and from dP."""
+    local, left = tl.arange(0, STEP), row_limit - first
+    start = start_of(query, query_strides, b, h, BY) + tl.cast(first, tl.int64) * (query_strides[2] // BY * BY)
+    q = load_tile(start, local, left, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+    start = start_of(grad_out, grad_out_strides, b, h, BY) + tl.cast(first, tl.int64) * (grad_out_strides[2] // BY * BY)
+    do = load_tile(start, local, left, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
+    at = (b * heads + h) * row_limit + first
+    shift = tl.load(shifts + at + local, mask=local < left, other=float("inf"))
+    return q, do, shift, tl.load(deltas + at + local, mask=local < left, other=0.0)
+
+
+@triton.jit
+def _key_gradients(
+    grad_out, grad_out_strides, query, query_strides, sources, lists, grads, first, shifts, deltas, heads, row_limit,
+    dim, value_dim, row_blocks, scale, scale2,
+    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys, over the queries of all heads of its group. Keys are rows of all that is per key and
+    query: weights and their gradients go from registers into the products that use them up."""
+    program = tl.program_id(0)
+    for j in tl.static_range(len(HAS)):
+        if (program >= first[j]) & (program < first[j + 1]):
+            src, of, grad = sources[j], lists[j], grads[j]
+            key_blocks = tl.cdiv(src.keys, BN)
+            tile = (program - first[j]) % key_blocks
+            item = ((program - first[j]) // key_blocks).to(tl.int64)
+            b, kh = item // (heads // src.group), item % (heads // src.group)
+            limit = keys_there(src, b, HAS[j])
+            columns = tile.to(tl.int64) * BN + tl.arange(0, BN)
+            start = start_of(src.key, src.key_strides, b, kh, BY)
+            k = load_tile(start, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            start = start_of(src.value, src.value_strides, b, kh, BY)
+            v = load_tile(start, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            dk = tl.zeros([BN, BD], tl.float32)
+            dv = tl.zeros([BN, BV], tl.float32)
+            at = b * of.strides[0] + kh * of.strides[1] + tile * of.strides[2]
+            blocks = of.tiles + at * 2 * of.room
+            if LISTED[j]:
+                free = tl.load(of.counts + 2 * at) * PARTS
+            else:  # what does not exist of the keys is in rows of its own
+                free = tl.where(tile * BN < limit, src.group * row_blocks * PARTS, 0)
+            for i in range(free):
+                h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
+                q, do, shift, delta = _load_rows(
+                    query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit, dim,
+                    value_dim, STEP, BD, BV, BY, DOT,
+                )  # fmt: skip
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                p = tl.exp2(s * scale2 - shift[None, :])
+                dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+            if LISTED[j]:
+                for i in range(tl.load(of.counts + 2 * at + 1) * PARTS):
+                    h, row = _rows_of(blocks + of.room, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
+                    q, do, shift, delta = _load_rows(
+                        query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
+                        dim, value_dim, STEP, BD, BV, BY, DOT,
+                    )  # fmt: skip
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+                    rows = row + tl.arange(0, STEP)
+                    s = allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS[j], CAUSAL)
+                    p = tl.exp2(s - shift[None, :])
+                    dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    ds = p * (dp - delta[None, :])
+                    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+            there = (columns < limit)[:, None]
+            to = start_of(grad.key, grad.key_strides, b, kh, BY)
+            dk = tl.where(there, dk * scale, 0.0)
+            store_tile(to, dk, columns, src.keys, grad.key_strides[2], dim, grad.key_strides[3], BD, BY)
+            to = start_of(grad.value, grad.value_strides, b, kh, BY)
+            dv = tl.where(there, dv, 0.0)
+            store_tile(to, dv, columns, src.keys, grad.value_strides[2], value_dim, grad.value_strides[3], BV, BY)
+
+
+def differentiates(query: Tensor, sources: Sequence[Source]) -> bool:
+    """Whether `backward` can: in float32, of three products, "efficient" is no slower, and two sums of 256 features for
+    each key find no room in the registers."""
+    wide = power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3])
+    return query.dtype != torch.float32 and wide <= 256
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    sources: Sequence[Source],
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of query, keys and values, of what `differentiates` allows."""
+    lse = lse.contiguous()  # hooks for saved tensors may have changed its strides
+    batch, heads, rows = lse.shape
+    dim, value_dim = query.shape[3], sources[0].value.shape[3]
+    grad_query, of_query = _room_for(query, query, batch)
+    grad_keys, of_keys = zip(*(_room_for(query, s.key, batch) for s in sources), strict=True)
+    grad_values, of_values = zip(*(_room_for(query, s.value, batch) for s in sources), strict=True)
+    grads = tuple(
+        Gradient(k, v, k.stride(), v.stride())
+        for s, k, v in zip(sources, of_keys, of_values, strict=True)
+        if s.key.shape[2]
+    )
+    sources = [s for s in sources if s.key.shape[2]]
+    source_refs, has = refs(query, sources)
+    listed = _listed(sources, causal)
+    block, width = _tiles(query, value_dim)
+    row_blocks = triton.cdiv(rows, block)
+    by_rows, by_keys = zip(
+        *(
+            _lists(query, s, causal, batch, block, width, by_keys=True) if one else (_no_lists(query),) * 2
+            for s, one in zip(sources, listed, strict=True)
+        ),
+        strict=True,
+    )
+    shifts, deltas = (room(query, (batch, heads, rows), torch.float32) for _ in range(2))
+    options = {
+        "HAS": has, "LISTED": listed, "CAUSAL": causal, "BD": power_of_two(dim), "BV": power_of_two(value_dim),
+        "BY": aligned(query, grad_out, out, *keys_and_values(sources)), **dot_options(query.dtype),
+    }  # fmt: skip
+    step, warps, stages = _query_sizes(query, value_dim)
+    launch(
+        _query_gradient, (batch * heads * row_blocks,), grad_out, grad_out.stride(),
+        query if grad_lse is None else grad_lse.contiguous(), query, strides(query), source_refs, by_rows, out,
+        out.stride(), lse, shifts, deltas, of_query, of_query.stride(), heads, rows, dim, value_dim, row_blocks, scale,
+        scale * LOG2E.value, GRAD_LSE=grad_lse is not None, BM=block, PARTS=width // step, STEP=step, num_warps=warps,
+        num_stages=stages, **options,
+    )  # fmt: skip
+    first = [0]
+    for s in sources:
+        first.append(first[-1] + batch * s.key.shape[1] * triton.cdiv(s.key.shape[2], width))
+    step, warps, stages = _key_sizes(query, value_dim)
+    launch(
+        _key_gradients, (first[-1],), grad_out, grad_out.stride(), query, strides(query), source_refs, by_keys, grads,
+        tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=width,
+        PARTS=block // step, STEP=step, num_warps=warps, num_stages=stages, **options,
+    )  # fmt: skip
+    for whole, part in zip((grad_query, *grad_keys, *grad_values), (of_query, *of_keys, *of_values), strict=True):
+        if part is not whole:
+            add_up(part, whole, batch)
+    return grad_query, list(grad_keys), list(grad_values)
+
+
+def _room_for(query: Tensor, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and what kernels write: the same, or where the batch shares ``x`` those of each item."""
+    grad = heads_inside(query, x.shape)
+    if x.shape[0] == batch or not x.shape[2]:
+        return grad, grad
+    return grad, heads_inside(query, (batch, *x.shape[1:]), torch.float32)
+
+
+def _query_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int]:
+    """Keys of a step, warps and stages, of `_query_gradient`."""
+    block, width = _tiles(query, value_dim)
+    return min(width, 64), 8 if block == 128 else 4, 3 if width == 128 else 2
+
+
+def _key_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int]:
+    """Queries of a step, warps and stages, of `_key_gradients`."""
+    block, width = _tiles(query, value_dim)
+    return min(block, 64), 8 if width == 128 else 4, 3 if width == 128 else 2
