@@ -115,16 +115,21 @@ def _list(
 
 @triton.jit
 def _list_by_keys(
-    states, tiles, counts, state_strides, key_blocks, key_heads, group, row_blocks, BLOCKS: tl.constexpr
+    states, tiles, counts, state_strides, key_blocks, wide_blocks, key_heads, group, row_blocks,
+    BLOCKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """For the gradients of a tile of keys: the blocks of queries that visit it, of all heads of its group in a row."""
-    tile = tl.program_id(0) % key_blocks
-    item = (tl.program_id(0) // key_blocks).to(tl.int64)
+    """For the gradients of WIDE tiles of keys: what blocks of queries visit one, of all heads of a group in a row."""
+    tile = tl.program_id(0) % wide_blocks * WIDE
+    item = (tl.program_id(0) // wide_blocks).to(tl.int64)
     b, h0 = item // key_heads, item % key_heads * group
     n = tl.arange(0, BLOCKS)
     many = group * row_blocks
     at = b * state_strides[0] + (h0 + n // row_blocks) * state_strides[1] + n % row_blocks * state_strides[2]
     state = tl.load(states + at * key_blocks + tile, mask=n < many, other=NOTHING).to(tl.int32)
+    for i in tl.static_range(1, WIDE):
+        beside = (n < many) & (tile + i < key_blocks)
+        other = tl.where(beside, tl.load(states + at * key_blocks + tile + i, mask=beside, other=NOTHING), state)
+        state = tl.where(state == other, state, MIXED)
     _write_list(state, n, tiles, counts, tl.program_id(0).to(tl.int64), many)
 
 
@@ -149,30 +154,30 @@ class Lists(NamedTuple):
 
 
 @triton.jit
-def _steps(of, at, limit, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
-    """How many steps go over keys where nothing is masked, and how many over others. Without a list all ``limit`` keys
-    are visited, and only the end of them may be no whole step."""
+def _steps(of, at, limit, LISTED: tl.constexpr, BN: tl.constexpr):
+    """How many tiles there are where nothing is masked, and how many others. Without a list all ``limit`` keys are
+    visited, and only the end of them may be no whole tile."""
     if LISTED:
-        return tl.load(of.counts + 2 * at) * PARTS, tl.load(of.counts + 2 * at + 1) * PARTS
+        return tl.load(of.counts + 2 * at), tl.load(of.counts + 2 * at + 1)
     else:
-        whole = limit // STEP
-        return whole, tl.cdiv(limit, STEP) - whole
+        whole = limit // BN
+        return whole, tl.cdiv(limit, BN) - whole
 
 
 @triton.jit
-def _begin(tiles, i, before, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
-    """The first key of step ``i``; without a list ``before`` steps lie before it."""
+def _begin(tiles, i, before, LISTED: tl.constexpr, BN: tl.constexpr):
+    """The first key of tile ``i``; without a list ``before`` tiles lie before it."""
     if LISTED:
-        return (tl.load(tiles + i // PARTS).to(tl.int64) * PARTS + i % PARTS) * STEP
+        return tl.load(tiles + i).to(tl.int64) * BN
     else:
-        return tl.cast(before + i, tl.int64) * STEP
+        return tl.cast(before + i, tl.int64) * BN
 
 
 @triton.jit
 def _attend(
     query, query_strides, sources, lists, out, out_strides, lse, heads, row_limit, dim, value_dim, row_blocks, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr,
-    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % row_blocks
@@ -184,7 +189,7 @@ def _attend(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BV], tl.float32)
-    local = tl.arange(0, STEP)
+    local = tl.arange(0, BN)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
@@ -192,17 +197,17 @@ def _attend(
         tiles = of.tiles + at * 2 * of.room
         key = start_of(src.key, src.key_strides, b, h // src.group, BY)
         value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        free, mixed = _steps(of, at, limit, LISTED[j], PARTS, STEP)
-        for i in range(free):
-            first = _begin(tiles, i, 0, LISTED[j], PARTS, STEP)
+        free, mixed = _steps(of, at, limit, LISTED[j], BN)
+        for i in tl.range(free, num_stages=STAGES[j]):
+            first = _begin(tiles, i, 0, LISTED[j], BN)
             at_key = key + first * (src.key_strides[2] // BY * BY)
             at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, local, STEP, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, local, STEP, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             top, total, o = scaled_step(s, v, top, total, o, scale2, POSITIVE, DOT, PRECISION)
-        for i in range(mixed):
-            there = _begin(tiles + of.room, i, free, LISTED[j], PARTS, STEP) + local
+        for i in tl.range(mixed, num_stages=1):
+            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
             k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
             v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
@@ -219,11 +224,11 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     value_dim = sources[0].value.shape[3]
     sources = [s for s in sources if s.key.shape[2]]
     source_refs, has = refs(query, sources)
-    block, width, step, warps, stages = _forward_sizes(query, value_dim)
-    row_blocks = triton.cdiv(rows, block)
+    of = sizes(query, value_dim)
+    row_blocks = triton.cdiv(rows, of.block)
     listed = _listed(sources, causal)
     lists = tuple(
-        _lists(query, s, causal, batch, block, width)[0] if one else _no_lists(query)
+        _lists(query, s, causal, batch, of)[0] if one else _no_lists(query)
         for s, one in zip(sources, listed, strict=True)
     )
     out = heads_inside(query, (batch, heads, rows, value_dim))
@@ -231,23 +236,40 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     launch(
         _attend, (batch * heads * row_blocks,), query, strides(query), source_refs, lists, out, out.stride(), lse,
         heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, LISTED=listed, CAUSAL=causal,
-        POSITIVE=scale > 0, BM=block, PARTS=width // step, STEP=step, BD=power_of_two(dim), BV=power_of_two(value_dim),
-        BY=aligned(query, *keys_and_values(sources)), num_warps=warps, num_stages=stages, **dot_options(query.dtype),
+        POSITIVE=scale > 0, BM=of.block, BN=of.width, BD=power_of_two(dim), BV=power_of_two(value_dim),
+        BY=aligned(query, *keys_and_values(sources)), num_warps=of.warps, STAGES=_stages(listed, of.stages),
+        **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse
 
 
-def _tiles(query: Tensor, value_dim: int) -> tuple[int, int]:
-    """Queries of a block and keys of a tile, of which lists are made."""
+class Sizes(NamedTuple):
+    """Of the kernels' tiles.
+
+    On Hopper a program of 128 rows has two groups of four warps. With three stages a tile is asked for two tiles ahead:
+    with two, after the products of the one before it, and then waited for. Up to 64 features the forward pass and dQ
+    take 128 registers, which leaves room for two programs on a multiprocessor: one computes exponentials while the
+    other multiplies.
+    """
+
+    block: int  # queries, of which lists are made
+    width: int  # keys, of which lists are made
+    keys: int  # whose gradients a program has
+    step: int  # queries that it reads at once
+    warps: int
+    stages: int
+    registers: dict  # of the kernel of dQ
+
+
+def sizes(query: Tensor, value_dim: int) -> Sizes:
+    wide = power_of_two(query.shape[3]) + power_of_two(value_dim)
     half = query.dtype != torch.float32
-    large = half and power_of_two(query.shape[3]) + power_of_two(value_dim) <= 256 and roomy(query.device)
-    return min(128 if large else 64, power_of_two(query.shape[2])), 128 if large else 64 if half else 32
-
-
-def _forward_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int, int, int]:
-    """Block and tile, keys of a step, warps and stages."""
-    block, width = _tiles(query, value_dim)
-    return block, width, width, 8 if block == 128 else 4, 2
+    large = half and wide <= 256 and roomy(query.device)
+    block = min(128 if large else 64, power_of_two(query.shape[2]))
+    warps = 8 if block == 128 else 4
+    registers = {"maxnreg": 128} if block == 128 and wide <= 128 else {}
+    return Sizes(block, 64 if half else 32, 128 if large else 64 if half else 32, min(block, 64), warps,
+                 3 if large else 2, registers)  # fmt: skip
 
 
 def _listed(sources: Sequence[Source], causal: bool) -> tuple[bool, ...]:
@@ -255,12 +277,17 @@ def _listed(sources: Sequence[Source], causal: bool) -> tuple[bool, ...]:
     return tuple(causal or s.mask is not None or s.bias is not None for s in sources)
 
 
+def _stages(listed: Sequence[bool], stages: int) -> tuple[int, ...]:
+    """Of the loop over each source: what a list says where to find is asked for as long before as the list itself."""
+    return tuple(2 * stages - 1 if one else stages for one in listed)
+
+
 def _no_lists(query: Tensor) -> Lists:
     return Lists(query, 0, query, (0, 0, 0))
 
 
 def _lists(
-    query: Tensor, source: Source, causal: bool, batch: int, block: int, width: int, by_keys: bool = False
+    query: Tensor, source: Source, causal: bool, batch: int, of: Sizes, by_keys: bool = False
 ) -> tuple[Lists, Lists | None]:
     """As few as differ: one for all heads, say, that share a mask. And ``by_keys`` those of tiles of keys."""
     (ref,), (has,) = refs(query, [source])
@@ -271,6 +298,7 @@ def _lists(
     if causal:
         shape[2] = rows
     items, heads, rows = shape
+    block, width = of.block, of.width
     row_blocks, key_blocks = triton.cdiv(rows, block), triton.cdiv(source.key.shape[2], width)
     # A key that others are excluded by must be one that the query may attend to, by as much as the mask says.
     near = bool(has & MASK.value) and not has & BIAS.value and not causal
@@ -287,20 +315,22 @@ def _lists(
         _list, (count,), states, rows_near, tiles, counts, key_blocks, NEAR=near, BLOCKS=power_of_two(key_blocks),
         BM=block, num_warps=4,
     )  # fmt: skip
-    of = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
-    by_rows = Lists(tiles, key_blocks, counts, of)
+    along = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
+    by_rows = Lists(tiles, key_blocks, counts, along)
     if not by_keys:
         return by_rows, None
     group, row_blocks = query.shape[1] // source.key.shape[1], triton.cdiv(query.shape[2], block)
-    key_heads, many = source.key.shape[1] if heads > 1 else 1, group * row_blocks
-    tiles = room(query, (items * key_heads * key_blocks, 2, many), torch.int32)
-    counts = room(query, (items * key_heads * key_blocks, 2), torch.int32)
+    key_heads = source.key.shape[1] if heads > 1 else 1
+    many, wide_blocks = group * row_blocks, triton.cdiv(source.key.shape[2], of.keys)
+    count = items * key_heads * wide_blocks
+    tiles = room(query, (count, 2, many), torch.int32)
+    counts = room(query, (count, 2), torch.int32)
     launch(
-        _list_by_keys, (items * key_heads * key_blocks,), states, tiles, counts, of, key_blocks, key_heads, group,
-        row_blocks, BLOCKS=power_of_two(many), num_warps=4,
+        _list_by_keys, (count,), states, tiles, counts, along, key_blocks, wide_blocks, key_heads, group, row_blocks,
+        BLOCKS=power_of_two(many), WIDE=of.keys // width, num_warps=4,
     )  # fmt: skip
-    of = (key_heads * key_blocks if items > 1 else 0, key_blocks if heads > 1 else 0, 1)
-    return by_rows, Lists(tiles, many, counts, of)
+    along = (key_heads * wide_blocks if items > 1 else 0, wide_blocks if heads > 1 else 0, 1)
+    return by_rows, Lists(tiles, many, counts, along)
 
 
 # ---- Backward
@@ -310,8 +340,8 @@ def _lists(
 def _query_gradient(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, lists, out, out_strides, lse, shifts, deltas,
     grad, grad_strides, heads, row_limit, dim, value_dim, row_blocks, scale, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr, BM: tl.constexpr,
-    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, and of each row, for `_key_gradients`, what is subtracted from scores and from dP."""
@@ -334,7 +364,7 @@ def _query_gradient(
     start = start_of(query, query_strides, b, h, BY)
     q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
     dq = tl.zeros([BM, BD], tl.float32)
-    local = tl.arange(0, STEP)
+    local = tl.arange(0, BN)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
@@ -342,19 +372,19 @@ def _query_gradient(
         tiles = of.tiles + at * 2 * of.room
         key = start_of(src.key, src.key_strides, b, h // src.group, BY)
         value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        free, mixed = _steps(of, at, limit, LISTED[j], PARTS, STEP)
-        for i in range(free):
-            first = _begin(tiles, i, 0, LISTED[j], PARTS, STEP)
+        free, mixed = _steps(of, at, limit, LISTED[j], BN)
+        for i in tl.range(free, num_stages=STAGES[j]):
+            first = _begin(tiles, i, 0, LISTED[j], BN)
             at_key = key + first * (src.key_strides[2] // BY * BY)
             at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, local, STEP, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, local, STEP, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = tl.exp2(s * scale2 - shift[:, None]) * (dp - delta[:, None])
             dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
-        for i in range(mixed):
-            there = _begin(tiles + of.room, i, free, LISTED[j], PARTS, STEP) + local
+        for i in tl.range(mixed, num_stages=1):
+            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
             k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
             v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
@@ -395,8 +425,8 @@ def _load_rows(
 def _key_gradients(
     grad_out, grad_out_strides, query, query_strides, sources, lists, grads, first, shifts, deltas, heads, row_limit,
     dim, value_dim, row_blocks, scale, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-    STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys, over the queries of all heads of its group. Keys are rows of all that is per key and
@@ -423,7 +453,7 @@ def _key_gradients(
                 free = tl.load(of.counts + 2 * at) * PARTS
             else:  # what does not exist of the keys is in rows of its own
                 free = tl.where(tile * BN < limit, src.group * row_blocks * PARTS, 0)
-            for i in range(free):
+            for i in tl.range(free, num_stages=STAGES[j]):
                 h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
                 q, do, shift, delta = _load_rows(
                     query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit, dim,
@@ -436,7 +466,7 @@ def _key_gradients(
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
             if LISTED[j]:
-                for i in range(tl.load(of.counts + 2 * at + 1) * PARTS):
+                for i in tl.range(tl.load(of.counts + 2 * at + 1) * PARTS, num_stages=1):
                     h, row = _rows_of(blocks + of.room, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
                     q, do, shift, delta = _load_rows(
                         query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
@@ -491,36 +521,35 @@ def backward(
     sources = [s for s in sources if s.key.shape[2]]
     source_refs, has = refs(query, sources)
     listed = _listed(sources, causal)
-    block, width = _tiles(query, value_dim)
-    row_blocks = triton.cdiv(rows, block)
+    of = sizes(query, value_dim)
+    row_blocks = triton.cdiv(rows, of.block)
     by_rows, by_keys = zip(
         *(
-            _lists(query, s, causal, batch, block, width, by_keys=True) if one else (_no_lists(query),) * 2
+            _lists(query, s, causal, batch, of, by_keys=True) if one else (_no_lists(query),) * 2
             for s, one in zip(sources, listed, strict=True)
         ),
         strict=True,
     )
     shifts, deltas = (room(query, (batch, heads, rows), torch.float32) for _ in range(2))
-    options = {
-        "HAS": has, "LISTED": listed, "CAUSAL": causal, "BD": power_of_two(dim), "BV": power_of_two(value_dim),
-        "BY": aligned(query, grad_out, out, *keys_and_values(sources)), **dot_options(query.dtype),
-    }  # fmt: skip
-    step, warps, stages = _query_sizes(query, value_dim)
+    options = dict(
+        HAS=has, LISTED=listed, STAGES=_stages(listed, of.stages), CAUSAL=causal, BD=power_of_two(dim),
+        BV=power_of_two(value_dim), BY=aligned(query, grad_out, out, *keys_and_values(sources)),
+        **dot_options(query.dtype),
+    )  # fmt: skip
     launch(
         _query_gradient, (batch * heads * row_blocks,), grad_out, grad_out.stride(),
         query if grad_lse is None else grad_lse.contiguous(), query, strides(query), source_refs, by_rows, out,
         out.stride(), lse, shifts, deltas, of_query, of_query.stride(), heads, rows, dim, value_dim, row_blocks, scale,
-        scale * LOG2E.value, GRAD_LSE=grad_lse is not None, BM=block, PARTS=width // step, STEP=step, num_warps=warps,
-        num_stages=stages, **options,
+        scale * LOG2E.value, GRAD_LSE=grad_lse is not None, BM=of.block, BN=of.width, num_warps=of.warps,
+        **of.registers, **options,
     )  # fmt: skip
     first = [0]
     for s in sources:
-        first.append(first[-1] + batch * s.key.shape[1] * triton.cdiv(s.key.shape[2], width))
-    step, warps, stages = _key_sizes(query, value_dim)
+        first.append(first[-1] + batch * s.key.shape[1] * triton.cdiv(s.key.shape[2], of.keys))
     launch(
         _key_gradients, (first[-1],), grad_out, grad_out.stride(), query, strides(query), source_refs, by_keys, grads,
-        tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=width,
-        PARTS=block // step, STEP=step, num_warps=warps, num_stages=stages, **options,
+        tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=of.keys,
+        PARTS=of.block // of.step, STEP=of.step, num_warps=8 if of.keys == 128 else 4, **options,
     )  # fmt: skip
     for whole, part in zip((grad_query, *grad_keys, *grad_values), (of_query, *of_keys, *of_values), strict=True):
         if part is not whole:
@@ -534,15 +563,3 @@ def _room_for(query: Tensor, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if x.shape[0] == batch or not x.shape[2]:
         return grad, grad
     return grad, heads_inside(query, (batch, *x.shape[1:]), torch.float32)
-
-
-def _query_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int]:
-    """Keys of a step, warps and stages, of `_query_gradient`."""
-    block, width = _tiles(query, value_dim)
-    return min(width, 64), 8 if block == 128 else 4, 3 if width == 128 else 2
-
-
-def _key_sizes(query: Tensor, value_dim: int) -> tuple[int, int, int]:
-    """Queries of a step, warps and stages, of `_key_gradients`."""
-    block, width = _tiles(query, value_dim)
-    return min(block, 64), 8 if width == 128 else 4, 3 if width == 128 else 2

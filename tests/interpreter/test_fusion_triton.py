@@ -371,6 +371,7 @@ def test_skip_matches_gold(build, with_lse, in_float32):
     check(by_skipping, *build(), with_lse=with_lse)
 
 
+SIZES = triton_skip.sizes(torch.empty(1, 1, 70, 16), 16)
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -399,7 +400,7 @@ def test_skips_tiles(excluded, in_float32):
         got = engine(of[0], [source], fusion="joint", scale=0.25)
         results.append((got.out, got.lses, torch.autograd.grad(got.out, of, up)))
     torch.testing.assert_close(results[1], results[0], atol=6e-6, rtol=1e-5)
-    lists, by_keys = triton_skip._lists(query, source, False, 2, 64, 32, by_keys=True)
+    lists, by_keys = triton_skip._lists(query, source, False, 2, SIZES, by_keys=True)
     # Where nothing is masked, and others: the last tile is not full.
     assert lists.counts.tolist() == [[3, 1], [1, 0], [1, 1], [2, 0]]
     assert lists.tiles[0, :, :3].tolist()[0] == [0, 1, 2] and lists.tiles[2, :, 0].tolist() == [1, 0]
@@ -414,7 +415,7 @@ def test_skips_only_beside_other_keys():
     mask = images(torch.finfo(torch.float16).min)[1:].half()
     mask[:, :, 5] = torch.finfo(torch.float16).min
     source = Source(key, value, mask=mask, lengths=torch.tensor([90]))
-    assert triton_skip._lists(query, source, False, 1, 64, 32)[0].counts.tolist() == [[0, 3], [2, 0]]
+    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 3], [2, 0]]
     results = [f(query, [source], fusion="joint", scale=0.25).out for f in (by_skipping, reference.attention)]
     torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)  # scores of 65504 are rounded to 1 / 256
     assert results[0][:, :, 5].abs().max() > 0
@@ -422,8 +423,8 @@ def test_skips_only_beside_other_keys():
 
 def test_skip_by_lengths_and_causality():
     query, source = randn(2, 1, 70, 16), Source(*kv(2, 1, 100, 16), lengths=torch.tensor([100, 33]))
-    assert triton_skip._lists(query.float(), source, False, 2, 64, 32)[0].counts.tolist() == [[3, 1], [1, 1]]
-    lists, _ = triton_skip._lists(query.float(), source, True, 2, 64, 32)
+    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1], [1, 1]]
+    lists, _ = triton_skip._lists(query.float(), source, True, 2, SIZES)
     assert lists.counts.tolist() == [[0, 2], [2, 1], [0, 2], [1, 1]]
     check(by_skipping, query, [source, Source(*kv(1, 1, 40, 16))], {"is_causal": True})
 
