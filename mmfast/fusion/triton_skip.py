@@ -1,14 +1,23 @@
-"""Cross-attention to long keys of which masks and lengths leave a part: only tiles of keys that somebody may attend to.
+"""Cross-attention to long keys, all sources in one pass, and only to tiles of keys that somebody may attend to.
 
 A flash kernel that is given a mask visits every key and reads the mask for every head. Here a first launch looks at the
 mask once, tile by tile, a second lists for each block of queries the tiles that it visits, and the third attends to
 those: first to the tiles where nothing is masked, without reading the mask, then to the others. Images padded to a
 common number of tiles, padded batches, several images in one prompt cost what exists of them, and nobody waits: which
-tiles these are only the device knows.
+tiles these are only the device knows. A source without masks needs no list: its keys are visited up to their number.
 
 A tile is left out if it is excluded for all queries of the block: by lengths, by causality, by a mask that is False or
 −inf; and by one that is at most half the lowest number of its dtype, as models write "excluded", if each of these
 queries has a key with more than a quarter of it: beside that the weight is exp(−16000) or less.
+
+Backward, with the merged output O and log-sum-exp L of all sources,
+
+    P = exp(S − L)      dS = P ∘ (dO Vᵀ − δ),  δ = dO · O − dL      dQ = Σ dS K      dK = dSᵀ Q      dV = Pᵀ dO
+
+by two kernels: one has a block of queries and goes over the tiles of its list, and leaves L and δ for the other, which
+has a tile of keys and goes over the blocks of queries, of all heads that share the key, by a list the other way round.
+Scores and dO Vᵀ are computed in both: seven products, where a kernel that adds up dQ in memory has five. But those
+additions are atomic, in any order, and here every sum has its own: the same bits each time.
 """
 
 # Triton knows no conditional expression that picks code:
@@ -408,10 +417,14 @@ def _rows_of(blocks, i, row_blocks, h0, LISTED: tl.constexpr, PARTS: tl.constexp
 @triton.jit
 def _load_rows(
     query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, first, heads, row_limit, dim, value_dim,
-    STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    WHOLE: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Queries, gradients of their outputs, and what is subtracted from their scores and from dP."""
-    local, left = tl.arange(0, STEP), row_limit - first
+    """Queries, gradients of their outputs, and what is subtracted from their scores and from dP. WHOLE: all exist."""
+    local = tl.arange(0, STEP)
+    if WHOLE:  # bounds of rows are a fifth of the instructions of `_key_gradients`
+        left = STEP
+    else:
+        left = row_limit - first
     start = start_of(query, query_strides, b, h, BY) + tl.cast(first, tl.int64) * (query_strides[2] // BY * BY)
     q = load_tile(start, local, left, query_strides[2], dim, query_strides[3], BD, DOT, BY)
     start = start_of(grad_out, grad_out_strides, b, h, BY) + tl.cast(first, tl.int64) * (grad_out_strides[2] // BY * BY)
@@ -425,9 +438,9 @@ def _load_rows(
 def _key_gradients(
     grad_out, grad_out_strides, query, query_strides, sources, lists, grads, first, shifts, deltas, heads, row_limit,
     dim, value_dim, row_blocks, scale, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys, over the queries of all heads of its group. Keys are rows of all that is per key and
     query: weights and their gradients go from registers into the products that use them up."""
@@ -457,7 +470,7 @@ def _key_gradients(
                 h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
                 q, do, shift, delta = _load_rows(
                     query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit, dim,
-                    value_dim, STEP, BD, BV, BY, DOT,
+                    value_dim, WHOLE, STEP, BD, BV, BY, DOT,
                 )  # fmt: skip
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 p = tl.exp2(s * scale2 - shift[None, :])
@@ -470,7 +483,7 @@ def _key_gradients(
                     h, row = _rows_of(blocks + of.room, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
                     q, do, shift, delta = _load_rows(
                         query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
-                        dim, value_dim, STEP, BD, BV, BY, DOT,
+                        dim, value_dim, WHOLE, STEP, BD, BV, BY, DOT,
                     )  # fmt: skip
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
                     rows = row + tl.arange(0, STEP)
@@ -493,7 +506,7 @@ def differentiates(query: Tensor, sources: Sequence[Source]) -> bool:
     """Whether `backward` can: in float32, of three products, "efficient" is no slower, and two sums of 256 features for
     each key find no room in the registers."""
     wide = power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3])
-    return query.dtype != torch.float32 and wide <= 256
+    return query.dtype != torch.float32 and wide <= 256 and roomy(query.device, 160)
 
 
 def backward(
@@ -549,7 +562,8 @@ def backward(
     launch(
         _key_gradients, (first[-1],), grad_out, grad_out.stride(), query, strides(query), source_refs, by_keys, grads,
         tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=of.keys,
-        PARTS=of.block // of.step, STEP=of.step, num_warps=8 if of.keys == 128 else 4, **options,
+        WHOLE=rows % of.block == 0, PARTS=of.block // of.step, STEP=of.step, num_warps=8 if of.keys == 128 else 4,
+        **options,
     )  # fmt: skip
     for whole, part in zip((grad_query, *grad_keys, *grad_values), (of_query, *of_keys, *of_values), strict=True):
         if part is not whole:

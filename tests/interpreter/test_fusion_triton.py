@@ -13,6 +13,7 @@ from mmfast.fusion import (
     attention_pool,
     cross_attention,
     merged,
+    recording,
     reference,
     routes_cuda,
     triton_short,
@@ -435,6 +436,55 @@ def test_skip_in_half_precision(dtype):
     mask = torch.where(images(None)[:, :, :, :60], 0.0, torch.finfo(dtype).min).to(dtype)
     query, source = randn(2, 2, 70, 16), Source(*kv(2, 1, 60, 16), mask=mask)
     check(by_skipping, query, [source, Source(*kv(1, 1, 130, 16))], {"scale": -0.3}, dtype, with_lse=False)
+
+
+def _long(dtype, rows=140, batch=2):
+    """Of two sources in half precision, one with a mask and shared by the batch, one of other lengths."""
+    up, query = (torch.randn(batch, 4, rows, 16, dtype=dtype) for _ in range(2))
+    (key, value), (more, values) = ([torch.randn(n, 2, s, 16, dtype=dtype) for _ in range(2)] for n, s in
+                                    ((1, 150), (batch, 40)))  # fmt: skip
+    mask, lengths = torch.ones(rows, 150, dtype=torch.bool), torch.tensor([0, 33])[-batch:]
+    mask[:128, 64:], mask[128:, :130], mask[:, 7] = False, False, False
+    return query, [Source(key, value, mask=mask[None, None]), Source(more, values, lengths=lengths)], up
+
+
+def test_skip_of_large_blocks():
+    """Blocks of 128 queries in two steps, 128 keys of two tiles that differ, queries that do not fill a block."""
+    query, sources, up = _long(torch.float16)
+    lists, by_keys = triton_skip._lists(query, sources[0], False, 2, triton_skip.sizes(query, 16), by_keys=True)
+    assert lists.counts.tolist() == [[0, 1], [0, 1]]  # of three tiles of 64 keys each block visits one
+    # Of two heads with two blocks: the first 128 keys are seen by the first block, the rest by the second.
+    assert by_keys.counts.tolist() == [[0, 2], [0, 2]]
+    for rows in (140, 256):
+        query, sources, up = _long(torch.float16, rows)
+        results = []
+        for kind, engine in ((torch.float16, by_skipping), (torch.float64, reference.attention)):
+            of = [x.to(kind).requires_grad_() for x in inputs(query, sources)]
+            out = engine(of[0], replaced(sources, of[1:]), fusion="joint", scale=0.25).out
+            results.append(torch.autograd.grad(out, of, up.to(kind)))
+        for i, (got, expected) in enumerate(zip(*results, strict=True)):
+            close(got, expected, torch.float16, f"gradient {i}")
+
+
+def test_skip_made_again():
+    """The launches of the backward, recorded and repeated on other values: the same bits as of themselves."""
+    query, sources, up = _long(torch.bfloat16)
+    given = [*inputs(query, sources), sources[0].mask, sources[1].lengths, up]
+
+    def compute(tensors):
+        of = replaced(sources, tensors[1:5])
+        of = [of[0]._replace(mask=tensors[5]), of[1]._replace(lengths=tensors[6])]
+        out, lse = triton_skip.forward(tensors[0], of, False, 0.25, 2)
+        grad_query, *rest = triton_skip.backward(tensors[7], None, tensors[0], of, out, lse, False, 0.25)
+        return out, lse, grad_query, *rest
+
+    _, recorded = recording.record(lambda: compute(given), given)
+    assert isinstance(recorded, recording.Recording)
+    for turn in range(2):
+        others = [x if i in (5, 6) else torch.randn_like(x) for i, x in enumerate(given)]
+        found = recorded.again(others, [x.data_ptr() for x in others])
+        for got, expected in zip(found, compute(others), strict=True):
+            torch.testing.assert_close(got, expected, atol=0, rtol=0, msg=f"in turn {turn}")
 
 
 @pytest.mark.parametrize("engine", ["short", "split", "skip"])
