@@ -136,7 +136,7 @@ def _list_by_keys(
     at = b * state_strides[0] + (h0 + n // row_blocks) * state_strides[1] + n % row_blocks * state_strides[2]
     state = tl.load(states + at * key_blocks + tile, mask=n < many, other=NOTHING).to(tl.int32)
     for i in tl.static_range(1, WIDE):
-        beside = (n < many) & (tile + i < key_blocks)
+        beside = n < tl.where(tile + i < key_blocks, many, 0)
         other = tl.where(beside, tl.load(states + at * key_blocks + tile + i, mask=beside, other=NOTHING), state)
         state = tl.where(state == other, state, MIXED)
     _write_list(state, n, tiles, counts, tl.program_id(0).to(tl.int64), many)
