@@ -238,6 +238,36 @@ def test_skipped_tiles(dim, kind):
     agrees("skip", query, [Source(key, value, mask=mask.double() if kind == "lowest" else mask)], {}, torch.bfloat16)
 
 
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("dim", [64, 80, 128, (128, 64)])
+@pytest.mark.parametrize("rows", [40, 256, 500])
+def test_skip_differentiates(rows, dim, of_lse):
+    """Grouped heads, a mask of each head, keys and values that the batch shares, a bias, lengths, causality."""
+    dim, value_dim = dim if isinstance(dim, tuple) else (dim, dim)
+
+    def kv(n, batch=2, heads=2):
+        return torch.randn(batch, heads, n, dim).double(), torch.randn(batch, heads, n, value_dim).double()
+
+    query = torch.randn(2, 4, rows, dim).double()
+    may = torch.rand(2, 4, rows, 700) < 0.9
+    may[:, :2, :, :300], may[:, :, 7] = True, False
+    lengths, bias = torch.tensor([0, 201]), torch.randn(1, 4, 1, 333).double()
+    masked = [Source(*kv(700), mask=may), Source(*kv(333, 1), bias=bias), Source(*kv(260, 2, 4), lengths=lengths)]
+    agrees("skip", query, masked, {}, torch.bfloat16, of_lse)
+    shared = Source(kv(700)[0], kv(700, 1)[1])
+    agrees("skip", query[:1], [shared, Source(*kv(128, 1))], {"is_causal": True}, torch.float16, of_lse)
+    agrees("skip", query, [shared._replace(mask=may), Source(*kv(1))], {"scale": -0.1}, torch.float16, of_lse)
+
+
+def test_skip_has_the_same_bits():
+    query, sources, options = several()
+    up = torch.randn_like(query)
+    of = [query, *(s.key for s in sources)]
+    assert routes_cuda.choose(query, sources, "joint", lse=False) == "skip"
+    found = [torch.autograd.grad(cross_attention(query, sources, **options), of, up) for _ in range(3)]
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+
+
 # ---- The public function
 
 

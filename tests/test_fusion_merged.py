@@ -228,6 +228,25 @@ def test_masked_keys_are_skipped_in_half_precision():
         assert routes_cuda.choose(query, sources, "joint", lse=False) == engine
 
 
+@pytest.mark.parametrize(
+    "keys, options, fusion, engine",
+    [
+        ((4096, 333), {}, "joint", "skip"),
+        ((4096, 333), {}, "decoupled", "cpu"),  # one by one, as calls of sdpa
+        ((4096, 333), {"dim": 160}, "joint", "cpu"),
+        ((4096, 333), {"dtype": torch.float32}, "joint", "cpu"),
+        ((4096, 333), {"dim": 160, "lengths": torch.empty(2)}, "decoupled", "skip"),
+        ((4096,), {}, "joint", "cpu"),
+    ],
+)
+def test_several_long_sources_go_together(keys, options, fusion, engine):
+    """Where each would be a call of a kernel of its own; a single one without masks is left to PyTorch's kernels."""
+    query, sources = of_shape(2, 24, 4096, keys, **options)
+    for tracked in (False, True):
+        found = routes_cuda.choose(query.detach().requires_grad_(tracked), sources, fusion, lse=True)
+        assert found == engine
+
+
 def test_tiles_cover_the_keys():
     for keys, dtype in itertools.product((*range(1, 300), 500, 1000), (torch.float32, torch.bfloat16)):
         tiles = routes_cuda.tiles_of(keys, dtype)

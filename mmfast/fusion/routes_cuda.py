@@ -5,13 +5,13 @@ table names engines in order of preference; the first that can (`able`) does it:
 
     short       `triton_short`: all keys on chip, one pass over the queries
     split       `triton_split`: split over the keys, for few queries
-    skip        `triton_skip`: only tiles of keys that masks and lengths leave
+    skip        `triton_skip`: all sources in one pass, only tiles of keys that masks and lengths leave
     tiny        `tiny`: heads of a few features in float32, where the extension has kernels for CUDA
     flash, efficient, cudnn     `merged`: torch's kernel for each source, merged through the log-sum-exps
     sdpa        scaled_dot_product_attention itself
     reference   plain PyTorch
 
-The table below is reasoned from bytes and operations, and for few keys and few queries measured on an H100
+The table below is reasoned from bytes and operations, and for most kinds measured on an H100 or H200
 (benchmarks/results). ``mmfast tune fusion`` measures all of it on the GPU at hand (`tune`), and keeps the result for
 that GPU, torch and Triton; it is read when that GPU is first used.
 """
@@ -61,7 +61,9 @@ _BY_KIND = {
     "long, one source": ("sdpa", "flash"),
     # "efficient" visits every key and reads the mask for every head; "flash" is that too, but for lengths alone.
     "long, masked": ("skip", "flash"),
-    "long, several sources": ("flash",),
+    # Flash takes a launch and a merge for each source, and backward sums of dQ in memory: 1.3 times as long as one
+    # Triton kernel that was measured forward, 1.5 times as long in all as cuDNN with all sources side by side.
+    "long, several sources": ("skip", "flash"),
     # Tiles of the matrix unit are mostly padding; in half precision, of one product and not three, they still win.
     "tiny heads": ("tiny", "short", "sdpa", "flash"),
 }
@@ -170,7 +172,9 @@ def able(engine: str, query: Tensor, sources: Sequence[Source], fusion: str, lse
     if engine == "tiny":
         return _HAS_TINY and query.device.type == "cuda" and is_tiny(query, sources)
     if engine == "skip":  # in float32, of three products, no faster than "efficient"
-        return query.dtype != torch.float32
+        masked = any(x is not None for s in sources for x in (s.mask, s.bias, s.lengths))
+        wide = max(query.shape[3], sources[0].value.shape[3])  # more features leave no room for blocks of 128 queries
+        return query.dtype != torch.float32 and (masked or (fusion == "joint" and wide <= 128))
     if engine in ("efficient", "cudnn", "flash"):
         return query.device.type == "cuda"
     return True
@@ -181,9 +185,13 @@ def engines_for(kind: str, half: bool, gradients: bool, device: str, index: int)
     """A row of the table; where nothing was measured, without what is not made for this GPU."""
     measured = device == "cuda" and _measured(index)
     engines = TABLE[Key(kind, half, gradients)]
-    if device == "cuda" and gradients and not measured and torch.cuda.get_device_capability(index) < (9, 0):
-        # The operands of all products of the backward do not fit the registers then: it spills 12 KB a thread.
-        engines = tuple(e for e in engines if e != "short")
+    if device == "cuda" and not measured and torch.cuda.get_device_capability(index) < (9, 0):
+        if gradients:
+            # The operands of all products of the backward do not fit the registers then: it spills 12 KB a thread.
+            engines = tuple(e for e in engines if e != "short")
+        if kind == "long, several sources":
+            # Blocks of 128 queries need Hopper's matrix units and memory; with smaller ones flash is the faster.
+            engines = tuple(e for e in engines if e != "skip")
     return engines
 
 

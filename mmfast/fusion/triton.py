@@ -4,8 +4,8 @@
 `triton_short` for few keys, with every option but dropout and softcap; ``"split"``, those of `triton_split` for few
 queries; ``"skip"``, those of `triton_skip` for long keys that masks leave a part of; ``"tiny"``, those of `tiny` for
 heads of a few features; and those of `merged`, torch's own kernels source by source. All but the first know one softmax
-without gates; the backward of "skip", and in half precision of "split", is that of `merged`. `routes_cuda.choose`
-decides.
+without gates; the backward of "split" in half precision, and of "skip" in float32, is that of `merged`.
+`routes_cuda.choose` decides.
 """
 
 from __future__ import annotations
@@ -280,6 +280,11 @@ def launched_backward(
                 if triton_split.differentiates(query, sources, lse.shape[1]):
                     given = grad_out, of_lse, query, sources, out, lse[0], causal, scale
                     return *triton_split.backward(*given), []
+            if engine == "skip":
+                from mmfast.fusion import triton_skip
+
+                if triton_skip.differentiates(query, sources):
+                    return *triton_skip.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale), []
             return *merged.backward(grad_out, of_lse, query, sources, out, lse[0], causal, scale, engine), []
     from mmfast.fusion import triton_short
 

@@ -1,16 +1,27 @@
-"""Cross-attention to long keys of which masks and lengths leave a part: only tiles of keys that somebody may attend to.
+"""Cross-attention to long keys, all sources in one pass, and only to tiles of keys that somebody may attend to.
 
 A flash kernel that is given a mask visits every key and reads the mask for every head. Here a first launch looks at the
 mask once, tile by tile, a second lists for each block of queries the tiles that it visits, and the third attends to
 those: first to the tiles where nothing is masked, without reading the mask, then to the others. Images padded to a
 common number of tiles, padded batches, several images in one prompt cost what exists of them, and nobody waits: which
-tiles these are only the device knows.
+tiles these are only the device knows. A source without masks needs no list: its keys are visited up to their number.
 
 A tile is left out if it is excluded for all queries of the block: by lengths, by causality, by a mask that is False or
 −inf; and by one that is at most half the lowest number of its dtype, as models write "excluded", if each of these
 queries has a key with more than a quarter of it: beside that the weight is exp(−16000) or less.
+
+Backward, with the merged output O and log-sum-exp L of all sources,
+
+    P = exp(S − L)      dS = P ∘ (dO Vᵀ − δ),  δ = dO · O − dL      dQ = Σ dS K      dK = dSᵀ Q      dV = Pᵀ dO
+
+by two kernels: one has a block of queries and goes over the tiles of its list, and leaves L and δ for the other, which
+has a tile of keys and goes over the blocks of queries, of all heads that share the key, by a list the other way round.
+Scores and dO Vᵀ are computed in both: seven products, where a kernel that adds up dQ in memory has five. But those
+additions are atomic, in any order, and here every sum has its own: the same bits each time.
 """
 
+# Triton knows no conditional expression that picks code:
+# ruff: noqa: SIM108
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,12 +36,14 @@ from mmfast.fusion._inputs import Source, keys_and_values
 from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import power_of_two
+from mmfast.fusion.triton_split import Gradient, add_up
 from mmfast.fusion.triton_tiles import (
     BIAS,
     LOG2E,
     MASK,
     MASK_BOOL,
     aligned,
+    allowed_by_key,
     dot_options,
     keys_there,
     load_tile,
@@ -105,28 +118,76 @@ def _list(
             rows = tl.maximum(rows, tl.load(near + (item * key_blocks + i) * BM + tl.arange(0, BM)))
         excluded = tl.min(rows.to(tl.int32)) == 1
         state = tl.where(state == FAR, tl.where(excluded, NOTHING, MIXED), state)
+        tl.store(states + item * key_blocks + n, state.to(tl.int8), mask=n < key_blocks)  # for `_list_by_keys`
+    _write_list(state, n, tiles, counts, item, key_blocks)
+
+
+@triton.jit
+def _list_by_keys(
+    states, tiles, counts, state_strides, key_blocks, wide_blocks, key_heads, group, row_blocks,
+    BLOCKS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """For the gradients of WIDE tiles of keys: what blocks of queries visit one, of all heads of a group in a row."""
+    tile = tl.program_id(0) % wide_blocks * WIDE
+    item = (tl.program_id(0) // wide_blocks).to(tl.int64)
+    b, h0 = item // key_heads, item % key_heads * group
+    n = tl.arange(0, BLOCKS)
+    many = group * row_blocks
+    at = b * state_strides[0] + (h0 + n // row_blocks) * state_strides[1] + n % row_blocks * state_strides[2]
+    state = tl.load(states + at * key_blocks + tile, mask=n < many, other=NOTHING).to(tl.int32)
+    for i in tl.static_range(1, WIDE):
+        beside = n < tl.where(tile + i < key_blocks, many, 0)
+        other = tl.where(beside, tl.load(states + at * key_blocks + tile + i, mask=beside, other=NOTHING), state)
+        state = tl.where(state == other, state, MIXED)
+    _write_list(state, n, tiles, counts, tl.program_id(0).to(tl.int64), many)
+
+
+@triton.jit
+def _write_list(state, n, tiles, counts, item, room):
     free, mixed = (state == FREE).to(tl.int32), (state == MIXED).to(tl.int32)
-    to = tiles + item * 2 * key_blocks
+    to = tiles + item * 2 * room
     tl.store(to + tl.cumsum(free, 0) - 1, n, mask=free == 1)
-    tl.store(to + key_blocks + tl.cumsum(mixed, 0) - 1, n, mask=mixed == 1)
+    tl.store(to + room + tl.cumsum(mixed, 0) - 1, n, mask=mixed == 1)
     tl.store(counts + 2 * item, tl.sum(free))
     tl.store(counts + 2 * item + 1, tl.sum(mixed))
 
 
 class Lists(NamedTuple):
-    """Of one source: numbers of tiles, how many, and how to find those of an item, a head and a block of queries."""
+    """Of one source: numbers of tiles, room for how many, how many there are, and how to find those of an item, a head
+    and a block of queries; or, of blocks of queries, those of an item, a key head and a tile of keys."""
 
     tiles: Tensor
+    room: int
     counts: Tensor
-    key_blocks: int
     strides: tuple[int, int, int]
+
+
+@triton.jit
+def _steps(of, at, limit, LISTED: tl.constexpr, BN: tl.constexpr):
+    """How many tiles there are where nothing is masked, and how many others. Without a list all ``limit`` keys are
+    visited, and only the end of them may be no whole tile."""
+    if LISTED:
+        return tl.load(of.counts + 2 * at), tl.load(of.counts + 2 * at + 1)
+    else:
+        whole = limit // BN
+        return whole, tl.cdiv(limit, BN) - whole
+
+
+@triton.jit
+def _begin(tiles, i, before, LISTED: tl.constexpr, BN: tl.constexpr):
+    """The first key of tile ``i``; without a list ``before`` tiles lie before it."""
+    if LISTED:
+        return tl.load(tiles + i).to(tl.int64) * BN
+    else:
+        return tl.cast(before + i, tl.int64) * BN
 
 
 @triton.jit
 def _attend(
     query, query_strides, sources, lists, out, out_strides, lse, heads, row_limit, dim, value_dim, row_blocks, scale2,
-    HAS: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % row_blocks
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -137,24 +198,25 @@ def _attend(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BV], tl.float32)
+    local = tl.arange(0, BN)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
         at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
-        tiles = of.tiles + at * 2 * of.key_blocks
+        tiles = of.tiles + at * 2 * of.room
         key = start_of(src.key, src.key_strides, b, h // src.group, BY)
         value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        columns = tl.arange(0, BN)
-        for i in range(tl.load(of.counts + 2 * at)):
-            first = tl.load(tiles + i).to(tl.int64) * BN
+        free, mixed = _steps(of, at, limit, LISTED[j], BN)
+        for i in tl.range(free, num_stages=STAGES[j]):
+            first = _begin(tiles, i, 0, LISTED[j], BN)
             at_key = key + first * (src.key_strides[2] // BY * BY)
             at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, columns, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, columns, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             top, total, o = scaled_step(s, v, top, total, o, scale2, POSITIVE, DOT, PRECISION)
-        for i in range(tl.load(of.counts + 2 * at + 1)):
-            there = tl.load(tiles + of.key_blocks + i) * BN + columns
+        for i in tl.range(mixed, num_stages=1):
+            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
             k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
             v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
             s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
@@ -171,25 +233,72 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     value_dim = sources[0].value.shape[3]
     sources = [s for s in sources if s.key.shape[2]]
     source_refs, has = refs(query, sources)
-    wide, wide_value = power_of_two(dim), power_of_two(value_dim)
-    half = query.dtype != torch.float32
-    large = half and wide + wide_value <= 256 and roomy(query.device)
-    block, width = min(128 if large else 64, power_of_two(rows)), 128 if large else 64 if half else 32
-    lists = tuple(_lists(query, s, causal, batch, block, width) for s in sources)
+    of = sizes(query, value_dim)
+    row_blocks = triton.cdiv(rows, of.block)
+    listed = _listed(sources, causal)
+    lists = tuple(
+        _lists(query, s, causal, batch, of)[0] if one else _no_lists(query)
+        for s, one in zip(sources, listed, strict=True)
+    )
     out = heads_inside(query, (batch, heads, rows, value_dim))
     lse = room(query, (batch, heads, rows), torch.float32)
-    row_blocks = triton.cdiv(rows, block)
     launch(
         _attend, (batch * heads * row_blocks,), query, strides(query), source_refs, lists, out, out.stride(), lse,
-        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, CAUSAL=causal, POSITIVE=scale > 0,
-        BM=block, BN=width, BD=wide, BV=wide_value, BY=aligned(query, *keys_and_values(sources)), num_warps=8 if block
-        == 128 else 4, num_stages=2, **dot_options(query.dtype),
+        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, LISTED=listed, CAUSAL=causal,
+        POSITIVE=scale > 0, BM=of.block, BN=of.width, BD=power_of_two(dim), BV=power_of_two(value_dim),
+        BY=aligned(query, *keys_and_values(sources)), num_warps=of.warps, STAGES=_stages(listed, of.stages),
+        **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse
 
 
-def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, width: int) -> Lists:
-    """As few as differ: one for all heads, say, that share a mask."""
+class Sizes(NamedTuple):
+    """Of the kernels' tiles.
+
+    On Hopper a program of 128 rows has two groups of four warps. With three stages a tile is asked for two tiles ahead:
+    with two, after the products of the one before it, and then waited for. Up to 64 features the forward pass and dQ
+    take 128 registers, which leaves room for two programs on a multiprocessor: one computes exponentials while the
+    other multiplies.
+    """
+
+    block: int  # queries, of which lists are made
+    width: int  # keys, of which lists are made
+    keys: int  # whose gradients a program has
+    step: int  # queries that it reads at once
+    warps: int
+    stages: int
+    registers: dict  # of the kernel of dQ
+
+
+def sizes(query: Tensor, value_dim: int) -> Sizes:
+    wide = power_of_two(query.shape[3]) + power_of_two(value_dim)
+    half = query.dtype != torch.float32
+    large = half and wide <= 256 and roomy(query.device)
+    block = min(128 if large else 64, power_of_two(query.shape[2]))
+    warps = 8 if block == 128 else 4
+    registers = {"maxnreg": 128} if block == 128 and wide <= 128 else {}
+    return Sizes(block, 64 if half else 32, 128 if large else 64 if half else 32, min(block, 64), warps,
+                 3 if large else 2, registers)  # fmt: skip
+
+
+def _listed(sources: Sequence[Source], causal: bool) -> tuple[bool, ...]:
+    """Whether of a source there is more to know than how many keys an item has."""
+    return tuple(causal or s.mask is not None or s.bias is not None for s in sources)
+
+
+def _stages(listed: Sequence[bool], stages: int) -> tuple[int, ...]:
+    """Of the loop over each source: what a list says where to find is asked for as long before as the list itself."""
+    return tuple(2 * stages - 1 if one else stages for one in listed)
+
+
+def _no_lists(query: Tensor) -> Lists:
+    return Lists(query, 0, query, (0, 0, 0))
+
+
+def _lists(
+    query: Tensor, source: Source, causal: bool, batch: int, of: Sizes, by_keys: bool = False
+) -> tuple[Lists, Lists | None]:
+    """As few as differ: one for all heads, say, that share a mask. And ``by_keys`` those of tiles of keys."""
     (ref,), (has,) = refs(query, [source])
     rows, mask = query.shape[2], source.mask
     shape = [1, 1, 1] if mask is None else list(mask.shape[:3])
@@ -198,6 +307,7 @@ def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, 
     if causal:
         shape[2] = rows
     items, heads, rows = shape
+    block, width = of.block, of.width
     row_blocks, key_blocks = triton.cdiv(rows, block), triton.cdiv(source.key.shape[2], width)
     # A key that others are excluded by must be one that the query may attend to, by as much as the mask says.
     near = bool(has & MASK.value) and not has & BIAS.value and not causal
@@ -214,5 +324,256 @@ def _lists(query: Tensor, source: Source, causal: bool, batch: int, block: int, 
         _list, (count,), states, rows_near, tiles, counts, key_blocks, NEAR=near, BLOCKS=power_of_two(key_blocks),
         BM=block, num_warps=4,
     )  # fmt: skip
-    of = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
-    return Lists(tiles, counts, key_blocks, of)
+    along = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
+    by_rows = Lists(tiles, key_blocks, counts, along)
+    if not by_keys:
+        return by_rows, None
+    group, row_blocks = query.shape[1] // source.key.shape[1], triton.cdiv(query.shape[2], block)
+    key_heads = source.key.shape[1] if heads > 1 else 1
+    many, wide_blocks = group * row_blocks, triton.cdiv(source.key.shape[2], of.keys)
+    count = items * key_heads * wide_blocks
+    tiles = room(query, (count, 2, many), torch.int32)
+    counts = room(query, (count, 2), torch.int32)
+    launch(
+        _list_by_keys, (count,), states, tiles, counts, along, key_blocks, wide_blocks, key_heads, group, row_blocks,
+        BLOCKS=power_of_two(many), WIDE=of.keys // width, num_warps=4,
+    )  # fmt: skip
+    along = (key_heads * wide_blocks if items > 1 else 0, wide_blocks if heads > 1 else 0, 1)
+    return by_rows, Lists(tiles, many, counts, along)
+
+
+# ---- Backward
+
+
+@triton.jit
+def _query_gradient(
+    grad_out, grad_out_strides, grad_lse, query, query_strides, sources, lists, out, out_strides, lse, shifts, deltas,
+    grad, grad_strides, heads, row_limit, dim, value_dim, row_blocks, scale, scale2,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries, and of each row, for `_key_gradients`, what is subtracted from scores and from dP."""
+    block = tl.program_id(0) % row_blocks
+    item = (tl.program_id(0) // row_blocks).to(tl.int64)
+    b, h = item // heads, item % heads
+    rows = block * BM + tl.arange(0, BM)
+    start = start_of(grad_out, grad_out_strides, b, h, BY)
+    do = load_tile(start, rows, row_limit, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
+    start = start_of(out, out_strides, b, h, BY)
+    o = load_tile(start, rows, row_limit, out_strides[2], value_dim, out_strides[3], BV, DOT, BY)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    at_rows = item * row_limit + rows
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse + at_rows, mask=rows < row_limit, other=0.0)
+    shift = tl.load(lse + at_rows, mask=rows < row_limit, other=float("inf")) * LOG2E
+    shift = tl.where(shift == float("-inf"), float("inf"), shift)  # exp2(s - inf) = 0: such a row has no weights
+    tl.store(shifts + at_rows, shift, mask=rows < row_limit)
+    tl.store(deltas + at_rows, delta, mask=rows < row_limit)
+    start = start_of(query, query_strides, b, h, BY)
+    q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+    dq = tl.zeros([BM, BD], tl.float32)
+    local = tl.arange(0, BN)
+    for j in tl.static_range(len(HAS)):
+        src, of = sources[j], lists[j]
+        limit = keys_there(src, b, HAS[j])
+        at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
+        tiles = of.tiles + at * 2 * of.room
+        key = start_of(src.key, src.key_strides, b, h // src.group, BY)
+        value = start_of(src.value, src.value_strides, b, h // src.group, BY)
+        free, mixed = _steps(of, at, limit, LISTED[j], BN)
+        for i in tl.range(free, num_stages=STAGES[j]):
+            first = _begin(tiles, i, 0, LISTED[j], BN)
+            at_key = key + first * (src.key_strides[2] // BY * BY)
+            at_value = value + first * (src.value_strides[2] // BY * BY)
+            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(s * scale2 - shift[:, None]) * (dp - delta[:, None])
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+        for i in tl.range(mixed, num_stages=1):
+            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
+            k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(s - shift[:, None]) * (dp - delta[:, None])
+            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+    to = start_of(grad, grad_strides, b, h, BY)
+    store_tile(to, dq * scale, rows, row_limit, grad_strides[2], dim, grad_strides[3], BD, BY)
+
+
+@triton.jit
+def _rows_of(blocks, i, row_blocks, h0, LISTED: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
+    """Head and first query of step ``i``."""
+    if LISTED:
+        at = tl.load(blocks + i // PARTS)
+    else:
+        at = i // PARTS
+    return h0 + at // row_blocks, (at % row_blocks * PARTS + i % PARTS) * STEP
+
+
+@triton.jit
+def _load_rows(
+    query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, first, heads, row_limit, dim, value_dim,
+    WHOLE: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Queries, gradients of their outputs, and what is subtracted from their scores and from dP. WHOLE: all exist."""
+    local = tl.arange(0, STEP)
+    if WHOLE:  # bounds of rows are a fifth of the instructions of `_key_gradients`
+        left = STEP
+    else:
+        left = row_limit - first
+    start = start_of(query, query_strides, b, h, BY) + tl.cast(first, tl.int64) * (query_strides[2] // BY * BY)
+    q = load_tile(start, local, left, query_strides[2], dim, query_strides[3], BD, DOT, BY)
+    start = start_of(grad_out, grad_out_strides, b, h, BY) + tl.cast(first, tl.int64) * (grad_out_strides[2] // BY * BY)
+    do = load_tile(start, local, left, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
+    at = (b * heads + h) * row_limit + first
+    shift = tl.load(shifts + at + local, mask=local < left, other=float("inf"))
+    return q, do, shift, tl.load(deltas + at + local, mask=local < left, other=0.0)
+
+
+@triton.jit
+def _key_gradients(
+    grad_out, grad_out_strides, query, query_strides, sources, lists, grads, first, shifts, deltas, heads, row_limit,
+    dim, value_dim, row_blocks, scale, scale2,
+    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys, over the queries of all heads of its group. Keys are rows of all that is per key and
+    query: weights and their gradients go from registers into the products that use them up."""
+    program = tl.program_id(0)
+    for j in tl.static_range(len(HAS)):
+        if (program >= first[j]) & (program < first[j + 1]):
+            src, of, grad = sources[j], lists[j], grads[j]
+            key_blocks = tl.cdiv(src.keys, BN)
+            tile = (program - first[j]) % key_blocks
+            item = ((program - first[j]) // key_blocks).to(tl.int64)
+            b, kh = item // (heads // src.group), item % (heads // src.group)
+            limit = keys_there(src, b, HAS[j])
+            columns = tile.to(tl.int64) * BN + tl.arange(0, BN)
+            start = start_of(src.key, src.key_strides, b, kh, BY)
+            k = load_tile(start, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+            start = start_of(src.value, src.value_strides, b, kh, BY)
+            v = load_tile(start, columns, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+            dk = tl.zeros([BN, BD], tl.float32)
+            dv = tl.zeros([BN, BV], tl.float32)
+            at = b * of.strides[0] + kh * of.strides[1] + tile * of.strides[2]
+            blocks = of.tiles + at * 2 * of.room
+            if LISTED[j]:
+                free = tl.load(of.counts + 2 * at) * PARTS
+            else:  # what does not exist of the keys is in rows of its own
+                free = tl.where(tile * BN < limit, src.group * row_blocks * PARTS, 0)
+            for i in tl.range(free, num_stages=STAGES[j]):
+                h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
+                q, do, shift, delta = _load_rows(
+                    query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit, dim,
+                    value_dim, WHOLE, STEP, BD, BV, BY, DOT,
+                )  # fmt: skip
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                p = tl.exp2(s * scale2 - shift[None, :])
+                dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+            if LISTED[j]:
+                for i in tl.range(tl.load(of.counts + 2 * at + 1) * PARTS, num_stages=1):
+                    h, row = _rows_of(blocks + of.room, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
+                    q, do, shift, delta = _load_rows(
+                        query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
+                        dim, value_dim, WHOLE, STEP, BD, BV, BY, DOT,
+                    )  # fmt: skip
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+                    rows = row + tl.arange(0, STEP)
+                    s = allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS[j], CAUSAL)
+                    p = tl.exp2(s - shift[None, :])
+                    dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    ds = p * (dp - delta[None, :])
+                    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+            there = (columns < limit)[:, None]
+            to = start_of(grad.key, grad.key_strides, b, kh, BY)
+            dk = tl.where(there, dk * scale, 0.0)
+            store_tile(to, dk, columns, src.keys, grad.key_strides[2], dim, grad.key_strides[3], BD, BY)
+            to = start_of(grad.value, grad.value_strides, b, kh, BY)
+            dv = tl.where(there, dv, 0.0)
+            store_tile(to, dv, columns, src.keys, grad.value_strides[2], value_dim, grad.value_strides[3], BV, BY)
+
+
+def differentiates(query: Tensor, sources: Sequence[Source]) -> bool:
+    """Whether `backward` can: in float32, of three products, "efficient" is no slower, and two sums of 256 features for
+    each key find no room in the registers."""
+    wide = power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3])
+    return query.dtype != torch.float32 and wide <= 256 and roomy(query.device, 160)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    sources: Sequence[Source],
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of query, keys and values, of what `differentiates` allows."""
+    lse = lse.contiguous()  # hooks for saved tensors may have changed its strides
+    batch, heads, rows = lse.shape
+    dim, value_dim = query.shape[3], sources[0].value.shape[3]
+    grad_query, of_query = _room_for(query, query, batch)
+    grad_keys, of_keys = zip(*(_room_for(query, s.key, batch) for s in sources), strict=True)
+    grad_values, of_values = zip(*(_room_for(query, s.value, batch) for s in sources), strict=True)
+    grads = tuple(
+        Gradient(k, v, k.stride(), v.stride())
+        for s, k, v in zip(sources, of_keys, of_values, strict=True)
+        if s.key.shape[2]
+    )
+    sources = [s for s in sources if s.key.shape[2]]
+    source_refs, has = refs(query, sources)
+    listed = _listed(sources, causal)
+    of = sizes(query, value_dim)
+    row_blocks = triton.cdiv(rows, of.block)
+    by_rows, by_keys = zip(
+        *(
+            _lists(query, s, causal, batch, of, by_keys=True) if one else (_no_lists(query),) * 2
+            for s, one in zip(sources, listed, strict=True)
+        ),
+        strict=True,
+    )
+    shifts, deltas = (room(query, (batch, heads, rows), torch.float32) for _ in range(2))
+    options = dict(
+        HAS=has, LISTED=listed, STAGES=_stages(listed, of.stages), CAUSAL=causal, BD=power_of_two(dim),
+        BV=power_of_two(value_dim), BY=aligned(query, grad_out, out, *keys_and_values(sources)),
+        **dot_options(query.dtype),
+    )  # fmt: skip
+    launch(
+        _query_gradient, (batch * heads * row_blocks,), grad_out, grad_out.stride(),
+        query if grad_lse is None else grad_lse.contiguous(), query, strides(query), source_refs, by_rows, out,
+        out.stride(), lse, shifts, deltas, of_query, of_query.stride(), heads, rows, dim, value_dim, row_blocks, scale,
+        scale * LOG2E.value, GRAD_LSE=grad_lse is not None, BM=of.block, BN=of.width, num_warps=of.warps,
+        **of.registers, **options,
+    )  # fmt: skip
+    first = [0]
+    for s in sources:
+        first.append(first[-1] + batch * s.key.shape[1] * triton.cdiv(s.key.shape[2], of.keys))
+    launch(
+        _key_gradients, (first[-1],), grad_out, grad_out.stride(), query, strides(query), source_refs, by_keys, grads,
+        tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=of.keys,
+        WHOLE=rows % of.block == 0, PARTS=of.block // of.step, STEP=of.step, num_warps=8 if of.keys == 128 else 4,
+        **options,
+    )  # fmt: skip
+    for whole, part in zip((grad_query, *grad_keys, *grad_values), (of_query, *of_keys, *of_values), strict=True):
+        if part is not whole:
+            add_up(part, whole, batch)
+    return grad_query, list(grad_keys), list(grad_values)
+
+
+def _room_for(query: Tensor, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and what kernels write: the same, or where the batch shares ``x`` those of each item."""
+    grad = heads_inside(query, x.shape)
+    if x.shape[0] == batch or not x.shape[2]:
+        return grad, grad
+    return grad, heads_inside(query, (batch, *x.shape[1:]), torch.float32)

@@ -26,11 +26,9 @@ from mmfast.fusion.merged import heads_inside
 from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
-    BIAS,
     LOG2E,
-    MASK,
-    MASK_BOOL,
     aligned,
+    allowed_by_key,
     dot_options,
     few_values,
     keys_there,
@@ -287,7 +285,7 @@ def _split_backward(
                     value, after, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, tl.float32, BY
                 )
                 s = _product(_parts(k), _parts(tl.trans(q)), tl.zeros([BN, BM], tl.float32)) * scale2
-                s = _allowed(s, src, b, h, i, columns, length, limit, HAS[j], CAUSAL)
+                s = allowed_by_key(s, src, b, h, i, columns, length, limit, HAS[j], CAUSAL)
                 p = tl.exp2(s - shift[None, :])
                 dp = _product(_parts(v), _parts(tl.trans(do)), tl.zeros([BN, BM], tl.float32))
                 dv = _product(_parts(p), _parts(do), tl.zeros([BN, BV], tl.float32))
@@ -304,29 +302,6 @@ def _split_backward(
 
 
 @triton.jit
-def _allowed(s, src, b, h, rows, columns, row_limit, limit, HAS: tl.constexpr, CAUSAL: tl.constexpr):
-    """`scores` of the products ``s``, keys by queries."""
-    may = columns[:, None] < limit
-    if (MASK | MASK_BOOL | BIAS) & HAS:
-        there = (columns[:, None] < src.keys) & (rows[None, :] < row_limit)
-        if MASK & HAS:
-            s += _added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if BIAS & HAS:
-            s += _added_by_key(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if MASK_BOOL & HAS:
-            may = may & (_added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
-    if CAUSAL:
-        may = may & (columns[:, None] <= rows[None, :])
-    return tl.where(may, s, float("-inf"))
-
-
-@triton.jit
-def _added_by_key(pointer, strides, b, h, rows, columns, there):
-    of_rows = b * strides[0] + h * strides[1] + rows * strides[2]
-    return tl.load(pointer + of_rows[None, :] + columns[:, None] * strides[3], mask=there, other=0)
-
-
-@triton.jit
 def _add_up(part, out, parts, size, BP: tl.constexpr, BS: tl.constexpr):
     """The sum of ``parts`` vectors of ``size``, which lie behind each other, in a fixed order."""
     at = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
@@ -338,7 +313,13 @@ def _add_up(part, out, parts, size, BP: tl.constexpr, BS: tl.constexpr):
     tl.store(out + at, total, mask=at < size)
 
 
-class _Gradient(NamedTuple):
+def add_up(part: Tensor, out: Tensor, parts: int) -> None:
+    """Sums of ``parts`` tensors like ``out``, which lie behind each other and in memory as ``out`` does."""
+    size = out.numel()
+    launch(_add_up, (triton.cdiv(size, 128),), part, out, parts, size, BP=32, BS=128, num_warps=4)
+
+
+class Gradient(NamedTuple):
     """Of a source."""
 
     key: Tensor
@@ -383,7 +364,7 @@ def backward(
     folded, group = folds(query, sources, batch)
     rows, items = folded * group * length, batch // folded * (heads // group)
     grads = tuple(
-        _Gradient(k, v, k.stride(), v.stride())
+        Gradient(k, v, k.stride(), v.stride())
         for s, k, v in zip(sources, grad_keys, grad_values, strict=True)
         if s.key.shape[2]
     )
@@ -403,6 +384,5 @@ def backward(
         BV=power_of_two(value_dim), BY=aligned(*keys_and_values(sources)), num_warps=warps,
     )  # fmt: skip
     if parts > 1:
-        size = grad_query.numel()
-        launch(_add_up, (triton.cdiv(size, 128),), part, grad_query, parts, size, BP=32, BS=128, num_warps=4)
+        add_up(part, grad_query, parts)
     return grad_query, grad_keys, grad_values

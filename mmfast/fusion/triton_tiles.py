@@ -242,6 +242,29 @@ def scores(
 
 
 @triton.jit
+def allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS: tl.constexpr, CAUSAL: tl.constexpr):
+    """`scores` of the products ``s``, keys by queries."""
+    may = columns[:, None] < limit
+    if (MASK | MASK_BOOL | BIAS) & HAS:
+        there = (columns[:, None] < src.keys) & (rows[None, :] < row_limit)
+        if MASK & HAS:
+            s += _added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if BIAS & HAS:
+            s += _added_by_key(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+        if MASK_BOOL & HAS:
+            may = may & (_added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
+    if CAUSAL:
+        may = may & (columns[:, None] <= rows[None, :])
+    return tl.where(may, s, float("-inf"))
+
+
+@triton.jit
+def _added_by_key(pointer, strides, b, h, rows, columns, there):
+    of_rows = b * strides[0] + h * strides[1] + rows.to(tl.int64) * strides[2]
+    return tl.load(pointer + of_rows[None, :] + columns.to(tl.int64)[:, None] * strides[3], mask=there, other=0)
+
+
+@triton.jit
 def softmax_step(s, v, top, total, out, DOT: tl.constexpr, PREC: tl.constexpr):
     """One tile more: the largest score so far, the sum of exp2 and the product with the values, relative to it."""
     new = tl.maximum(top, tl.max(s, 1))

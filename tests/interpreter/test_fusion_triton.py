@@ -13,6 +13,7 @@ from mmfast.fusion import (
     attention_pool,
     cross_attention,
     merged,
+    recording,
     reference,
     routes_cuda,
     triton_short,
@@ -322,23 +323,56 @@ def by_skipping(*args, **options):
     return fused.long(*args, engine="skip", **options)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "six_features",
-        "gate_of_a_head_lengths",
-        "gate_of_a_query_masks",
-        "bias_causal",
-        "groups_shared_keys",
-        "shared_queries",
-        "nothing_to_attend_to",
-        "strided",
-    ],
-)
-def test_skip_matches_gold(name):
-    check(by_skipping, *SMALL[name]())
+@pytest.fixture
+def in_float32(monkeypatch):
+    """The kernels of the backward, which are for half precision, to the accuracy of float32; and no others."""
+    monkeypatch.setattr(triton_skip, "differentiates", lambda query, sources: True)
+    monkeypatch.setattr(merged, "backward", None)
 
 
+def _masks_of_heads():
+    """In rows and blocks of their own for each head, a bias, and a mask of rows that leaves some out of a source."""
+    may = torch.rand(2, 4, 70, 40) < 0.6
+    may[:, 1, :64] = False
+    rows = torch.arange(70)[:, None] % 3 != 0
+    bias = randn(1, 4, 1, 33)
+    sources = [Source(*kv(2, 2, 40, 16), mask=may), Source(*kv(2, 4, 33, 16), mask=rows, bias=bias)]
+    return randn(2, 4, 70, 16), sources, {"scale": -0.3}
+
+
+def _several_whole_and_ragged():
+    """Without masks: whole tiles, less than one, one whole; an item of no length, and one that ends within a tile."""
+    lengths = torch.tensor([0, 33, 70])
+    sources = [Source(*kv(3, 1, 70, 24, 8), lengths=lengths), Source(*kv(1, 3, 64, 24, 8)), Source(*kv(3, 3, 5, 24, 8))]
+    return randn(3, 3, 70, 24), sources, {}
+
+
+def _no_keys_at_all():
+    """Items without keys, and a source that has none."""
+    sources = [Source(*kv(2, 2, 40, 16), lengths=torch.tensor([0, 3])), Source(*kv(2, 2, 0, 16))]
+    return randn(2, 2, 5, 16), sources, {}
+
+
+def _queries_shared_by_the_batch():
+    """And keys of one batch, values of another, in a group of heads."""
+    sources = [Source(kv(3, 2, 40, 16)[0], kv(1, 2, 40, 16)[1]), Source(kv(1, 1, 40, 16)[0], kv(3, 1, 40, 16)[1])]
+    return randn(1, 4, 70, 16), sources, {"is_causal": True}
+
+
+SKIPPED = (
+    "six_features", "gate_of_a_head_lengths", "gate_of_a_query_masks", "bias_causal", "groups_shared_keys",
+    "shared_queries", "nothing_to_attend_to", "strided",
+)  # fmt: skip
+LONG = (_masks_of_heads, _several_whole_and_ragged, _no_keys_at_all, _queries_shared_by_the_batch)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("build", [*(SMALL[name] for name in SKIPPED), *LONG])
+def test_skip_matches_gold(build, with_lse, in_float32):
+    check(by_skipping, *build(), with_lse=with_lse)
+
+
+SIZES = triton_skip.sizes(torch.empty(1, 1, 70, 16), 16)
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -352,20 +386,28 @@ def images(excluded):
 
 
 @pytest.mark.parametrize("excluded", [None, -torch.inf, LOWEST])
-def test_skips_tiles(excluded):
+def test_skips_tiles(excluded, in_float32):
     """What is excluded for a block of queries is not read, and masks only where they are of use."""
     query, (key, value) = randn(2, 2, 70, 16).float(), [x.float() for x in kv(2, 1, 100, 16)]
-    mask = images(excluded)
-    expected = reference.attention(query, [Source(key, value, mask=mask)], fusion="joint", scale=0.25)
-    for x in (key, value):
-        x[1, :, 64:] = torch.nan
-    source = Source(key, value, mask=mask)
-    got = by_skipping(query, [source], fusion="joint", scale=0.25)
-    torch.testing.assert_close((got.out, got.lses), (expected.out, expected.lses), atol=3e-6, rtol=1e-5)
-    lists = triton_skip._lists(query, source, False, 2, 64, 32)
+    mask, up = images(excluded), torch.randn(2, 2, 70, 16)
+    results = []
+    for engine in (reference.attention, by_skipping):
+        of = [x.clone() for x in (query, key, value)]
+        if engine is by_skipping:
+            for x in of[1:]:
+                x[1, :, 64:] = torch.nan
+        of = [x.requires_grad_() for x in of]
+        source = Source(*of[1:], mask=mask)
+        got = engine(of[0], [source], fusion="joint", scale=0.25)
+        results.append((got.out, got.lses, torch.autograd.grad(got.out, of, up)))
+    torch.testing.assert_close(results[1], results[0], atol=6e-6, rtol=1e-5)
+    lists, by_keys = triton_skip._lists(query, source, False, 2, SIZES, by_keys=True)
     # Where nothing is masked, and others: the last tile is not full.
     assert lists.counts.tolist() == [[3, 1], [1, 0], [1, 1], [2, 0]]
     assert lists.tiles[0, :, :3].tolist()[0] == [0, 1, 2] and lists.tiles[2, :, 0].tolist() == [1, 0]
+    # Two heads with two blocks each: what visits each of the four tiles of the first item, and of the second.
+    assert by_keys.counts.tolist() == [[4, 0], [2, 0], [2, 0], [0, 2], [2, 2], [4, 0], [0, 0], [0, 0]]
+    assert by_keys.tiles[1, 0, :2].tolist() == [0, 2] and by_keys.tiles[4, :, :2].tolist() == [[1, 3], [0, 2]]
 
 
 def test_skips_only_beside_other_keys():
@@ -374,7 +416,7 @@ def test_skips_only_beside_other_keys():
     mask = images(torch.finfo(torch.float16).min)[1:].half()
     mask[:, :, 5] = torch.finfo(torch.float16).min
     source = Source(key, value, mask=mask, lengths=torch.tensor([90]))
-    assert triton_skip._lists(query, source, False, 1, 64, 32).counts.tolist() == [[0, 3], [2, 0]]
+    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 3], [2, 0]]
     results = [f(query, [source], fusion="joint", scale=0.25).out for f in (by_skipping, reference.attention)]
     torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)  # scores of 65504 are rounded to 1 / 256
     assert results[0][:, :, 5].abs().max() > 0
@@ -382,8 +424,8 @@ def test_skips_only_beside_other_keys():
 
 def test_skip_by_lengths_and_causality():
     query, source = randn(2, 1, 70, 16), Source(*kv(2, 1, 100, 16), lengths=torch.tensor([100, 33]))
-    assert triton_skip._lists(query.float(), source, False, 2, 64, 32).counts.tolist() == [[3, 1], [1, 1]]
-    lists = triton_skip._lists(query.float(), source, True, 2, 64, 32)
+    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1], [1, 1]]
+    lists, _ = triton_skip._lists(query.float(), source, True, 2, SIZES)
     assert lists.counts.tolist() == [[0, 2], [2, 1], [0, 2], [1, 1]]
     check(by_skipping, query, [source, Source(*kv(1, 1, 40, 16))], {"is_causal": True})
 
@@ -394,6 +436,55 @@ def test_skip_in_half_precision(dtype):
     mask = torch.where(images(None)[:, :, :, :60], 0.0, torch.finfo(dtype).min).to(dtype)
     query, source = randn(2, 2, 70, 16), Source(*kv(2, 1, 60, 16), mask=mask)
     check(by_skipping, query, [source, Source(*kv(1, 1, 130, 16))], {"scale": -0.3}, dtype, with_lse=False)
+
+
+def _long(dtype, rows=140, batch=2):
+    """Of two sources in half precision, one with a mask and shared by the batch, one of other lengths."""
+    up, query = (torch.randn(batch, 4, rows, 16, dtype=dtype) for _ in range(2))
+    (key, value), (more, values) = ([torch.randn(n, 2, s, 16, dtype=dtype) for _ in range(2)] for n, s in
+                                    ((1, 150), (batch, 40)))  # fmt: skip
+    mask, lengths = torch.ones(rows, 150, dtype=torch.bool), torch.tensor([0, 33])[-batch:]
+    mask[:128, 64:], mask[128:, :100], mask[:, 7] = False, False, False
+    return query, [Source(key, value, mask=mask[None, None]), Source(more, values, lengths=lengths)], up
+
+
+def test_skip_of_large_blocks():
+    """Blocks of 128 queries in two steps, 128 keys of two tiles that differ, queries that do not fill a block."""
+    query, sources, up = _long(torch.float16)
+    lists, by_keys = triton_skip._lists(query, sources[0], False, 2, triton_skip.sizes(query, 16), by_keys=True)
+    assert lists.counts.tolist() == [[0, 1], [0, 2]]  # of three tiles of 64 keys
+    # Of two heads with two blocks: one visits the first of the first 128 keys, the other their second and the rest.
+    assert by_keys.counts.tolist() == [[0, 4], [0, 2]]
+    for rows in (140, 256):
+        query, sources, up = _long(torch.float16, rows)
+        results = []
+        for kind, engine in ((torch.float16, by_skipping), (torch.float64, reference.attention)):
+            of = [x.to(kind).requires_grad_() for x in inputs(query, sources)]
+            out = engine(of[0], replaced(sources, of[1:]), fusion="joint", scale=0.25).out
+            results.append(torch.autograd.grad(out, of, up.to(kind)))
+        for i, (got, expected) in enumerate(zip(*results, strict=True)):
+            close(got, expected, torch.float16, f"gradient {i}")
+
+
+def test_skip_made_again():
+    """The launches of the backward, recorded and repeated on other values: the same bits as of themselves."""
+    query, sources, up = _long(torch.bfloat16)
+    given = [*inputs(query, sources), sources[0].mask, sources[1].lengths, up]
+
+    def compute(tensors):
+        of = replaced(sources, tensors[1:5])
+        of = [of[0]._replace(mask=tensors[5]), of[1]._replace(lengths=tensors[6])]
+        out, lse = triton_skip.forward(tensors[0], of, False, 0.25, 2)
+        grad_query, *rest = triton_skip.backward(tensors[7], None, tensors[0], of, out, lse, False, 0.25)
+        return out, lse, grad_query, *rest
+
+    _, recorded = recording.record(lambda: compute(given), given)
+    assert isinstance(recorded, recording.Recording)
+    for turn in range(2):
+        others = [x if i in (5, 6) else torch.randn_like(x) for i, x in enumerate(given)]
+        found = recorded.again(others, [x.data_ptr() for x in others])
+        for got, expected in zip(found, compute(others), strict=True):
+            torch.testing.assert_close(got, expected, atol=0, rtol=0, msg=f"in turn {turn}")
 
 
 @pytest.mark.parametrize("engine", ["short", "split", "skip"])
