@@ -162,6 +162,26 @@ def test_large_batches_of_few_features(name, estimator):
     assert on_device == ["survey", "settle", "arrange", "narrow", "combine", "finish"]
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(4000, 5000, 64), (190, 6000, 33), (9000, 300, 50), (20000, 16384, 64)])
+@pytest.mark.parametrize("kernel", ["dan", "two"])
+def test_values_by_warpgroups(n, m, d, kernel):
+    """The same value as without them, and twice the same bits."""
+    from mmfast.mmd import triton_narrow_launch
+
+    if not triton_narrow_launch.has_pairs(torch.device(DEVICE)):
+        pytest.skip("not in this build, or not for this GPU")
+    x, y = (t.float().cuda() for t in cases.samples(n, m, d))
+    found = []
+    try:
+        for way in (True, True, False):
+            triton_narrow_launch.use_pairs(way)
+            found.append(mmd.mmd2(x, y, k.MultiGaussian() if kernel == "dan" else k.MultiGaussian([90.0, 180.0])))
+    finally:
+        triton_narrow_launch.use_pairs(None)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("d", [5, 40, 2048])
 def test_small_batches_in_features(d):
     x, y = (t.cuda() for t in cases.samples(64, 50, d))

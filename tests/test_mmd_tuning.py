@@ -43,6 +43,20 @@ def test_measured_sizes_are_kept(tmp_path, monkeypatch):
     tuning._sizes.cache_clear()
 
 
+def test_pairs_are_taken_where_they_were_faster(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFAST_TUNE_CACHE", str(tmp_path / "sizes.json"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    device, name = torch.device("cuda", 0), tuning.key("Some GPU", 100, torch.float16, 2)
+    tuning._pairs.cache_clear()
+    assert not tuning.pairs(device)
+    tuning.save_pairs("Some GPU", True)
+    tuning.save({name: tuning.Sizes(64)})
+    assert tuning.pairs(device) and tuning.measured(str(tmp_path / "sizes.json")) == {name: tuning.Sizes(64)}
+    tuning.save_pairs("Some GPU", False)
+    assert not tuning.pairs(device)
+    tuning._pairs.cache_clear()
+
+
 @pytest.mark.parametrize("content", ["", "[1, 2]", json.dumps({"a": {"unknown": 1}}), json.dumps({"a": 3})])
 def test_a_bad_file_is_no_file(content, tmp_path):
     path = tmp_path / "sizes.json"

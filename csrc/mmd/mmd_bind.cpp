@@ -20,6 +20,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "mmd/mmd_cuda.h"
+#include "mmd/mmd_pairs_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -424,6 +425,31 @@ std::tuple<Tensor, Tensor> quadratic_few(const Tensor& x, const Tensor& y, const
     return {sums, gradient};
 }
 
+// What mmd_pairs.h computes, on the current device and stream, from the arrays of triton_narrow_launch.py by their
+// addresses, which nobody but that has.
+void pairs(uintptr_t hi, uintptr_t lo, uintptr_t norms, uintptr_t numbers, uintptr_t table, uintptr_t coefs,
+           uintptr_t sums, int64_t n, int64_t m, int64_t second, int64_t rows, int room, int terms, int blocks,
+           int64_t batch, bool all_sums) {
+    TORCH_CHECK_VALUE(terms >= 1 && terms <= mmd::kPairTerms && second % mmd::kPairRows == 0 && blocks >= 1,
+                      "no kernel for such arguments");
+    const mmd::PairsJob job{n,
+                            m,
+                            second,
+                            rows,
+                            reinterpret_cast<const uint16_t*>(hi),
+                            reinterpret_cast<const uint16_t*>(lo),
+                            reinterpret_cast<const float*>(norms),
+                            reinterpret_cast<const float*>(numbers),
+                            reinterpret_cast<const double*>(table),
+                            reinterpret_cast<const double*>(coefs),
+                            room,
+                            terms,
+                            blocks,
+                            all_sums,
+                            reinterpret_cast<double*>(sums)};
+    mmd::pairs_cuda(job, batch, c10::cuda::getCurrentCUDAStream());
+}
+
 #endif
 
 }  // namespace
@@ -452,6 +478,8 @@ void bind_mmd(py::module_& m) {
     m.def("mmd_select", &select, guard);
 #if defined(MMFAST_WITH_CUDA)
     m.def("mmd_quadratic_few", &quadratic_few, guard);
+    m.def("mmd_has_pairs", &mmd::has_pairs);
+    m.def("mmd_pairs", &pairs);
 #endif
 }
 

@@ -396,12 +396,12 @@ class Plan:
             for first in range(0, self.rows, self.height):
                 self._panel(item, first, min(self.height, self.rows - first))
         self._launch(
-            triton_narrow.combine, (b,), ("totals", "coefs", "table", "sums", "value"),
+            triton_narrow.combine, (b,), ("totals", "totals", "coefs", "table", "sums", "value"),
             (
                 n, m, self.rows // _TILE_ROWS, self.all_strips, self.second // _TILE_ROWS, self.first_strips,
-                self.all_strips - self.first_strips, 0,
+                self.all_strips - self.first_strips, 0, 0,
             ),
-            {"COUNT": len(families), "DIAGONAL": diagonal, **_COMBINE},
+            {"COUNT": len(families), "DIAGONAL": diagonal, "PAIRS": False, **_COMBINE},
         )  # fmt: skip
 
     def of_gradient(self, room: Tensor) -> tuple[Tensor]:

@@ -465,7 +465,8 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
            rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, long_x, long_y, short_x, items, long, short,
            room, FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
            OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-           WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+           WIDTH: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr, TALL: tl.constexpr,
+           WIDE: tl.constexpr):  # fmt: skip
     """A block of `ROWS` rows with a strip of blocks of `COLS` columns of one sample: their part of the sums.
 
     Strips of ``long`` blocks come first, ``long_x`` of x and ``long_y`` of y, and then those of ``short`` blocks, of
@@ -473,6 +474,9 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
 
     ``totals`` (b, row_tiles, strips): of pairs i > j. ``grads`` (strips, b, rows, WIDTH): what these columns add to the
     gradient. Without `ALL` sums are left out whose coefficient is 0.
+
+    With `TALL` the short way's tiles are left to csrc/mmd/mmd_pairs.h, where one is that many of these high, and `WIDE`
+    of these wide.
     """
     pid = tl.program_id(0) % (row_tiles * strips)
     item = (tl.program_id(0) // (row_tiles * strips)).to(tl.int64)
@@ -529,11 +533,20 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
     # ``last``, whose pairs the rows of others count.
     below, above, last = begin, begin, begin
     if LADDER and count <= MOST_POWERS:
-        short = (tl.load(numbers + 1) > 0) & row_whole
-        whole_end = tl.where(with_y, split_tiles + m // COLS, n // COLS)
+        short = tl.load(numbers + 1) > 0
+        if TALL:
+            owner = row // TALL
+            short = short & _inside(owner.to(tl.int64) * (TALL * ROWS), TALL * ROWS, n, second, m)
+            whole_end = tl.where(with_y, split_tiles + m // (WIDE * COLS) * WIDE, n // (WIDE * COLS) * WIDE)
+            left = owner * (TALL * ROWS) // (WIDE * COLS) * WIDE
+        else:
+            short = short & row_whole
+            whole_end = tl.where(with_y, split_tiles + m // COLS, n // COLS)
+            left = diagonal
         last = tl.where(short, tl.maximum(begin, tl.minimum(end, whole_end)), begin)
-        below = tl.minimum(last, tl.maximum(begin, diagonal))
+        below = tl.minimum(last, tl.maximum(begin, left))
         above = tl.minimum(last, tl.maximum(begin, behind))
+    if LADDER and count <= MOST_POWERS and not TALL:
         weights, slopes = (), ()
         raised = a_norms
         if GRAD:
@@ -618,10 +631,11 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
 
 
 @triton.jit
-def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, long_x, long_y, short_x,
-            COUNT: tl.constexpr, DIAGONAL: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def combine(totals, pairs, coefs, table, sums, value, n, m, row_tiles, strips, of_x, long_x, long_y, short_x, blocks,
+            COUNT: tl.constexpr, DIAGONAL: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``sums`` (b, 3) over i != j from what programs have found, and their combination ``value`` (b).
 
+    With `PAIRS` also of ``pairs`` (b, blocks, 3), in the order of ``sums``.
     `DIAGONAL` adds each point's kernel with itself, Σw, for kernels of distances.
     """
     item = tl.program_id(0).to(tl.int64)
@@ -636,6 +650,14 @@ def combine(totals, coefs, table, sums, value, n, m, row_tiles, strips, of_x, lo
         xx += tl.where(of_y | with_y, 0, found)
         yy += tl.where(of_y & with_y, found, 0)
         xy += tl.where(of_y & (with_y == 0), found, 0)
+    if PAIRS:
+        for first in range(0, blocks, LANES):
+            at = first + lanes
+            there = at < blocks
+            at = pairs + (item * blocks + at) * 3
+            xx += tl.load(at, mask=there, other=0)
+            yy += tl.load(at + 1, mask=there, other=0)
+            xy += tl.load(at + 2, mask=there, other=0)
     s_xx, s_yy, s_xy = 2 * tl.sum(xx, 0), 2 * tl.sum(yy, 0), tl.sum(xy, 0)
     tl.store(sums + item * 3, s_xx)
     tl.store(sums + item * 3 + 1, s_yy)

@@ -6,6 +6,7 @@ All that depends on nothing but shapes is found once, in a `Plan`; see `mmfast.m
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast._backend import on_device_of
 from mmfast._launch import key_at, launch
-from mmfast.mmd import triton_narrow
+from mmfast.mmd import triton_narrow, triton_tuning
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.triton_launch import processors
 from mmfast.mmd.triton_points import (
@@ -68,6 +70,32 @@ class Sizes:
 
 
 _used: dict[bool, Sizes] = {}
+_PAIR_ROWS, _PAIR_COLS, _PAIR_WIDTH = 192, 128, 64  # of csrc/mmd/mmd_pairs.h
+_PAIR_LEAST, _PAIR_MOST = 4096, 2**21  # points; their tiles are counted in 32 bits
+_PAIR_SIZES = Sizes(64, 64, 4, 1, None, 4)  # of what is left to `narrow`
+_pairs_wanted: list[bool] = []
+
+
+def use_pairs(wanted: bool | None) -> None:
+    """Leaves tiles of values to csrc/mmd/mmd_pairs.h or keeps them, where None does as `mmfast tune mmd` has found."""
+    _pairs_wanted[:] = [] if wanted is None else [wanted]
+    plan.cache_clear()
+
+
+@functools.cache
+def has_pairs(device: torch.device) -> bool:
+    """Whether the extension has that kernel, which no sm_90 but its own can run."""
+    return device.type == "cuda" and hasattr(_backend._C, "mmd_pairs") and _backend._C.mmd_has_pairs(device.index or 0)
+
+
+def _leaves_pairs(of: Layout, kind: Format, width: int, terms: int, points: int, device: torch.device) -> bool:
+    """Off where nobody has measured: it is on for a GPU on which it has been the faster one, and right."""
+    ladder = of.ladders[0] and terms <= triton_narrow.MOST_POWERS.value
+    if not ladder or width != _PAIR_WIDTH or kind.type != torch.float16 or kind.parts != 2:
+        return False
+    if not _PAIR_LEAST <= points <= _PAIR_MOST or not has_pairs(device):
+        return False
+    return _pairs_wanted[0] if _pairs_wanted else triton_tuning.pairs(device)
 
 
 def use(value: Sizes | None, gradient: Sizes | None) -> None:
@@ -139,9 +167,10 @@ class Plan:
     parts: tuple[int, int, int, int]
     kept: int
     second: int
+    pairs: tuple[int, ...]  # what csrc/mmd/mmd_pairs.h is told, if it has the tiles of values
 
     def scratch(self, room: Tensor) -> list[Tensor]:
-        """``columns``, ``squares``, ``mean``, ``numbers``, ``hi``, ``lo``, ``norms`` and ``totals``."""
+        """``columns``, ``squares``, ``mean``, ``numbers``, ``hi``, ``lo``, ``norms``, ``totals`` and ``pairs``."""
         return [piece(room, dtype, begin, *shape) for dtype, shape, begin in self.pieces]
 
     def of_gradient(self, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,9 +188,11 @@ def plan(
     of = layout(((d,), families, (0,) * len(families)))
     kind = format_of([dtype], precision)
     dot = of.how[0] == BY_DOT
-    width = max(16, triton.next_power_of_2(d))
-    sizes = _sizes(width, keep, _old(device))
-    rows, cols, side = sizes.rows, sizes.cols, max(sizes.rows, sizes.cols)
+    width, terms = max(16, triton.next_power_of_2(d)), len(families)
+    by_pairs = not keep and not dot and _leaves_pairs(of, kind, width, terms, n + m, device)
+    sizes = _PAIR_SIZES if by_pairs else _sizes(width, keep, _old(device))
+    rows, cols = sizes.rows, sizes.cols
+    side = math.lcm(_PAIR_ROWS, _PAIR_COLS) if by_pairs else max(rows, cols)
     options = {"num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers}
     second = padded(n, side)
     every = second + padded(m, side)
@@ -175,12 +206,15 @@ def plan(
         # Enough to keep everyone at work, of which some end early.
         wanted = 2 if INTERPRETED else -(-16 * sizes.programs * processors(device) // max(1, b * row_tiles))
     strip = max(1, -(-col_tiles // wanted))
-    long, short, (long_x, long_y), (short_x, short_y) = _strips((split, col_tiles - split), strip, keep)
+    if by_pairs:  # few tiles are left in a row
+        long, short, (long_x, long_y), (short_x, short_y) = col_tiles, 1, (1, 1), (0, 0)
+    else:
+        long, short, (long_x, long_y), (short_x, short_y) = _strips((split, col_tiles - split), strip, keep)
+    shares = max(1, processors(device) // b) if by_pairs else 0
     strips = long_x + long_y + short_x + short_y
     each = padded(triton.cdiv(n + m, max(1, _PARTS // b)), _BLOCK)
     blocks_x = triton.cdiv(n, each)
     blocks = blocks_x + triton.cdiv(m, each)
-    terms = len(families)
     room = padded(7 + 4 * terms, 16)
 
     find, centred = counts[3] > 0, not kind.raw and not dot
@@ -190,10 +224,10 @@ def plan(
     points = (torch.float32, torch.float64, torch.float32, torch.float32, kind.type, kind.type, torch.float32)
     shapes = (
         (b, blocks, 4, width), (b, blocks), (b, width), (b, room), (b, every, width),
-        (b, every, width) if kind.parts == 2 else (0,), (b, every), (b, row_tiles, strips),
+        (b, every, width) if kind.parts == 2 else (0,), (b, every), (b, row_tiles, strips), (b, shares, 3),
     )  # fmt: skip
     pieces, end = [], 0
-    for piece_type, piece_shape in zip((*points, torch.float64), shapes, strict=True):
+    for piece_type, piece_shape in zip((*points, torch.float64, torch.float64), shapes, strict=True):
         pieces.append((piece_type, piece_shape, end))
         size = piece_type.itemsize
         for side in piece_shape:
@@ -227,14 +261,18 @@ def plan(
             {
                 **tile, "GRAD": keep, "ALL": all_sums, "OWN": kind.raw, **parts,
                 "KEEP_SPLIT": kind.kept_parts, "ROWS": rows, "COLS": cols, "WIDTH": width, "UPCAST": INTERPRETED,
-                **options,
+                "TALL": _PAIR_ROWS // rows if by_pairs else 0, "WIDE": _PAIR_COLS // cols if by_pairs else 0, **options,
             },
         ),
         Launch(
-            (b,), (n, m, row_tiles, strips, second // rows, long_x, long_y, short_x),
-            {"COUNT": terms, "DIAGONAL": diagonal, "LANES": 16 if INTERPRETED else 1024, "num_warps": 8},
+            (b,), (n, m, row_tiles, strips, second // rows, long_x, long_y, short_x, shares),
+            {
+                "COUNT": terms, "DIAGONAL": diagonal, "PAIRS": by_pairs, "LANES": 16 if INTERPRETED else 1024,
+                "num_warps": 8,
+            },
         ),
         tuple(pieces), end, (b, terms, 4), of_table, grads, of_table + size, second,
+        (n, m, second, every, room, terms, shares, b, all_sums) if by_pairs else (),
     )  # fmt: skip
 
 
@@ -243,13 +281,13 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
     room = torch.empty(p.end, dtype=torch.uint8, device=x.device)
     kept = torch.empty(p.kept, dtype=torch.uint8, device=x.device)
     begin, table = room.data_ptr(), kept.data_ptr()
-    columns, squares, mean, numbers, hi, lo, norms, totals = (begin + at for _, _, at in p.pieces)
+    columns, squares, mean, numbers, hi, lo, norms, totals, pairs = (begin + at for _, _, at in p.pieces)
     at_x, at_y, at_given, at_coefs = x.data_ptr(), y.data_ptr(), given.data_ptr(), coefs.data_ptr()
     key = key_at(p, at_x, at_y, at_given, at_coefs)
     views = []
 
     def of(*names: int) -> list[Tensor]:
-        """Tensors, where somebody looks at them; from 8 on what is kept."""
+        """Tensors, where somebody looks at them; from 9 on what is kept."""
         if not views:
             views.extend((*p.scratch(room), *p.of_gradient(kept)))
         return [views[name] for name in names]
@@ -261,7 +299,7 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
     )  # fmt: skip
     settle = p.settle
     launch(
-        triton_narrow.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 8), *settle.numbers),
+        triton_narrow.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 9), *settle.numbers),
         settle.constants, key, (columns, squares, at_given, mean, numbers, table, *settle.numbers),
     )  # fmt: skip
     arrange = p.arrange
@@ -269,17 +307,19 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
         triton_narrow.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
         key, (at_x, at_y, mean, numbers, hi, lo, norms, *arrange.numbers),
     )  # fmt: skip
+    if p.pairs:
+        _backend._C.mmd_pairs(hi, lo, norms, numbers, table, at_coefs, pairs, *p.pairs)
     narrow = p.narrow
     launch(
-        triton_narrow.narrow, narrow.grid, lambda: (*of(4, 5, 6, 3, 8), coefs, *of(7, 9), *narrow.numbers),
+        triton_narrow.narrow, narrow.grid, lambda: (*of(4, 5, 6, 3, 9), coefs, *of(7, 10), *narrow.numbers),
         narrow.constants, key,
         (hi, lo, norms, numbers, table, at_coefs, totals, table + p.grads, *narrow.numbers),
     )  # fmt: skip
     combine = p.combine
     launch(
-        triton_narrow.combine, combine.grid, lambda: (*of(7), coefs, *of(8), sums, value, *combine.numbers),
+        triton_narrow.combine, combine.grid, lambda: (*of(7, 8), coefs, *of(9), sums, value, *combine.numbers),
         combine.constants, (key, value.dtype),
-        (totals, at_coefs, table, sums.data_ptr(), value.data_ptr(), *combine.numbers),
+        (totals, pairs, at_coefs, table, sums.data_ptr(), value.data_ptr(), *combine.numbers),
     )  # fmt: skip
     return kept
 

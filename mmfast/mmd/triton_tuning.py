@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_PAIRS = "/pairs"
 WIDTHS = (64, 256, 1024)  # a choice holds up to such a number of features, the last one beyond too
 
 
@@ -76,25 +77,53 @@ def key(device_name: str, width: int, dtype: torch.dtype, parts: int) -> str:
 
 
 @functools.cache
-def measured(path: str) -> dict[str, Sizes]:
-    """What the cache file holds; nothing where there is none or it was written by another version."""
+def _read(path: str) -> dict[str, dict]:
+    """The cache file; nothing where there is none."""
     try:
         found = json.loads(Path(path).read_text())
-        return {name: Sizes(**sizes) for name, sizes in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: of for name, of in found.items() if isinstance(of, dict)}
+    except (OSError, ValueError, AttributeError):
         return {}
+
+
+@functools.cache
+def measured(path: str) -> dict[str, Sizes]:
+    """What the cache file holds of sizes; nothing where it was written by another version."""
+    try:
+        return {name: Sizes(**sizes) for name, sizes in _read(path).items() if not name.endswith(_PAIRS)}
+    except TypeError:
+        return {}
+
+
+@functools.cache
+def _pairs(device: torch.device, path: str) -> bool:
+    return _read(path).get(torch.cuda.get_device_name(device) + _PAIRS, {}).get("faster") is True
+
+
+def pairs(device: torch.device) -> bool:
+    """Whether csrc/mmd/mmd_pairs.h was measured to be faster on such a GPU, with the same results."""
+    return _pairs(device, str(cache_file()))
 
 
 def save(found: dict[str, Sizes]) -> Path:
     """Adds measured choices to the cache file."""
+    return _add({name: asdict(sizes) for name, sizes in found.items()})
+
+
+def save_pairs(device_name: str, faster: bool) -> Path:
+    """Adds what `pairs` says from now on."""
+    return _add({device_name + _PAIRS: {"faster": faster}})
+
+
+def _add(found: dict[str, dict]) -> Path:
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    both = measured(str(path)) | found
+    both = _read(str(path)) | found
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({name: asdict(sizes) for name, sizes in sorted(both.items())}, indent=1))
+    part.write_text(json.dumps(dict(sorted(both.items())), indent=1))
     part.replace(path)
-    measured.cache_clear()
-    _sizes.cache_clear()
+    for cached in (_read, measured, _pairs, _sizes):
+        cached.cache_clear()
     return path
 
 

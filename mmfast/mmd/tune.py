@@ -65,7 +65,35 @@ def tune(quick: bool = False, say=print) -> str:
             found[key] = best
             before = f"{times[default]:.3f} ms" if default in times else "does not run"
             say(f"{key}: {times[best]:.3f} ms, the table's choice {before}; {best}")
+    _try_pairs(device, name, triton, say)
     return str(triton_tuning.save(found))
+
+
+def _try_pairs(device: torch.device, name: str, triton, say) -> None:
+    """Values of 64 features by csrc/mmd/mmd_pairs.h and without it, where the extension has it."""
+    from mmfast import kernels
+    from mmfast.mmd import mmd2, triton_narrow_launch
+
+    if not triton_narrow_launch.has_pairs(device):
+        return
+    x, y = torch.randn(16384, 64, device=device), torch.randn(16384, 64, device=device) + 0.1
+    values, times = {}, {}
+    try:
+        for way in (False, True):
+            triton_narrow_launch.use_pairs(way)
+            kernel = kernels.MultiGaussian(bandwidth="dan")  # a kernel remembers how it was computed
+            values[way] = mmd2(x, y, kernel, backend="triton").item()
+            times[way] = triton.testing.do_bench(
+                lambda kernel=kernel: mmd2(x, y, kernel, backend="triton"), warmup=10, rep=50, return_mode="median"
+            )
+    finally:
+        triton_narrow_launch.use_pairs(None)
+    same = abs(values[True] - values[False]) <= 1e-4 * abs(values[False])
+    triton_tuning.save_pairs(name, same and times[True] < times[False])
+    say(
+        f"{name}, values of 64 features: {times[False]:.3f} ms, by warpgroups {times[True]:.3f} ms"
+        + ("" if same else f"; not used, for it gives {values[True]} where {values[False]} is right")
+    )
 
 
 def _time(device: torch.device, width: int, sizes: Sizes, precision: str, n: int, triton) -> float | None:

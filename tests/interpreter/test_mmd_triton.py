@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+
 import mmd_device as cases
 import pytest
 import torch
@@ -191,6 +195,57 @@ def test_narrow_tiles(shape, gradient, monkeypatch):
             torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
     finally:
         triton_narrow_launch.use(None, None)
+
+
+def _tiles_of_pairs(n: int, m: int, second: int):
+    """What csrc/mmd/mmd_pairs.h has: rows, columns and which sum they count for."""
+    for r in range(n // 192):
+        yield slice(r * 192, (r + 1) * 192), slice(0, r * 192 // 128 * 128), 0
+    for r in range(m // 192):
+        rows = slice(second + r * 192, second + (r + 1) * 192)
+        yield rows, slice(second, second + r * 192 // 128 * 128), 1
+        yield rows, slice(0, n // 128 * 128), 2
+
+
+def _pairs(calls, hi, lo, norms, numbers, table, coefs, sums, n, m, second, rows, room, terms, blocks, batch, all_sums):
+    """In place of the kernel of CUDA C++: the same sums, of an item's first share."""
+    assert (batch, all_sums) == (1, False)
+
+    def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
+
+    points = at(hi, torch.float16, rows, 64).double() + at(lo, torch.float16, rows, 64).double()
+    norms, numbers = at(norms, torch.float32, rows).double(), at(numbers, torch.float32, room)
+    found = at(sums, torch.float64, blocks, 3).zero_()
+    calls.append(float(numbers[1]))
+    if numbers[1] > 0:
+        for i, j, which in _tiles_of_pairs(n, m, second):
+            u = (points[i] @ points[j].T * numbers[0] + norms[i, None] + norms[None, j]).exp2()
+            for t in range(terms):
+                found[0, which] += numbers[7 + t].double() * (u**2 ** (terms - 1 - t)).sum()
+        found *= at(table, torch.float64, terms, 4)[0, 0]
+
+
+@pytest.mark.parametrize(("n", "m", "far"), [(390, 330, False), (130, 200, False), (192, 70, True)])
+def test_narrow_beside_pairs(n, m, far, monkeypatch):
+    """Between the two each pair is seen once; points too far apart for the short way are all left here."""
+    calls = []
+    monkeypatch.setattr(triton_narrow_launch, "has_pairs", lambda device: True)
+    monkeypatch.setattr(triton_narrow_launch, "_PAIR_LEAST", 0)
+    monkeypatch.setattr(triton_narrow_launch._backend._C, "mmd_pairs", functools.partial(_pairs, calls), raising=False)
+    x, y = cases.samples(n, m, 50)
+    if far:
+        y[5] = 2000
+    kernel = k.MultiGaussian(bandwidth=100.0)
+    triton_narrow_launch.use_pairs(True)
+    try:
+        value = mmd.mmd2(x.float(), y.float(), kernel, backend=BACKEND)
+    finally:
+        triton_narrow_launch.use_pairs(None)
+    assert len(calls) == 1 and (calls[0] > 0) is not far
+    expected = mmd.mmd2(x, y, kernel, backend="reference")
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
