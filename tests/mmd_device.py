@@ -219,6 +219,20 @@ def check_bad_row(backend, device):
         torch.testing.assert_close(out[0], eager[0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def check_one_far_off(backend, device, n=60, m=50, d=20):
+    """One finite point far off: with a centre that follows it all others would be rounded to nothing."""
+    x, y = samples(n, m, d)
+    x[1, 0] = 1e5  # float16 parts still tell the others apart
+    results = []
+    for dtype, where in ((torch.float64, "reference"), (torch.float32, backend)):
+        a, b = (t.to(device, dtype).requires_grad_() for t in (x, y))
+        value = mmd.mmd2(a, b, k.Gaussian(d**0.5), backend=where)
+        product = mmd.kernel_matmul(a, b, torch.ones_like(b), k.Gaussian(d**0.5), backend=where)
+        results.append((value, product, *torch.autograd.grad(value + product.square().sum(), (a, b))))
+    for gold, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), gold.double(), rtol=1e-4, atol=1e-4 * gold.abs().max().item())
+
+
 def check_precision(backend, device):
     """The names say how exact; equal rows are at distance 0 in each."""
     x, y = samples(17, 16, 40)

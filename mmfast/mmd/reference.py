@@ -155,28 +155,33 @@ def _measure(x: Tensor, y: Tensor, same: bool, families: list[int]) -> tuple[Ten
 
 
 def _centred(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both about their common middle, a constant: distances, and so all their derivatives, do not depend on it.
-
-    It is the median of the means of three thirds: one row far off, or a bad one, must not spoil the others.
-    """
+    """Both about their common middle, a constant: distances, and so all their derivatives, do not depend on it."""
     with torch.no_grad():
-        whole = _mean_of(x, y)
-        parts = [(x[:, i::3], y[:, i::3]) for i in range(3)]
-        # Of fewer than three rows some thirds are empty.
-        means = [torch.where(whole.new_full((), _count(*p)) > 0, _mean_of(*p), whole) for p in parts]
-        low, high = torch.minimum(*means[:2]), torch.maximum(*means[:2])
-        middle = torch.maximum(low, torch.minimum(high, means[2]))
-        middle = torch.where(whole.isfinite(), middle, 0).to(dtype)
+        centre = middle((x, y)).to(dtype)
     x, y = x.to(dtype), y.to(dtype)
-    return x - middle, y - middle
+    return x - centre, y - centre
 
 
-def _count(x: Tensor, y: Tensor) -> int:
-    return x.shape[1] + y.shape[1]
+def middle(samples: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Of rows of samples ``(b, n, d)`` the median of the means of three thirds, ``(b, 1, d)``; 0 where something is not
+    finite. One row far off, or a bad one, must not spoil the others."""
+    whole = _mean_of(samples, dtype)
+    parts = [[s[:, i::3] for s in samples] for i in range(3)]
+    # Of fewer than three rows some thirds are empty.
+    means = [torch.where(whole.new_full((), _count(p)) > 0, _mean_of(p, dtype), whole) for p in parts]
+    low, high = torch.minimum(*means[:2]), torch.maximum(*means[:2])
+    return torch.where(whole.isfinite(), torch.maximum(low, torch.minimum(high, means[2])), 0)
 
 
-def _mean_of(x: Tensor, y: Tensor) -> Tensor:
-    return (x.sum(1, keepdim=True) + y.sum(1, keepdim=True)) / max(_count(x, y), 1)
+def _count(samples: Sequence[Tensor]) -> int:
+    return sum(s.shape[1] for s in samples)
+
+
+def _mean_of(samples: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    first, *rest = (s.sum(1, keepdim=True, dtype=dtype) for s in samples)
+    for s in rest:
+        first = first + s
+    return first / max(_count(samples), 1)
 
 
 def _values(terms: Terms, layer: int, measure: Tensor, zero: Tensor | None) -> Tensor:

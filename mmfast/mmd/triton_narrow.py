@@ -119,6 +119,8 @@ def _settle_columns(columns, squares, mean, chunk, n, m, blocks_x, blocks, each,
     k = chunk * WIDTH + tl.arange(0, WIDTH)
     every: tl.constexpr = CHUNKS * WIDTH
     sum_x, sum_y = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
+    first_sum, second_sum = tl.zeros((WIDTH,), tl.float64), tl.zeros((WIDTH,), tl.float64)
+    first_rows, second_rows = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     least, most = tl.full((WIDTH,), float("inf"), tl.float32), tl.full((WIDTH,), -float("inf"), tl.float32)
     for first in range(0, blocks, LANES):
         at, place, there, of_y, size, own, rest = _surveyed(
@@ -127,12 +129,29 @@ def _settle_columns(columns, squares, mean, chunk, n, m, blocks_x, blocks, each,
         total = own * size[:, None] + rest
         sum_x += tl.sum(tl.where(of_y[:, None], 0, total), 0)
         sum_y += tl.sum(tl.where(of_y[:, None], total, 0), 0)
+        third = at % 3
+        first_sum += tl.sum(tl.where((third == 0)[:, None], total, 0), 0)
+        second_sum += tl.sum(tl.where((third == 1)[:, None], total, 0), 0)
+        rows = tl.where(there, size, 0)
+        first_rows += tl.sum(tl.where(third == 0, rows, 0), 0)
+        second_rows += tl.sum(tl.where(third == 1, rows, 0), 0)
         least = tl.minimum(least, tl.min(tl.load(place + 2 * every, mask=there[:, None], other=float("inf")), 0))
         most = tl.maximum(most, tl.max(tl.load(place + 3 * every, mask=there[:, None], other=-float("inf")), 0))
     n_x, n_y = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
     centre = tl.zeros((WIDTH,), tl.float32)
     if CENTRED:
-        centre = ((sum_x + sum_y) / (n_x + n_y)).to(tl.float32)
+        # The median of the means of three thirds of the blocks: one point far off must not be followed, or all others
+        # are rounded to nothing.
+        whole, last_rows = sum_x + sum_y, n_x + n_y - first_rows - second_rows
+        mean_0, mean_1 = (
+            first_sum / first_rows,
+            tl.where(second_rows > 0, second_sum, first_sum) / tl.where(second_rows > 0, second_rows, first_rows),
+        )
+        mean_2 = tl.where(last_rows > 0, whole - first_sum - second_sum, whole) / tl.where(
+            last_rows > 0, last_rows, n_x + n_y
+        )
+        low, high = tl.minimum(mean_0, mean_1), tl.maximum(mean_0, mean_1)
+        centre = tl.maximum(low, tl.minimum(high, mean_2)).to(tl.float32)
     tl.store(mean + k, centre)
 
     length = tl.full((), 0.0, tl.float64)

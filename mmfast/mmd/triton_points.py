@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfast._launch import launch_as_given
 from mmfast.mmd import triton_prepare, triton_tuning
+from mmfast.mmd.reference import middle
 from mmfast.mmd.terms import DOT, L1, METRIC, ROOTS
 from mmfast.mmd.triton_tuning import Sizes
 
@@ -150,11 +151,7 @@ def scales_of(samples: Sequence[Tensor], dims: Sequence[int], how: Sequence[int]
     centred = tuple(not kind.raw and h in (BY_PRODUCTS, NEAR_EXACT, BY_DIFFERENCES) for h in how)
     total = sum(dims)
     if any(centred):
-        count = max(sum(s.shape[1] for s in samples), 1)
-        mean = samples[0].sum(1, dtype=kind.compute)
-        for s in samples[1:]:
-            mean += s.sum(1, dtype=kind.compute)
-        mean = mean.div_(count).nan_to_num_(0, 0, 0)  # one bad row must not spoil the others
+        mean = middle(samples, kind.compute)[:, 0]
         if not all(centred):
             parts = mean.split(list(dims), 1)
             mean = torch.cat([p if c else torch.zeros_like(p) for p, c in zip(parts, centred, strict=True)], 1)

@@ -6,8 +6,8 @@ Note: [Three launches for a training step]
   H100's tensor cores with TF32. At P = 128, D = 256 both are far below the 2 to 3 µs that any launch takes. So the
   number of launches is what counts, then that each has work for all multiprocessors:
 
-  1. `distances`: tiles of |z_i - z_j|² over a share of the features each. A tile takes off the mean of its own rows:
-     distances do not change by that, and no launch has to find the mean of all rows first. The sum of a tile's
+  1. `distances`: tiles of |z_i - z_j|² over a share of the features each. A tile takes off the middle of three of its
+     rows: distances do not change by that, and no launch has to find the mean of all rows first. The sum of a tile's
      distances is all that a rule for the bandwidth needs.
   2. `values`: adds up the shares and the sums, evaluates each pair of points once, and leaves ∂value/∂distance as a
      matrix (P, P) of float32, at most 1 MB, which stays in the cache. The program that finishes last adds up the
@@ -63,9 +63,21 @@ def _square(x):
 
 
 @triton.jit
-def _finite(mean):
-    """One bad row must not spoil the others."""
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0)
+def _centre(total, x, y, tile, tiles_x, n, m, x_stride, y_stride, columns, inside, BLOCK: tl.constexpr):
+    """The median of three rows of a tile, where the sum ``total`` over all rows in question is finite.
+
+    One row far off, or a bad one, must not spoil the others, as it would with their mean.
+    """
+    of_y = tile >= tiles_x
+    first = (tile - tl.where(of_y, tiles_x, 0)) * BLOCK
+    count = tl.minimum(tl.where(of_y, m, n) - first, BLOCK)
+    stride = tl.where(of_y, y_stride, x_stride).to(tl.int64)
+    begin = tl.where(of_y, y, x) + first * stride
+    a = tl.load(begin + columns, mask=inside, other=0).to(tl.float32)
+    b = tl.load(begin + count // 3 * stride + columns, mask=inside, other=0).to(tl.float32)
+    c = tl.load(begin + 2 * count // 3 * stride + columns, mask=inside, other=0).to(tl.float32)
+    middle = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    return tl.where(tl.abs(total) < float("inf"), middle, 0)
 
 
 @triton.jit
@@ -104,15 +116,17 @@ def distances(x, y, partial, sums, ticket, n, m, width, tiles_x, x_item, x_strid
         z = tl.zeros((BLOCK, BLOCK), tl.float32)
         a_norms = tl.zeros((BLOCK,), tl.float32)
         b_norms = tl.zeros((BLOCK,), tl.float32)
-        many = tl.sum(a_there.to(tl.float32), 0) + tl.sum(b_there.to(tl.float32), 0)
         for c in range(begin, end, STEP):
             columns = c + tl.arange(0, STEP)
             a = _read(a_begins, a_there, columns, columns < end)
             b = _read(b_begins, b_there, columns, columns < end)
             if not DOT:
-                mean = _finite((tl.sum(a, 0) + tl.sum(b, 0)) / many)
-                a = tl.where(a_there[:, None], a - mean[None, :], 0)
-                b = tl.where(b_there[:, None], b - mean[None, :], 0)
+                centre = _centre(
+                    tl.sum(a, 0) + tl.sum(b, 0), x, y, row, tiles_x, n, m, x_stride, y_stride, columns, columns < end,
+                    BLOCK,
+                )  # fmt: skip
+                a = tl.where(a_there[:, None], a - centre[None, :], 0)
+                b = tl.where(b_there[:, None], b - centre[None, :], 0)
                 a_norms += tl.sum(_square(a), 1)
                 b_norms += tl.sum(_square(b), 1)
             z = tl.dot(a, tl.trans(b), z, input_precision="tf32x3")
@@ -217,9 +231,11 @@ def gradient(grad, x, y, weights, grad_x, grad_y, grad_item, n, m, width, tiles_
     y += item * y_item
     of_y, rows, there, begins = _rows(x, y, tile, tiles_x, n, m, x_stride, y_stride, BLOCK)
     own = _read(begins, there, columns, inside)
-    mean = tl.zeros((COLS,), tl.float32)
+    centre = tl.zeros((COLS,), tl.float32)
     if not DOT:
-        mean = _finite(tl.sum(own, 0) / tl.sum(there.to(tl.float32), 0))
+        centre = _centre(
+            tl.sum(own, 0), x, y, tile, tiles_x, n, m, x_stride, y_stride, columns, inside, BLOCK
+        )  # fmt: skip
     side = tiles * BLOCK
     at = tl.arange(0, BLOCK)
     weights += item * side * side + (tile * BLOCK + at)[:, None] * side + at[None, :]
@@ -229,12 +245,12 @@ def gradient(grad, x, y, weights, grad_x, grad_y, grad_item, n, m, width, tiles_
         _, _, z_there, z_begins = _rows(x, y, other, tiles_x, n, m, x_stride, y_stride, BLOCK)
         g = tl.load(weights + other * BLOCK)
         z = _read(z_begins, z_there, columns, inside)
-        z = tl.where(z_there[:, None], z - mean[None, :], 0)
+        z = tl.where(z_there[:, None], z - centre[None, :], 0)
         acc = tl.dot(g, z, acc, input_precision="tf32x3")
         if not DOT:
             weight += tl.sum(g, 1)
     if not DOT:
-        acc = 2 * (weight[:, None] * (own - mean[None, :]) - acc)
+        acc = 2 * (weight[:, None] * (own - centre[None, :]) - acc)
     acc = acc * tl.load(grad + item * grad_item).to(tl.float32)
     to = rows.to(tl.int64)[:, None] * width + columns[None, :]
     mask = there[:, None] & inside[None, :]

@@ -164,6 +164,11 @@ def test_one_sided(kernel, forms):
     assert len(forms) == 3
 
 
+@pytest.mark.parametrize("d", [18, 40])
+def test_one_far_off(d):
+    cases.check_one_far_off(BACKEND, DEVICE, d=d)
+
+
 def test_double_backward(forms):
     x, y = cases.samples(6, 5, 18, batch=(2,))
 

@@ -59,6 +59,7 @@ def test_one_sample_u():
         cases.check_median,
         cases.check_far_and_near,
         cases.check_bad_row,
+        cases.check_one_far_off,
         cases.check_precision,
         cases.check_edges,
         cases.check_double_backward,
@@ -90,6 +91,11 @@ def test_wide(name, monkeypatch):
     """What 128 features and fewer do not take, with tiles that are not masked."""
     _wide(monkeypatch)
     cases.check_kernel(name, BACKEND, DEVICE, 35, 34)
+
+
+def test_one_far_off_in_many_features(monkeypatch):
+    _wide(monkeypatch)
+    cases.check_one_far_off(BACKEND, DEVICE, 35, 34)
 
 
 def _watch(monkeypatch) -> list[str]:
@@ -348,6 +354,11 @@ def by_library(monkeypatch):
     calls, computed = [], triton_gram.forward
     monkeypatch.setattr(triton_gram, "forward", lambda *args: calls.append(args[0].gradient) or computed(*args))
     return calls
+
+
+def test_one_far_off_by_library(by_library):
+    cases.check_one_far_off(BACKEND, DEVICE, 70, 40, 40)
+    assert by_library == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
