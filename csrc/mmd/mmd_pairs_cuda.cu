@@ -22,6 +22,7 @@ struct Warpgroups {
         __device__ __forceinline__ T& operator[](int) { return own; }
     };
 
+#if defined(MMFAST_WARPGROUPS)
     template <class F>
     __device__ __forceinline__ void each(const F& f) const {
         f(int(threadIdx.x));
@@ -30,8 +31,6 @@ struct Warpgroups {
     __device__ __forceinline__ uint32_t two(const uint16_t* from) const {
         return *reinterpret_cast<const uint32_t*>(from);
     }
-
-#if defined(MMFAST_WARPGROUPS)
     __device__ __forceinline__ void copy(void* to, const void* from) const {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
                      "l"(from)
