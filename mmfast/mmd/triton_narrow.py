@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from mmfast.mmd.triton_sweep import _inside
-from mmfast.mmd.triton_terms import LOG2E, _not_negative, _terms
+from mmfast.mmd.triton_terms import LOG2E, _median, _not_negative, _terms
 
 MOST_POWERS = tl.constexpr(8)  # terms of a polynomial: more would not fit in registers
 FIRST_NUMBER = tl.constexpr(7)  # of those that a kernel's terms have, see `settle`
@@ -112,6 +112,12 @@ def _surveyed(columns, first, n, m, blocks_x, blocks, each, k, EVERY: tl.constex
 
 
 @triton.jit
+def _mean_or(total, rows, whole, every_row):
+    """Of some rows, or of all where there are none of them."""
+    return tl.where(rows > 0, total, whole) / tl.where(rows > 0, rows, every_row)
+
+
+@triton.jit
 def _settle_columns(columns, squares, mean, chunk, n, m, blocks_x, blocks, each, count_xx, count_yy, count_xy,
                     FIND: tl.constexpr, CENTRED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
                     CHUNKS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
@@ -142,16 +148,12 @@ def _settle_columns(columns, squares, mean, chunk, n, m, blocks_x, blocks, each,
     if CENTRED:
         # The median of the means of three thirds of the blocks: one point far off must not be followed, or all others
         # are rounded to nothing.
-        whole, last_rows = sum_x + sum_y, n_x + n_y - first_rows - second_rows
-        mean_0, mean_1 = (
-            first_sum / first_rows,
-            tl.where(second_rows > 0, second_sum, first_sum) / tl.where(second_rows > 0, second_rows, first_rows),
-        )
-        mean_2 = tl.where(last_rows > 0, whole - first_sum - second_sum, whole) / tl.where(
-            last_rows > 0, last_rows, n_x + n_y
-        )
-        low, high = tl.minimum(mean_0, mean_1), tl.maximum(mean_0, mean_1)
-        centre = tl.maximum(low, tl.minimum(high, mean_2)).to(tl.float32)
+        whole, every_row = sum_x + sum_y, n_x + n_y
+        third_sum, third_rows = whole - first_sum - second_sum, every_row - first_rows - second_rows
+        centre = _median(
+            _mean_or(first_sum, first_rows, whole, every_row), _mean_or(second_sum, second_rows, whole, every_row),
+            _mean_or(third_sum, third_rows, whole, every_row),
+        ).to(tl.float32)  # fmt: skip
     tl.store(mean + k, centre)
 
     length = tl.full((), 0.0, tl.float64)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from mmfast.mmd.triton_points import INTERPRETED
-from mmfast.mmd.triton_terms import _not_negative, _terms, _total
+from mmfast.mmd.triton_terms import _median, _not_negative, _terms, _total
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -76,8 +76,7 @@ def _centre(total, x, y, tile, tiles_x, n, m, x_stride, y_stride, columns, insid
     a = tl.load(begin + columns, mask=inside, other=0).to(tl.float32)
     b = tl.load(begin + count // 3 * stride + columns, mask=inside, other=0).to(tl.float32)
     c = tl.load(begin + 2 * count // 3 * stride + columns, mask=inside, other=0).to(tl.float32)
-    middle = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
-    return tl.where(tl.abs(total) < float("inf"), middle, 0)
+    return tl.where(tl.abs(total) < float("inf"), _median(a, b, c), 0)
 
 
 @triton.jit

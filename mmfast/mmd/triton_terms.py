@@ -18,6 +18,12 @@ def _not_negative(z, ACC: tl.constexpr):
 
 
 @triton.jit
+def _median(a, b, c):
+    """Of three."""
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
 def _rate(at, ACC: tl.constexpr):
     """-γ log2 e of a term, rounded once: an error here is the same for all pairs, and no sum averages it out."""
     return (tl.load(at + 1) * -LOG2E).to(ACC)
