@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--speech", action="store_true", help="real speech: check agreement, then time (readme_bench.py)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="ratio of two rows.jsonl; exit 1 on a regression")
     p.add_argument("--tolerance", type=float, default=0.05, help="slow-down that is no regression (default 0.05)")
+    p.add_argument("--aims", nargs="+", metavar="FILE", help="which aims (aims.py) each of these .jsonl files reaches")
     p.add_argument("--report", nargs="+", metavar="FILE", help="write the reports of existing .jsonl files to --out")
     return p
 
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.compare:
             return _compare(args)
+        if args.aims:
+            return _aims(args)
         if args.report:
             return _report(args)
         if args.speech:
@@ -80,6 +83,14 @@ def _compare(args: argparse.Namespace) -> int:
     slower = [change for change in found if change.regressed(args.tolerance)]
     print(f"\n{len(found)} rows compared, {len(slower)} slower by more than {args.tolerance:.0%}")
     return 1 if slower else 0
+
+
+def _aims(args: argparse.Namespace) -> int:
+    from benchmarks import aims, compare
+
+    for path in args.aims:
+        print(f"### {path}\n\n{aims.table(aims.verdicts(compare.read(path)))}\n")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

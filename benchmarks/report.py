@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import machine
+from benchmarks import aims, machine
 
 # The plots are transparent: a grey with the same contrast, 4 : 1, on white pages and on near-black ones.
 _TEXT = "#7a8189"
@@ -39,7 +39,7 @@ def baseline(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: the machine, and a table a mode, cases in the order they ran, the fastest first."""
+    """The rows as Markdown: the machine, a table a mode, cases as they ran, the fastest first, and the aims."""
     if not rows:
         raise ValueError("rows must not be empty")
     against = baseline(rows)
@@ -56,6 +56,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
     if failed:
         lines = [f"- {row['case']} {row['mode']} {row['provider']}: {row['failed']}" for row in failed]
         parts.append("Failed:\n\n" + "\n".join(lines) + "\n")
+    found = aims.verdicts(rows)
+    if found:
+        parts.append(f"### Aims\n\n{aims.table(found)}\n")
     return "\n".join(parts)
 
 
