@@ -88,9 +88,15 @@ def _compare(args: argparse.Namespace) -> int:
 def _aims(args: argparse.Namespace) -> int:
     from benchmarks import aims, compare
 
-    for path in args.aims:
-        print(f"### {path}\n\n{aims.table(aims.verdicts(compare.read(path)))}\n")
+    runs = {_name(path): aims.verdicts(compare.read(path)) for path in args.aims}
+    print(aims.comparison(runs) if len(runs) > 1 else aims.table(*runs.values()))
     return 0
+
+
+def _name(path: str) -> str:
+    """What a file of rows is called: its folder's name where it bears the usual one."""
+    place = Path(path)
+    return place.resolve().parent.name if place.name == "rows.jsonl" else place.stem
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -128,14 +128,15 @@ GPU = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """An aim in one case and mode: what was measured beside what was wanted."""
+    """An aim in one case and mode, and what was measured there."""
 
+    aim: Aim
     case: str
     mode: str
-    beside: str
     wanted: str
     found: str
     met: bool
+    fastest: str = ""  # of the peers
 
 
 def verdicts(rows: Sequence[dict[str, Any]], aims: Sequence[Aim] = (*CPU, *GPU)) -> list[Verdict]:
@@ -168,19 +169,44 @@ def _verdict(aim: Aim, case: str, mode: str, providers: dict[str, dict]) -> Verd
             return None
         fastest = min(peers, key=lambda row: row["median"])
         ratio = fastest["median"] / ours["median"]
-        return Verdict(case, mode, fastest["provider"], f"{aim.least:g}×", f"{ratio:.3g}×", ratio >= aim.least)
+        met = ratio >= aim.least
+        return Verdict(aim, case, mode, f"{aim.least:g}×", f"{ratio:.3g}×", met, fastest["provider"])
     if aim.seconds is not None:
         found = ours["median"]
-        return Verdict(case, mode, "", f"{aim.seconds * 1e3:.3g} ms", f"{found * 1e3:.3g} ms", found <= aim.seconds)
+        return Verdict(aim, case, mode, f"{aim.seconds * 1e3:.3g} ms", f"{found * 1e3:.3g} ms", found <= aim.seconds)
     found = (ours.get("memory") or {}).get("extra")
     if found is None:
         return None
-    return Verdict(case, mode, "", f"{aim.extra / 1e6:.3g} MB", f"{found / 1e6:.3g} MB", found <= aim.extra)
+    return Verdict(aim, case, mode, f"{aim.extra / 1e6:.3g} MB", f"{found / 1e6:.3g} MB", found <= aim.extra)
 
 
 def table(found: Sequence[Verdict]) -> str:
-    """The verdicts as a Markdown table, and how many are met."""
-    lines = [(v.case, v.mode, v.beside, v.wanted, v.found, "met" if v.met else "**not met**") for v in found]
-    headers = ("case", "mode", "fastest of these peers", "aim", "measured", "verdict")
-    met = sum(v.met for v in found)
-    return f"{tabulate(lines, headers, tablefmt='pipe', disable_numparse=True)}\n\n{met} of {len(found)} aims met"
+    """The verdicts on one run as a Markdown table, and how many are met."""
+    lines = [(v.case, v.mode, v.fastest, v.wanted, v.found, "met" if v.met else "**not met**") for v in found]
+    headers = ("case", "mode", "fastest of its peers", "aim", "measured", "verdict")
+    return f"{_markdown(lines, headers)}\n\n{_met(found)}"
+
+
+def comparison(runs: dict[str, Sequence[Verdict]]) -> str:
+    """The verdicts on several runs, by their names: a column each, what falls short in bold."""
+    cells: dict[tuple[str, str, Aim], dict[str, str]] = {}
+    wanted = {}
+    for name, found in runs.items():
+        for v in found:
+            key = (v.case, v.mode, v.aim)
+            wanted[key] = v.wanted
+            cells.setdefault(key, {})[name] = v.found if v.met else f"**{v.found}**"
+    lines = [
+        (case, mode, ", ".join(aim.peers), wanted[case, mode, aim], *(cell.get(name, "") for name in runs))
+        for (case, mode, aim), cell in cells.items()
+    ]
+    lines.append(("", "", "", "", *map(_met, runs.values())))
+    return _markdown(lines, ("case", "mode", "peers", "aim", *runs))
+
+
+def _met(found: Sequence[Verdict]) -> str:
+    return f"{sum(v.met for v in found)} of {len(found)} met"
+
+
+def _markdown(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tabulate")
 
 from benchmarks import __main__ as command
-from benchmarks import aims, cases, providers
+from benchmarks import aims, cases, compare, providers
 from benchmarks.aims import Aim
 
 
@@ -38,20 +40,13 @@ def test_a_ratio_is_to_the_fastest_of_the_peers():
     table = [Aim("a*", ("forward", "backward"), 2.0, ("slow", "quick-*"))]
     rows = [row("mmfast", 1.0), row("slow", 9.0), row("quick-one", 1.9), row("other", 0.1)]
     (found,) = aims.verdicts(rows, table)
-    assert (found.case, found.mode, found.beside, found.wanted, found.found) == (
-        "a",
-        "forward",
-        "quick-one",
-        "2×",
-        "1.9×",
-    )
-    assert not found.met
+    assert found == aims.Verdict(table[0], "a", "forward", "2×", "1.9×", met=False, fastest="quick-one")
     (met,) = aims.verdicts([*rows[:2], row("quick-one", 2.0)], table)
-    assert met.met and met.beside == "quick-one"
+    assert met.met and met.fastest == "quick-one"
     assert aims.verdicts([row("mmfast", 1.0), row("other", 9.0)], table) == []  # no peer of these
     assert aims.verdicts([row("slow", 9.0)], table) == []  # nothing of ours
     failed = {"case": "a", "mode": "forward", "provider": "quick-one", "failed": "no memory"}
-    assert aims.verdicts([*rows[:2], failed], table)[0].beside == "slow"
+    assert aims.verdicts([*rows[:2], failed], table)[0].fastest == "slow"
     assert aims.verdicts([row("mmfast", 1.0, "b"), row("slow", 9.0, "b")], table) == []
 
 
@@ -75,19 +70,35 @@ def test_an_aim_is_one_figure(figures):
 
 
 def test_command(tmp_path, capsys):
-    """A table a file: rows of one run are never judged beside those of another."""
-    for name, peer in (("one", 30.0), ("two", 3.0)):
-        lines = [
-            row("mmfast", 1.0, "fusion-pool-16384"),
-            row("sdpa", peer, "fusion-pool-16384"),
-            row("sdpa", 1, "else"),
-        ]
-        lines[1:1] = [row("mmfast", 1.0, "else", "backward")]
-        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
-    assert command.main(["--aims", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
-    first, second = capsys.readouterr().out.split("### ")[1:]
-    assert first.startswith(str(tmp_path / "one")) and "| 30×" in first and "1 of 1 aims met" in first
-    assert "| 3×" in second and "| met" in second
-    (tmp_path / "two").write_text(json.dumps(row("mmfast", 1.0)))
-    assert command.main(["--aims", str(tmp_path / "two")]) == 0
-    assert "0 of 0 aims" in capsys.readouterr().out
+    """One run as a table, several as columns: rows of one are never judged beside those of another."""
+    for name, peer in (("one", 30.0), ("two", 1.0)):
+        lines = [row("mmfast", 1.0, "else", "backward"), row("sdpa", 1.0, "else")]
+        lines += [row("mmfast", 1.0, "fusion-pool-16384"), row("sdpa", peer, "fusion-pool-16384")]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [str(tmp_path / name / "rows.jsonl") for name in ("one", "two")]
+    (tmp_path / "nothing.jsonl").write_text(json.dumps(row("mmfast", 1.0)))
+
+    def cells(*arguments):
+        assert command.main(["--aims", *arguments]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] or line for line in printed if line]
+
+    header, _, line, met = cells(files[0])
+    assert header[-2:] == ["measured", "verdict"] and met == "1 of 1 met"
+    assert line == ["fusion-pool-16384", "forward", "sdpa", "1.5×", "30×", "met"]
+    header, _, line, met = cells(*files, str(tmp_path / "nothing.jsonl"))
+    assert header == ["case", "mode", "peers", "aim", "one", "two", "nothing"]
+    assert line == ["fusion-pool-16384", "forward", "sdpa*, plain, flex", "1.5×", "30×", "**1×**", ""]
+    assert met[4:] == ["1 of 1 met", "0 of 1 met", "0 of 0 met"]
+
+
+def test_results_page_shows_where_the_aims_stand():
+    """Its table is what the command prints of the rows that are kept."""
+    folder = Path(aims.__file__).parent / "results"
+    page = (folder / "README.md").read_text()
+    for printed in re.findall(r"<!-- aims: begin -->\n(.*?)<!-- aims: end -->", page, re.DOTALL):
+        names = [cell.strip() for cell in printed.splitlines()[0].split("|")[5:-1]]
+        runs = {name: aims.verdicts(compare.read(folder / name / "rows.jsonl")) for name in names}
+        assert printed.strip() == aims.comparison(runs)
+    assert page.count("<!-- aims: begin -->") == 2
