@@ -130,7 +130,7 @@ constexpr int64_t transposed_blocks(int64_t width, int64_t count) {
 }
 void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t first, int64_t last, uint16_t* to,
                     int64_t to_stride) {
-    const auto put = [&](Floats* x, uint16_t* at) __attribute__((always_inline)) {
+    const auto put = [&](Floats* x, uint16_t* at) MMFAST_LAMBDA {
         Simd<float>::transpose(x);
         for (int64_t i = 0; i < kLanes; ++i, at += 2 * to_stride) __builtin_memcpy(at, &x[i], sizeof x[i]);
     };
@@ -179,11 +179,11 @@ constexpr int64_t product_calls(int64_t rows, int64_t depth, int64_t width) {
 template <int R, int C, class F>
 MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& left, const Right& right,
                                   const Sums& sums, F&& between) {
-    const auto load_left = [&](const uint16_t* from) __attribute__((always_inline)) {
+    const auto load_left = [&](const uint16_t* from) MMFAST_LAMBDA {
         unit.load<4>(from, left.stride * 2);
         if constexpr (R == 2) unit.load<5>(from + kTile * left.stride, left.stride * 2);
     };
-    const auto load_right = [&](const uint32_t* from) __attribute__((always_inline)) {
+    const auto load_right = [&](const uint32_t* from) MMFAST_LAMBDA {
         unit.load<6>(from, right.stride * 4);
         if constexpr (C == 2) unit.load<7>(from + kTile, right.stride * 4);
     };
@@ -229,9 +229,8 @@ void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, cons
             const Right r{right.high + j, right.low ? right.low + j : nullptr, right.stride};
             const Sums s{sums.data + i * sums.stride + j, sums.stride,
                          sums.from ? sums.from + i * sums.from_stride + j : nullptr, sums.from_stride};
-            const auto block = [&]<int R, int C>() __attribute__((always_inline)) {
-                multiply_block<R, C>(unit, depth, l, r, s, between);
-            };
+            const auto block = [&]<int R, int C>()
+                                   MMFAST_LAMBDA { multiply_block<R, C>(unit, depth, l, r, s, between); };
             const bool wide = j + kTile < width;
             if (i + kTile < rows) wide ? block.template operator()<2, 2>() : block.template operator()<2, 1>();
             else wide ? block.template operator()<1, 2>() : block.template operator()<1, 1>();
@@ -338,7 +337,7 @@ bool plain(const Problem& p) {
 // Masks, to the scores of rows from .. to - 1 of one source.
 void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t from, int64_t to, int64_t count, float* scores,
               int64_t stride) {
-    dispatch_mask(mask, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch_mask(mask, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = from; r < to; ++r) {
             const From* const row = static_cast<const From*>(mask.data) + mask.at(batch, rows.head[r], rows.row[r]);
@@ -419,7 +418,7 @@ MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
 void put_rows(const float* x, int64_t stride, int64_t count, const float* factor, int64_t batch, const Rows& rows,
               int64_t first, int64_t last, const Target& to, int64_t offset, bool add) {
     last = smaller(last, rows.n);
-    const auto put = [&](auto* kind) __attribute__((always_inline)) {
+    const auto put = [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = first; r < last; ++r) {
             To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
@@ -497,7 +496,7 @@ struct Softmaxes {
     int64_t last(int m) const { return p.decoupled ? places.first[m + 1] : places.total; }
 
     void find_maxima(int64_t from, int64_t to) {
-        const auto max = [](Floats a, Floats b) __attribute__((always_inline)) { return Simd<float>::max(a, b); };
+        const auto max = [](Floats a, Floats b) MMFAST_LAMBDA { return Simd<float>::max(a, b); };
         for (int m = 0; m < p.softmaxes(); ++m)
             for (int64_t r = from; r < to; r += kLanes) {
                 Floats largest[kLanes];
@@ -519,12 +518,12 @@ struct Softmaxes {
             float* const scores = b.scores + r * b.key_stride;
             const Floats shift = Simd<float>::splat(of[0].shift[r]);
             Floats sum{};
-            const auto half = [&](int64_t k) __attribute__((always_inline)) {
+            const auto half = [&](int64_t k) MMFAST_LAMBDA {
                 const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * by - shift);
                 sum += e;
                 return split<true>(e);
             };
-            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t) __attribute__((always_inline)) {
+            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t) MMFAST_LAMBDA {
                 const Halves first = half(k);
                 put_in_place(scores + k, first, kBoth ? half(k + kTile) : Halves{});
             });
@@ -561,17 +560,17 @@ private:
         put_pairs(words, words + kTile, first, second);
     }
     void add_up(int64_t r, int m) {
-        const Floats sum = fold(sums[m], [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
+        const Floats sum = fold(sums[m], [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; });
         const Floats gate = Simd<float>::load(of[m].gate + r);
         Simd<float>::store(of[m].sum + r, sum);
         Simd<float>::store(of[m].gate + r, sum == 0 ? Floats{} : gate / sum);
     }
     void apply_gates(int64_t r) {
         float* const scores = b.scores + r * b.key_stride;
-        const auto half = [&](int64_t tile, int64_t k) __attribute__((always_inline)) {
+        const auto half = [&](int64_t tile, int64_t k) MMFAST_LAMBDA {
             return split<false>(Simd<float>::load(scores + k) * of[places.source[tile]].gate[r]);
         };
-        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t) __attribute__((always_inline)) {
+        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t) MMFAST_LAMBDA {
             put_in_place(scores + k, half(tile, k), kBoth ? half(tile + 1, k + kTile) : Halves{});
         });
     }
@@ -792,7 +791,7 @@ struct ScoreGradients {
 private:
     // delta as set_delta() says.
     void add_up(int64_t r, int m) {
-        const auto plus = [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; };
+        const auto plus = [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; };
         const Floats total = fold(totals[m], plus), sum = fold(deltas[m], plus);
         const Floats delta = total == 0 ? Floats{} : sum / total;
         const Floats gate = Simd<float>::load(of[m].gate + r), grad_lse = Simd<float>::load(of[m].grad_lse + r);
@@ -806,24 +805,23 @@ private:
         float *const weights = b.p + r * stride, *const dp = b.dp + r * stride;
         uint32_t *const row_high = b.ds_row_high + r * pair_stride, *const row_low = b.ds_row_low + r * pair_stride;
         const bool query = by_query, key = by_key, value = by_value;
-        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) __attribute__((always_inline)) {
+        for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) MMFAST_LAMBDA {
             // Of two rows, whose halves are put side by side; those of dS are given back.
             struct Two {
                 Halves row[2];
             };
-            const auto of_tile = [&](int64_t m, int64_t at) __attribute__((always_inline)) {
+            const auto of_tile = [&](int64_t m, int64_t at) MMFAST_LAMBDA {
                 const auto row = [&](const float* x, int i)
-                                     __attribute__((always_inline)) { return Simd<float>::load(x + i * stride + at); };
-                const auto put = [&](float* to, const Halves& upper, const Halves& lower)
-                                     __attribute__((always_inline)) {
-                                         uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
-                                         put_pairs(words, words + stride, upper, lower);
-                                     };
+                                     MMFAST_LAMBDA { return Simd<float>::load(x + i * stride + at); };
+                const auto put = [&](float* to, const Halves& upper, const Halves& lower) MMFAST_LAMBDA {
+                    uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
+                    put_pairs(words, words + stride, upper, lower);
+                };
                 const Floats e[] = {row(weights, 0), row(weights, 1)};
-                const auto ds = [&](int i) __attribute__((always_inline)) {
+                const auto ds = [&](int i) MMFAST_LAMBDA {
                     return split<false>(e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]));
                 };
-                const auto gated = [&](int i) __attribute__((always_inline)) {
+                const auto gated = [&](int i) MMFAST_LAMBDA {
                     return split<!kGated>(kGated ? e[i] * of[m].gate[r + i] : e[i]);
                 };
                 const Two result{{ds(0), ds(1)}};
