@@ -34,8 +34,11 @@
 
 // always_inline also keeps these functions out of the symbol table, see cmake/check_isa.cmake. For tests alone
 // MMFAST_QUICK_COMPILE leaves that to the compiler; then the linker takes the first copy of a scalar function, baseline's.
+// MMFAST_LAMBDA: the same of a lambda.
 #if defined(MMFAST_QUICK_COMPILE)
 #define MMFAST_INLINE MMFAST_HD inline
+#define MMFAST_LAMBDA
 #else
 #define MMFAST_INLINE MMFAST_HD inline __attribute__((always_inline))
+#define MMFAST_LAMBDA __attribute__((always_inline))
 #endif

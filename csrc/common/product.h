@@ -82,7 +82,7 @@ MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, int64_
                                  int64_t b_stride, T* c, int64_t c_stride, Start start, const T* factor = nullptr,
                                  F&& between = {}, E&& finish = {}) {
     int64_t i = 0;
-    const auto block = [&]<int R>() __attribute__((always_inline)) {
+    const auto block = [&]<int R>() MMFAST_LAMBDA {
         between();
         product_block<T, R, S, kTransposed>(depth, a + i * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
                                             c + i * c_stride, c_stride, start, factor, finish);

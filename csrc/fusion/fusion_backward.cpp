@@ -43,7 +43,7 @@ MMFAST_INLINE int64_t lay_out(const Problem& p, int64_t heads, T* scratch, Buffe
     b.dim = up_to_multiple(p.dim, N);
     b.value_dim = up_to_multiple(p.value_dim, N);
     int64_t at = 0;
-    const auto take = [&](T*& to, int64_t size) __attribute__((always_inline)) {
+    const auto take = [&](T*& to, int64_t size) MMFAST_LAMBDA {
         to = scratch + at;
         at += size;
     };
@@ -130,7 +130,7 @@ template <class T>
 void pack_pairs(const View& x, int64_t batch, const Rows& rows, int64_t first, int64_t width, T* to) {
     constexpr int64_t N = Simd<T>::lanes;
     constexpr auto kLanes = std::make_index_sequence<N>();
-    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(x.data) + first * x.column;
         for (int64_t r = 0; r < rows.n; r += 2) {
@@ -193,7 +193,7 @@ template <class T, int M, int64_t W>
 void product_pairs(int64_t keys, int64_t pairs, const T* a, const T* rows, T* c, int64_t c_stride) {
     constexpr int kMost = (kProductWidth >= 4 ? 25 : 12) / (2 * M + 1), kRows = smaller(kMost, 12);
     int64_t i = 0;
-    const auto block = [&]<int R>() __attribute__((always_inline)) {
+    const auto block = [&]<int R>() MMFAST_LAMBDA {
         for (; i + R <= keys; i += R) pair_block<T, R, M, W>(pairs, a + i * W, rows, c + i * c_stride, c_stride);
     };
     block.template operator()<kRows>();
@@ -271,7 +271,7 @@ void probabilities_of(const Problem& p, int64_t count, const Block<T>& key, cons
     constexpr int N = Simd<T>::lanes, W = S * N;
     Totals<T, S> totals(lanes);
     product_panel<T, S, false>(count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr, ahead,
-                               [&](Vec<T> x, int v, T* to) __attribute__((always_inline)) {
+                               [&](Vec<T> x, int v, T* to) MMFAST_LAMBDA {
                                    const Vec<T> e = mmfast::exp2(x - Simd<T>::load(lanes.lse + v * N));
                                    totals.add(v, e, dp + (to - tile));
                                    return e;
@@ -322,8 +322,8 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
     const PanelRows<T> queries = panel_rows<T>(p.query, item.batch, rows, p.dim, b.query_rows);
     pack_columns<T>(job.grad_out, item.batch, rows, 0, p.value_dim, T(1), b.grad_out);
     const PanelRows<T> grads = panel_rows<T>(job.grad_out, item.batch, rows, p.value_dim, b.grad_rows);
-    const auto for_each = [&](int64_t lo, int64_t hi, const auto& f) __attribute__((always_inline)) {
-        for_segments(p, keys, rows.last, lo, hi, [&](const Segment& s) __attribute__((always_inline)) {
+    const auto for_each = [&](int64_t lo, int64_t hi, const auto& f) MMFAST_LAMBDA {
+        for_segments(p, keys, rows.last, lo, hi, [&](const Segment& s) MMFAST_LAMBDA {
             f(s, key_head(p, s.source, item.head), s.place - item.first);
         });
     };
@@ -334,7 +334,7 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
         const int64_t lo = p.decoupled ? keys.start[softmax] : item.first;
         const int64_t hi = p.decoupled ? keys.start[softmax + 1] : item.last;
         set_lanes<T, S>(job, item.batch, rows, softmax, lanes);
-        for_each(lo, hi, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
+        for_each(lo, hi, [&](const Segment& s, int64_t head, int64_t at) MMFAST_LAMBDA {
             const Source& from = p.sources[s.source];
             const Block<T> key = block_of<T>(from.key, true, item.batch, head, s.first, s.count, p.dim, true,
                                              b.keys + at * copy_stride<T>(p.dim));
@@ -353,14 +353,14 @@ void backward_panel(const BackwardJob<T>& job, const BackwardItem& item, const R
         else delta_of_output<T, S>(p, job.out, item.batch, rows, b.grad_out, b.out_or_dq, lanes.delta);
         if (job.grad_gates)
             scatter(p, lanes.delta, item.batch, rows, job.grad_gates + softmax * p.batch * p.heads * p.rows);
-        for_each(lo, hi, [&](const Segment& s, int64_t, int64_t at) __attribute__((always_inline)) {
+        for_each(lo, hi, [&](const Segment& s, int64_t, int64_t at) MMFAST_LAMBDA {
             T *const of = b.p + at * W, *const to = b.dp + at * W;
             if (p.decoupled) score_gradients<T, S, true>(s.count, T(p.scale), of, to, lanes);
             else score_gradients<T, S, false>(s.count, T(p.scale), of, to, lanes);
         });
     }
     Start start = Start::zero;
-    for_each(item.first, item.last, [&](const Segment& s, int64_t head, int64_t at) __attribute__((always_inline)) {
+    for_each(item.first, item.last, [&](const Segment& s, int64_t head, int64_t at) MMFAST_LAMBDA {
         if (job.query.target.data) {
             const Block<T> key = block_of<T>(p.sources[s.source].key, true, item.batch, head, s.first, s.count, p.dim,
                                              true, b.keys + at * copy_stride<T>(p.dim));
@@ -469,9 +469,7 @@ void backward(const BackwardJob<T>& job, const BackwardItem& item, T* scratch) {
         }
         set_head(h);
         set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
-        for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
-            backward_panel<T, S>(job, now, rows, keys, b, ahead);
-        });
+        for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA { backward_panel<T, S>(job, now, rows, keys, b, ahead); });
     };
     if (together) {
         for (int64_t h = 0; h < item.heads; ++h) {

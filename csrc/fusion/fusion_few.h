@@ -72,7 +72,7 @@ MMFAST_INLINE void few_products(int64_t dim, const View& key, const From* from, 
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) sum[r][k] = Vec<T>{};
-    const auto step = [&]<bool kWhole>(int64_t d) __attribute__((always_inline)) {
+    const auto step = [&]<bool kWhole>(int64_t d) MMFAST_LAMBDA {
         Vec<T> x[K];
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k)
@@ -177,7 +177,7 @@ void few_masks(const Problem& p, int64_t batch, const Rows& rows, const Segment&
         T* const row = tile + r * kFewKeys;
         for (const View& mask : p.sources[s.source].added)
             if (mask.data)
-                dispatch_mask(mask, [&](auto* kind) __attribute__((always_inline)) {
+                dispatch_mask(mask, [&](auto* kind) MMFAST_LAMBDA {
                     using From = std::remove_pointer_t<decltype(kind)>;
                     const int64_t at = mask.at(batch, rows.head[r], rows.row[r]) + s.first * mask.column;
                     few_mask<T>(static_cast<const From*>(mask.data) + at, mask.column, s.count, row);
@@ -249,10 +249,10 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
     // f<R>(head, first, last, its keys or values) for as many neighbouring keys as lanes at a time, all heads of which come in
     // turn; the next ones, and after the last those of `then` from `next` on, are fetched meanwhile.
     const auto for_heads = [&](const Segment& seg, const View& x, const View& then, int64_t next,
-                               const auto& f) __attribute__((always_inline)) {
-        dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+                               const auto& f) MMFAST_LAMBDA {
+        dispatch<T>(x.type, [&](auto* kind) MMFAST_LAMBDA {
             using From = std::remove_pointer_t<decltype(kind)>;
-            for_few(rows.n, [&]<int R>() __attribute__((always_inline)) {
+            for_few(rows.n, [&]<int R>() MMFAST_LAMBDA {
                 for (int64_t k = 0; k < seg.count; k += N)
                     for (int64_t h = 0; h < item.heads; ++h) {
                         const int64_t head = key_head(p, seg.source, item.head + h * fold);
@@ -271,11 +271,10 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
         for_segments(p, keys, rows.last, from, smaller(from + kFewKeys, hi), [&](const Segment& seg) {
             const Source& source = p.sources[seg.source];
             for_heads(seg, source.key, source.value, seg.first,
-                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
-                          __attribute__((always_inline)) {
-                              few_scores<T, R>(p.dim, source.key, at, first, last, few_head(p, scratch, h).queries,
-                                               tiles + h * kFewRows * kFewKeys);
-                          });
+                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at) MMFAST_LAMBDA {
+                          few_scores<T, R>(p.dim, source.key, at, first, last, few_head(p, scratch, h).queries,
+                                           tiles + h * kFewRows * kFewKeys);
+                      });
             for (int64_t h = 0; h < item.heads; ++h) {
                 const FewHead<T> s = few_head(p, scratch, h);
                 T* const tile = tiles + h * kFewRows * kFewKeys;
@@ -289,11 +288,10 @@ void attend_few(const Problem& p, const Item& item, int64_t fold, const Keys& ke
                 }
             }
             for_heads(seg, source.value, source.key, seg.first + seg.count,
-                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at)
-                          __attribute__((always_inline)) {
-                              few_output<T, R>(p.value_dim, source.value, at, first, last,
-                                               tiles + h * kFewRows * kFewKeys, few_head(p, scratch, h).out);
-                          });
+                      [&]<int R>(int64_t h, int64_t first, int64_t last, const auto* at) MMFAST_LAMBDA {
+                          few_output<T, R>(p.value_dim, source.value, at, first, last, tiles + h * kFewRows * kFewKeys,
+                                           few_head(p, scratch, h).out);
+                      });
         });
     for (int64_t h = 0; h < item.heads; ++h) {
         const FewHead<T> s = few_head(p, scratch, h);

@@ -48,7 +48,7 @@ void begin_few_gradients(const BackwardJob<T>& job, int64_t batch, const Rows& r
     pack_rows<T>(p.query, batch, rows, p.dim, width, T(p.scale * kLog2e), s.queries);
     pack_rows<T>(p.query, batch, rows, p.dim, width, T(p.scale), s.query_rows);
     pack_rows<T>(job.grad_out, batch, rows, p.value_dim, value_width, T(1), s.grad_rows);
-    dispatch<T>(job.out.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(job.out.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = 0; r < rows.n; ++r) {
             const int64_t at = (batch * p.heads + rows.head[r]) * p.rows + rows.row[r];
@@ -83,7 +83,7 @@ void few_key_gradients(const Accumulator& to, int64_t run, int64_t batch, int64_
                        int64_t dim, const T* tile, const T* x) {
     constexpr int64_t N = Simd<T>::lanes;
     const int64_t width = up_to_multiple(dim, N);
-    dispatch<T>(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.target.type, [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.target.data) + run * to.run;
         for (int64_t k = 0; k < count; ++k) {
@@ -103,7 +103,7 @@ void clear_key_gradients(const Accumulator& to, int64_t run, int64_t batch, int6
                          int64_t dim) {
     constexpr int64_t N = Simd<T>::lanes;
     if (!to.target.data) return;
-    dispatch<T>(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.target.type, [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         for (int64_t k = first; k < end; ++k)
             for (int64_t d = 0; d < dim; d += N)
@@ -128,12 +128,12 @@ void backward_few(const BackwardJob<T>& job, const BackwardItem& item, T* scratc
         return few_gradient_head<T>(p, scratch, h);
     };
     for (int64_t h = 0; h < item.heads; ++h) begin_few_gradients(job, item.batch, rows, set_head(h));
-    const auto chunk = [&]<int R>(const Segment& seg, int64_t h) __attribute__((always_inline)) {
+    const auto chunk = [&]<int R>(const Segment& seg, int64_t h) MMFAST_LAMBDA {
         const int j = seg.source;
         const Source& source = p.sources[j];
         const FewGradientHead<T> s = set_head(h);
         const int64_t head = key_head(p, j, item.head + h * job.fold);
-        dispatch<T>(source.key.type, [&](auto* kind) __attribute__((always_inline)) {
+        dispatch<T>(source.key.type, [&](auto* kind) MMFAST_LAMBDA {
             using From = std::remove_pointer_t<decltype(kind)>;
             const auto at = [&](const View& x) {
                 fetch_rows<T, From>(x, item.batch, head, seg.first + N, keys.length[j],
@@ -159,7 +159,7 @@ void backward_few(const BackwardJob<T>& job, const BackwardItem& item, T* scratc
         const int64_t end = smaller(item.last - keys.start[j], p.sources[j].keys);
         const int64_t seen = p.causal ? smaller(keys.length[j], rows.last + 1) : keys.length[j];
         const int64_t to = larger(first, smaller(end, seen));
-        for_few(rows.n, [&]<int R>() __attribute__((always_inline)) {
+        for_few(rows.n, [&]<int R>() MMFAST_LAMBDA {
             for (int64_t k = first; k < to; k += N)
                 for (int64_t h = 0; h < item.heads; ++h)
                     chunk.template operator()<R>(Segment{j, k, smaller(N, to - k), keys.start[j] + k}, h);

@@ -100,7 +100,7 @@ MMFAST_INLINE Start block_exponentials(const Problem& p, const Item& item, const
         }
     }
     int64_t at = 0;
-    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) MMFAST_LAMBDA {
         scores<T, S>(p, item.batch, rows, s, key_of(s, at), b.queries, b.tile + at * W, b.mask, b.ahead);
         at += s.count;
     });
@@ -115,7 +115,7 @@ int64_t blocks_of(int64_t keys, int64_t most) {
 template <class T>
 void keys_ahead(const Problem& p, const Item& item, const Keys& keys, int64_t last, int64_t lo, int64_t hi,
                 Buffers<T>& b) {
-    for_segments(p, keys, last, lo, hi, [&](const Segment& s) __attribute__((always_inline)) {
+    for_segments(p, keys, last, lo, hi, [&](const Segment& s) MMFAST_LAMBDA {
         const View &key = p.sources[s.source].key, &value = p.sources[s.source].value;
         const int64_t head = key_head(p, s.source, item.head);
         b.ahead.add(key, item.batch, head, s.first, s.count, p.dim);
@@ -142,13 +142,13 @@ bool attend_block(const Problem& p, const Item& item, const Rows& rows, const Ke
     alignas(64) T factor[W];
     int64_t count;
     Start start = block_exponentials<T, S>(p, item, rows, keys, from, to, b, running, started, count, factor,
-                                           [&](const Segment& s, int64_t before) __attribute__((always_inline)) {
+                                           [&](const Segment& s, int64_t before) MMFAST_LAMBDA {
                                                return find(p.sources[s.source].key, false, p.dim, item,
                                                            key_head(p, s.source, item.head), s, before, b);
                                            });
     if (!count) return started;
     count = 0;
-    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) MMFAST_LAMBDA {
         const Block<T> value =
             find(p.sources[s.source].value, true, p.value_dim, item, key_head(p, s.source, item.head), s, count, b);
         product_panel<T, S, true>(p.value_dim, s.count, value.data, value.stride, b.tile + count * W, W, b.out, W,
@@ -240,7 +240,7 @@ void copy_heads(const Problem& p, const Item& item, int64_t fold, const Segment&
                 int64_t size, T* to) {
     const View& x = values ? p.sources[s.source].value : p.sources[s.source].key;
     const int64_t width = values ? p.value_dim : p.dim, stride = copy_stride<T>(width);
-    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const from = static_cast<const From*>(x.data);
         for (int64_t k = 0; k < s.count; ++k)
@@ -294,7 +294,7 @@ MMFAST_INLINE void for_states(const ForwardJob<T>& job, const Item& item, T* sta
             now.slot = item.slot + (h * job.panels + i) * item.splits;
             set_rows<T>(p, job.fold, now.head, item.panel + i, rows);
             b.queries = states + (h * item.panels + i) * state;
-            for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+            for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA {
                 constexpr int64_t W = S * Simd<T>::lanes;
                 b.out = b.queries + W * p.dim;
                 f.template operator()<S>(h, i, b.out + W * p.value_dim);
@@ -340,7 +340,7 @@ void forward_wide(const ForwardJob<T>& job, const Item& item, const Keys& keys, 
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t from = lo + (hi - lo) * i / blocks, to = lo + (hi - lo) * (i + 1) / blocks;
         b.base = from;
-        for_segments(p, keys, last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+        for_segments(p, keys, last, from, to, [&](const Segment& s) MMFAST_LAMBDA {
             copy_heads(p, item, job.fold, s, false, s.place - from, kWideKeys * copy_stride<T>(p.dim), all_keys);
             copy_heads(p, item, job.fold, s, true, s.place - from, kWideKeys * copy_stride<T>(p.value_dim), all_values);
         });
@@ -394,7 +394,7 @@ bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const
         return static_cast<const T*>(x.data) + x.at(item.batch, key_head(p, s.source, item.head), s.first);
     };
     Start start = block_exponentials<T, S>(p, item, rows, keys, from, to, b, running, started, count, factor,
-                                           [&](const Segment& s, int64_t) __attribute__((always_inline)) {
+                                           [&](const Segment& s, int64_t) MMFAST_LAMBDA {
                                                const View& key = p.sources[s.source].key;
                                                return Block<T>{at(key, s), key.row};
                                            });
@@ -408,7 +408,7 @@ bool attend_in_place(const Problem& p, const Item& item, const Rows& rows, const
         start = Start::add;
     }
     count = 0;
-    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) __attribute__((always_inline)) {
+    for_segments(p, keys, rows.last, from, to, [&](const Segment& s) MMFAST_LAMBDA {
         const View& value = p.sources[s.source].value;
         product_rows<T, true>(rows.n, s.count, p.value_dim, b.tile + count * W, W, at(value, s), value.row, b.out,
                               p.value_dim, start, b.ahead);
@@ -468,7 +468,7 @@ void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
                       Item now = item;
                       now.head = item.head + h * job.fold;
                       now.slot = item.slot + h * job.panels * item.splits;
-                      for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) {
+                      for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA {
                           constexpr int64_t W = S * N;
                           Running<T, S> running;
                           alignas(64) T at[2 * W] = {}, factor[W];
@@ -509,7 +509,7 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
     const bool resident = keys.start[p.count] <= buffered_keys(p);
     b.copies = resident ? Copies::resident : Copies::now;
     if (resident && together) make_resident(p, item, job.fold, keys, b);
-    const auto set = [&](int64_t panel, int64_t h, Rows& rows, Item& of) __attribute__((always_inline)) {
+    const auto set = [&](int64_t panel, int64_t h, Rows& rows, Item& of) MMFAST_LAMBDA {
         of = item;
         of.heads = 1;
         of.head = item.head + h * job.fold;
@@ -542,8 +542,7 @@ void forward(const ForwardJob<T>& job, const Item& item, T* scratch) {
                 b.keys = all_keys + h * keys_size<T>(p);
                 b.values = all_values + h * values_size<T>(p);
             }
-            for_width<T>(rows.n,
-                         [&]<int S>() __attribute__((always_inline)) { forward_panel<T, S>(job, now, rows, keys, b); });
+            for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA { forward_panel<T, S>(job, now, rows, keys, b); });
         }
 }
 
@@ -585,7 +584,7 @@ template <class T>
 void merge(const ForwardJob<T>& job, const Item& item, T* scratch) {
     Rows rows;
     set_rows<T>(*job.problem, job.fold, item.head, item.panel, rows);
-    for_width<T>(rows.n, [&]<int S>() __attribute__((always_inline)) { merge_panel<T, S>(job, item, rows, scratch); });
+    for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA { merge_panel<T, S>(job, item, rows, scratch); });
 }
 
 template <class T>

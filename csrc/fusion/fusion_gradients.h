@@ -71,7 +71,7 @@ template <class T>
 void flush(const Accumulator& to, int64_t run, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
            const T* from, int64_t stride) {
     constexpr int64_t N = Simd<T>::lanes;
-    dispatch<T>(to.target.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.target.type, [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.target.data) + run * to.run;
         for (int64_t i = 0; i < count; ++i) {

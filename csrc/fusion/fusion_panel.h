@@ -63,8 +63,7 @@ MMFAST_INLINE void product_panel(int64_t rows, int64_t depth, const T* a, int64_
     product_strip<T, kFirst, kTransposed>(rows, depth, a, a_stride, b, b_stride, c, c_stride, start, factor, between,
                                           finish);
     if constexpr (S > kFirst) {
-        const auto of_rest = [&](Vec<T> x, int v, T* to)
-                                 __attribute__((always_inline)) { return finish(x, kFirst + v, to); };
+        const auto of_rest = [&](Vec<T> x, int v, T* to) MMFAST_LAMBDA { return finish(x, kFirst + v, to); };
         product_panel<T, S - kFirst, kTransposed>(rows, depth, a, a_stride, b + kAt, b_stride, c + kAt, c_stride, start,
                                                   factor ? factor + kAt : nullptr, Nothing(), of_rest);
     }
@@ -77,7 +76,7 @@ void product_rows(int64_t rows, int64_t depth, int64_t width, const T* a, int64_
     constexpr int64_t N = Simd<T>::lanes;
     for (int64_t at = 0; at < width;) {
         const int64_t vectors = smaller(kProductWidth, (width - at) / N);
-        for_width<T, kProductWidth>(vectors * N, [&]<int S>() __attribute__((always_inline)) {
+        for_width<T, kProductWidth>(vectors * N, [&]<int S>() MMFAST_LAMBDA {
             product_strip<T, S, kTransposed>(rows, depth, a, a_stride, b + at, b_stride, c + at, c_stride, start,
                                              nullptr, between);
         });
@@ -240,7 +239,7 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
             }
             continue;
         }
-        const auto put = [&](int64_t k, Vec<T> column) __attribute__((always_inline)) {
+        const auto put = [&](int64_t k, Vec<T> column) MMFAST_LAMBDA {
             Vec<T> x = column * factor;
             if (lanes < N)
                 for (int64_t l = lanes; l < N; ++l) x[l] = 0;
@@ -251,7 +250,7 @@ MMFAST_INLINE void pack_columns_of(const From* data, const int64_t* offsets, int
             sizeof(From) == sizeof(T) && !std::is_integral_v<From> && !std::is_same_v<From, Allowed>;
         constexpr int64_t kColumns = kDirect && sizeof(T) == 4 && N == 16 ? 4 : N;
         int64_t k = 0;
-        const auto group = [&](int64_t some) __attribute__((always_inline)) {
+        const auto group = [&](int64_t some) MMFAST_LAMBDA {
             Vec<T> columns[N];
             if constexpr (kDirect) {
                 Simd<T>::load_transposed(reinterpret_cast<const T* const*>(rows), k, columns, some);
@@ -273,7 +272,7 @@ void pack_columns(const View& x, int64_t batch, const Rows& rows, int64_t first,
                   int64_t width = 0) {
     int64_t offsets[64];
     set_offsets(x, batch, rows, offsets);
-    const auto pack = [&](auto* kind) __attribute__((always_inline)) {
+    const auto pack = [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(x.data) + first * x.column;
         pack_columns_of<T>(data, offsets, rows.n, x.column, count, factor, to, width);
@@ -306,7 +305,7 @@ MMFAST_INLINE void pack_row(const From* from, int64_t step, int64_t count, int64
 // to[lane][column] = factor * x[row][column], zero from `count` to `width`.
 template <class T>
 void pack_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t width, T factor, T* to) {
-    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = 0; r < rows.n; ++r)
             pack_row<T>(static_cast<const From*>(x.data) + x.at(batch, rows.head[r], rows.row[r]), x.column, count,
@@ -336,7 +335,7 @@ constexpr int64_t copy_stride(int64_t width) {
 
 template <class T>
 void pack_block(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width, T* to) {
-    dispatch<T>(x.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(x.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const from = static_cast<const From*>(x.data) + x.at(batch, head, first);
         for (int64_t k = 0; k < count; ++k)
@@ -361,7 +360,7 @@ void unpack_columns(const T* x, int64_t count, const T* factor, int64_t batch, c
     const int64_t W = larger(width, up_to_multiple(rows.n, N));
     int64_t offsets[64];
     set_offsets(to, batch, rows, offsets);
-    dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.type, [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         To* const data = static_cast<To*>(to.data) + offset;
         for (int64_t v = 0; v < rows.n; v += N) {
@@ -387,7 +386,7 @@ template <class T>
 void unpack_rows(const T* x, int64_t stride, int64_t count, const T* factor, int64_t batch, const Rows& rows,
                  const Target& to, int64_t offset, bool add) {
     constexpr int64_t N = Simd<T>::lanes;
-    dispatch<T>(to.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch<T>(to.type, [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = 0; r < rows.n; ++r, x += stride) {
             To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
@@ -441,7 +440,7 @@ MMFAST_INLINE int64_t key_head(const Problem& p, int source, int64_t head) {
 template <class T>
 T value_at(const View& x, int64_t at) {
     T result = 0;
-    dispatch_mask(x, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch_mask(x, [&](auto* kind) MMFAST_LAMBDA {
         result = T(static_cast<const std::remove_pointer_t<decltype(kind)>*>(x.data)[at]);
     });
     return result;

@@ -118,7 +118,7 @@ bool exponentials_at_once(const Problem& p, const Keys& keys, int64_t last, int6
     Vec<T> sum[S] = {};
     int64_t count = 0;
     bool fits = !started || all_finite<T, S>(now.maximum);
-    for_segments(p, keys, last, from, to, [&](Segment s) __attribute__((always_inline)) {
+    for_segments(p, keys, last, from, to, [&](Segment s) MMFAST_LAMBDA {
         if (!fits) return;
         Block<T> key = key_of(s, count);
         T* tile = block + count * W;
@@ -135,7 +135,7 @@ bool exponentials_at_once(const Problem& p, const Keys& keys, int64_t last, int6
             s.count -= some;
         }
         product_panel<T, S, false>(s.count, p.dim, key.data, key.stride, queries, W, tile, W, Start::zero, nullptr,
-                                   ahead, [&](Vec<T> x, int v, T*) __attribute__((always_inline)) {
+                                   ahead, [&](Vec<T> x, int v, T*) MMFAST_LAMBDA {
                                        const Vec<T> e = mmfast::exp2_limited(x - now.maximum[v]);
                                        sum[v] += e;
                                        return e;

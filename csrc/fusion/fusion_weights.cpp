@@ -70,7 +70,7 @@ void weights(const WeightsJob<T>& job, const WeightsItem& item, T* scratch) {
     Keys keys;
     set_keys(*job.problem, item.batch, false, keys);
     for_width<T>(smaller(kPanel<T>, job.problem->rows - item.panel * kPanel<T>),
-                 [&]<int S>() __attribute__((always_inline)) { weights_panel<T, S>(job, item, keys, scratch); });
+                 [&]<int S>() MMFAST_LAMBDA { weights_panel<T, S>(job, item, keys, scratch); });
 }
 
 template <class T>

@@ -207,7 +207,7 @@ inline void compare_split(bool starts, bool ends_distance, int64_t dimension, co
                           int64_t rows, const Points<float>& b, int64_t columns, float* z) {
     {
         MatrixUnit unit;
-        multiply_split(unit, starts, dimension, a, first, rows, b, columns, z, []() __attribute__((always_inline)) {});
+        multiply_split(unit, starts, dimension, a, first, rows, b, columns, z, []() MMFAST_LAMBDA {});
     }
     if (!ends_distance) return;
     for (int64_t i = 0; i < rows; ++i)
@@ -234,13 +234,13 @@ inline double compare_sum(const Program<float>& p, int64_t dimension, const Poin
         const float *z, *norms;
         int64_t row;
     } last{nullptr, nullptr, kTile};
-    const auto distances = [&](int64_t row, Floats(&zs)[kWide]) __attribute__((always_inline)) {
+    const auto distances = [&](int64_t row, Floats(&zs)[kWide]) MMFAST_LAMBDA {
         for (int u = 0; u < kWide; ++u) {
             const Floats norms = last.norms[row] + Simd<float>::load(b.norms + 16 * u);
             zs[u] = Simd<float>::max(Floats{}, norms - 2.0f * Simd<float>::load(last.z + row * kTile + 16 * u));
         }
     };
-    const auto add_rows = [&](int64_t count) __attribute__((always_inline)) {
+    const auto add_rows = [&](int64_t count) MMFAST_LAMBDA {
         const int64_t end = last.row + count < kTile ? last.row + count : kTile;
         for (; last.row < end; ++last.row) {
             Floats zs[kWide], ks[kWide], hs[kWide];
@@ -255,8 +255,7 @@ inline double compare_sum(const Program<float>& p, int64_t dimension, const Poin
     MatrixUnit unit;
     for (int64_t i = 0; i < rows; i += kTile) {
         float* const here = z[i / kTile % 2];
-        multiply_split(unit, true, dimension, a, i, kTile, b, kTile, here,
-                       [&]() __attribute__((always_inline)) { add_rows(each); });
+        multiply_split(unit, true, dimension, a, i, kTile, b, kTile, here, [&]() MMFAST_LAMBDA { add_rows(each); });
         last = {here, a.norms + i, 0};
         if (i > 0) continue;
         alignas(64) float first[kTile];
@@ -275,7 +274,7 @@ inline void split_left(bool transposed, int64_t rows, int64_t depth, const float
     if (!transposed) {
         for (int64_t i = 0; i < all_rows; ++i)
             for (int64_t k = 0; k < all_depth; k += 32) {
-                const auto some = [&](int64_t at) __attribute__((always_inline)) {
+                const auto some = [&](int64_t at) MMFAST_LAMBDA {
                     return i < rows && at < depth ? Simd<float>::load(a + i * kTile + at, int(depth - at)) : Floats{};
                 };
                 const Halves x = split(some(k), some(k + 16));
@@ -288,7 +287,7 @@ inline void split_left(bool transposed, int64_t rows, int64_t depth, const float
         for (int64_t k = 0; k < all_depth; k += 32) {
             Words h[16], l[16];
             for (int64_t p = 0; p < 16; ++p) {
-                const auto row = [&](int64_t at) __attribute__((always_inline)) {
+                const auto row = [&](int64_t at) MMFAST_LAMBDA {
                     return at < depth && i < rows ? Simd<float>::load(a + at * kTile + i, int(rows - i)) : Floats{};
                 };
                 const Halves x = split(row(k + p), row(k + 16 + p));
@@ -311,7 +310,7 @@ inline bool split_right(int64_t depth, int64_t columns, const float* b, int64_t 
     for (int64_t k = 0; k < depth; k += 32)
         for (int64_t c = 0; c < 32; c += 16)
             for (int64_t p = 0; p < 16; ++p) {
-                const auto row = [&](int64_t at) __attribute__((always_inline)) {
+                const auto row = [&](int64_t at) MMFAST_LAMBDA {
                     return at < depth && c < columns ? Simd<float>::load(b + at * stride + c) : Floats{};
                 };
                 const Halves x = split(row(k + p), row(k + 16 + p));
@@ -335,7 +334,7 @@ inline void product_split(bool transposed, int64_t rows, int64_t depth, int64_t 
         float* to;
         int64_t rows, columns, row;
     } last{};
-    const auto add_some = [&](int64_t count) __attribute__((always_inline)) {
+    const auto add_some = [&](int64_t count) MMFAST_LAMBDA {
         const int64_t end = last.row + count < last.rows ? last.row + count : last.rows;
         for (; last.row < end; ++last.row)
             for (int64_t v = 0; v < last.columns; v += 16) {

@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic(const Tenso
 
 // What mmfast/mmd/direct.py asks for: one layer of L2 distances in x (n, d) and y (m, d) of one dtype whose columns lie side by
 // side, without weights.
-struct Direct {
+struct DirectSums {
     vector<double> coefs;
     vector<int64_t> families;
     // Of the mean that divides the squares of all lengths: of x, of y or of both (1, 2, 3; 0: there is none), what the sum of the
@@ -199,7 +199,7 @@ struct Direct {
 
 // (value, gradients of x and of y, params with the lengths that were found); empty if not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> direct(const Tensor& x, const Tensor& y, const Tensor& params,
-                                                  const Direct& how, bool need_x, bool need_y) {
+                                                  const DirectSums& how, bool need_x, bool need_y) {
     const int64_t d = x.size(1), terms = int64_t(how.families.size());
     const at::ScalarType type = x.scalar_type();
     for (const Tensor* t : {&x, &y})
@@ -461,10 +461,10 @@ void bind_mmd(py::module_& m) {
                 return Terms{std::move(dimensions), std::move(families), std::move(layers), std::move(parameters)};
             }));
     const auto guard = py::call_guard<py::gil_scoped_release>();
-    py::class_<Direct>(m, "MmdDirect")
+    py::class_<DirectSums>(m, "MmdDirect")
         .def(py::init([](vector<double> coefs, vector<int64_t> families, int points, double factor, double least,
                          bool self_pairs) {
-            return Direct{std::move(coefs), std::move(families), points, factor, least, self_pairs};
+            return DirectSums{std::move(coefs), std::move(families), points, factor, least, self_pairs};
         }));
     m.def("mmd_direct", &direct, guard);
     m.def("mmd_quadratic", &quadratic, guard);

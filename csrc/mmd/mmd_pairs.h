@@ -50,13 +50,6 @@ struct PairsJob {
     double* sums;  // [batch][blocks][3]: over pairs of x, of y, and of x with y
 };
 
-// What a thread has in registers stays there only if nothing is called.
-#if defined(MMFAST_QUICK_COMPILE)
-#define MMFAST_LAMBDA
-#else
-#define MMFAST_LAMBDA __attribute__((always_inline))
-#endif
-
 // Tiles of kPairRows x kPairColumns, of whole rows and whole columns before the rows' own: those of x first. There are
 // fewer than 2^31.
 struct PairTiles {

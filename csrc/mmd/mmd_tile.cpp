@@ -43,7 +43,7 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t ahead, int64_t 
     constexpr int64_t N = Simd<T>::lanes;
     Vec<T> square{};
     int64_t k = 0;
-    const auto put = [&](Vec<T> x) __attribute__((always_inline)) {
+    const auto put = [&](Vec<T> x) MMFAST_LAMBDA {
         if (centre) x -= Simd<T>::load(centre + k);
         Simd<T>::store(to + k, x);
         square += x * x;
@@ -67,7 +67,7 @@ MMFAST_INLINE T pack_row(const From* from, int64_t step, int64_t ahead, int64_t 
 
 template <class T>
 void pack(const Source& from, int64_t first, int64_t count, const T* centre, const Points<T>& to) {
-    dispatch(from.type, [&](auto* kind) __attribute__((always_inline)) {
+    dispatch(from.type, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         const From* const data = static_cast<const From*>(from.data);
         for (int64_t i = 0; i < count; ++i) {
@@ -163,7 +163,7 @@ template <class T, bool kTransposed, int S>
 MMFAST_INLINE void product_strip(int64_t rows, int64_t depth, const T* a, const T* b, int64_t b_stride, T* c,
                                  int64_t c_stride) {
     constexpr int N = Simd<T>::lanes;
-    for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+    for_groups(rows, [&]<int R>(int64_t i) MMFAST_LAMBDA {
         Vec<T> sum[R][S];
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < S; ++v) sum[r][v] = Simd<T>::load(c + (i + r) * c_stride + v * N);
@@ -205,7 +205,7 @@ MMFAST_INLINE void add_products(bool starts, bool ends_distance, int64_t at, int
     for (int64_t j = 0; j < columns; j += W) {
         const T* const panel = b.panels + j * b.stride + at * W;
         const T* const b_norms = b.norms + j;
-        for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+        for_groups(rows, [&]<int R>(int64_t i) MMFAST_LAMBDA {
             Vec<T> sum[R][kStrip];
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < kStrip; ++v)
@@ -250,7 +250,7 @@ MMFAST_INLINE void compare_differences(int64_t dimension, const Points<T>& a, in
     constexpr int N = Simd<T>::lanes, W = N * kStrip;
     for (int64_t j = 0; j < columns; j += W) {
         const T* const panel = b.panels + j * b.stride;
-        for_groups(rows, [&]<int R>(int64_t i) __attribute__((always_inline)) {
+        for_groups(rows, [&]<int R>(int64_t i) MMFAST_LAMBDA {
             Vec<T> sum[R][kStrip] = {};
             for (int64_t k = 0; k < dimension; ++k) {
                 Vec<T> column[kStrip];

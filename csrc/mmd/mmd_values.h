@@ -281,7 +281,7 @@ double reduce_tile(int64_t rows, const T* k, const T* u, const T* v, double* row
     constexpr int64_t N = Simd<T>::lanes, C = kTile / N, kParts = Wider<T>::kParts;
     Accumulator<T> all, square, columns[C];
     double total = 0;
-    const auto some = [&]<int R>(int64_t i) __attribute__((always_inline)) {
+    const auto some = [&]<int R>(int64_t i) MMFAST_LAMBDA {
         Accumulator<T> row[R];
         for (int64_t c = 0; c < C; ++c)
             for (int r = 0; r < R; ++r) {

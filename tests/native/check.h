@@ -19,7 +19,25 @@
         }                                                                                    \
     } while (false)
 
+#if defined(__SANITIZE_ADDRESS__)
+// What checks undefined behaviour ends in an instruction that is none: the report is to name the line.
+extern "C" __attribute__((used, visibility("default"))) inline const char* __asan_default_options() {
+    return "handle_sigill=1";
+}
+#endif
+
 namespace test {
+
+// What ctest takes for a test that was skipped.
+constexpr int kSkipped = 77;
+
+// Whether MMFAST_CPU_ISA asks for more than `best`, which is all that there is and has a run of its own.
+inline bool is_above(const char* best) {
+    const char* const asked = std::getenv("MMFAST_CPU_ISA");
+    const bool above = asked && std::strcmp(asked, best) != 0;
+    if (above) std::puts("this machine does not have it");
+    return above;
+}
 
 class Random {
 public:

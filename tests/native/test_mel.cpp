@@ -507,6 +507,7 @@ void check_fork() {
 }  // namespace
 
 int main() {
+    if (test::is_above(mmfast::isa_name(mmfast::best_isa()))) return test::kSkipped;
     std::printf("instruction set: %s\n", mmfast::isa_name(mmfast::best_isa()));
     check_framing();
     check_random_forward<float>(200, 2, "float");

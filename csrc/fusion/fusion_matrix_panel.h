@@ -1,0 +1,198 @@
+// What the passes of a panel share on the matrix unit: where keys lie, scores and rows of results. For fusion_matrix.cpp.
+#pragma once
+
+#include <utility>
+
+#include "fusion/fusion_matrix_product.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
+// Memory dealt out piece by piece, each a multiple of a line.
+class Pieces {
+public:
+    explicit Pieces(float* first) : first_(first) {}
+    template <class E>
+    void take(E*& to, int64_t count) {
+        to = reinterpret_cast<E*>(first_ + at_);
+        at_ += up_to_multiple(count * int64_t(sizeof(E)), 64) / 4;
+    }
+    int64_t taken() const { return at_; }
+
+private:
+    float* first_;
+    int64_t at_ = 0;
+};
+
+// Where the keys of the sources lie: each source begins a tile.
+struct Places {
+    int64_t first[kMostSources + 1], count[kMostSources];
+    int64_t total;
+    int8_t source[kMostTiles];                   // of a tile
+    alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
+};
+
+void set_places(const Problem& p, int64_t batch, Places& places) {
+    places.first[0] = 0;
+    for (int j = 0; j < p.count; ++j) {
+        const int64_t first = places.first[j], count = p.sources[j].length(batch), next = first + to_tiles(count);
+        places.count[j] = count;
+        places.first[j + 1] = next;
+        for (int64_t k = first; k < next; ++k) {
+            places.none[k] = k - first < count ? 0.0f : -infinity<float>();
+            places.source[k / kTile] = int8_t(j);
+        }
+    }
+    places.total = places.first[p.count];
+}
+
+int64_t most_keys(const Problem& p) {
+    int64_t total = 0;
+    for (int j = 0; j < p.count; ++j) total += to_tiles(p.sources[j].keys);
+    return padded(total);
+}
+
+// Keys or values of one head, zero where there are none.
+void copy_keys(const Problem& p, bool values, int64_t batch, int64_t head, const Places& places, uint16_t* to) {
+    const int64_t count = values ? p.value_dim : p.dim, width = padded(count), stride = half_stride(width);
+    for (int j = 0; j < p.count; ++j) {
+        const View& x = values ? p.sources[j].value : p.sources[j].key;
+        const uint16_t* const from = static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), 0);
+        for (int64_t k = 0; k < places.first[j + 1] - places.first[j]; ++k, to += stride)
+            copy_row(k < places.count[j] ? from + k * x.row : nullptr, k < places.count[j] ? count : 0, width, to);
+    }
+}
+
+// The queries `rows` of x, and of zeros behind them, up to `lanes`: where they lie or in `buffer`.
+Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t lanes, uint16_t* buffer) {
+    const uint16_t* const data = static_cast<const uint16_t*>(x.data);
+    if (rows.one_head && rows.n == lanes && count % kTwoTiles == 0)
+        return {data + x.at(batch, rows.head[0], rows.row[0]), nullptr, x.row};
+    const int64_t width = padded(count), stride = half_stride(width);
+    for (int64_t r = 0; r < lanes; ++r)
+        copy_row(r < rows.n ? data + x.at(batch, rows.head[r], rows.row[r]) : nullptr, r < rows.n ? count : 0, width,
+                 buffer + r * stride);
+    return {buffer, nullptr, stride};
+}
+
+// Whether scores are the products times a factor above 0, and no more.
+bool plain(const Problem& p) {
+    return p.scale > 0 && plain_scores<float>(p);
+}
+
+// Masks, to the scores of rows from .. to - 1 of one source.
+void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t from, int64_t to, int64_t count, float* scores,
+              int64_t stride) {
+    dispatch_mask(mask, [&](auto* kind) MMFAST_LAMBDA {
+        using From = std::remove_pointer_t<decltype(kind)>;
+        for (int64_t r = from; r < to; ++r) {
+            const From* const row = static_cast<const From*>(mask.data) + mask.at(batch, rows.head[r], rows.row[r]);
+            for (int64_t k = 0; k < count; k += kLanes) {
+                Floats added;
+                if (mask.column == 1) {
+                    added = load_columns<float>(row + k, count - k);
+                } else {
+                    alignas(64) float part[kLanes] = {};
+                    for (int64_t i = 0; i < smaller(kLanes, count - k); ++i)
+                        part[i] = float(row[(k + i) * mask.column]);
+                    added = Simd<float>::load(part);
+                }
+                float* const at = scores + r * stride + k;
+                Simd<float>::store(at, masked<float>(Simd<float>::load(at), added));
+            }
+        }
+    });
+}
+
+// Scores of rows from .. to - 1 in place of the products, where they are not plain.
+void finish_scores(const Problem& p, int64_t batch, const Rows& rows, int64_t from, int64_t to, const Places& places,
+                   float* scores, int64_t stride) {
+    const float factor = float(p.scale * kLog2e);
+    to = smaller(to, rows.n);
+    for (int64_t r = from; r < to; ++r)
+        for (int64_t k = 0; k < places.total; k += kLanes) {
+            float* const at = scores + r * stride + k;
+            const Floats none = Simd<float>::load(places.none + k);
+            Simd<float>::store(at, none == 0 ? Simd<float>::load(at) * factor : none);
+        }
+    for (int j = 0; j < p.count; ++j) {
+        float* const first = scores + places.first[j];
+        for (const View& mask : p.sources[j].added)
+            if (mask.data) add_mask(mask, batch, rows, from, to, places.count[j], first, stride);
+        for (int64_t r = from; p.causal && r < to; ++r)
+            for (int64_t k = rows.row[r] + 1; k < places.count[j]; ++k) first[r * stride + k] = -infinity<float>();
+    }
+}
+
+// Scores of `count` rows from `from` on, before finish_scores().
+template <class F>
+void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
+                     const uint32_t* keys, const Places& places, float* scores, int64_t stride, F&& between) {
+    multiply(unit, count, padded(p.dim), places.total, {queries.high + from * queries.stride, nullptr, queries.stride},
+             {keys, nullptr, stride}, {scores + from * stride, stride, plain(p) ? places.none : nullptr, 0}, between);
+}
+
+// Lane i is f over the lanes of x[i], of `kLanes` vectors.
+template <int kSide, class F, size_t... K>
+MMFAST_INLINE Floats fold_sides(Floats a, Floats b, const F& f, std::index_sequence<K...>) {
+    constexpr size_t n = kSide;
+    return f(__builtin_shufflevector(a, b, (K / (2 * n) * 2 * n + K % n + K / n % 2 * kLanes)...),
+             __builtin_shufflevector(a, b, (K / (2 * n) * 2 * n + K % n + K / n % 2 * kLanes + n)...));
+}
+template <int kSide = 1, class F>
+MMFAST_INLINE Floats fold(Floats* x, const F& f) {
+    if constexpr (kSide == kLanes) {
+        return x[0];
+    } else {
+        for (int i = 0; i < kLanes / kSide / 2; ++i)
+            x[i] = fold_sides<kSide>(x[2 * i], x[2 * i + 1], f, std::make_index_sequence<kLanes>());
+        return fold<2 * kSide>(x, f);
+    }
+}
+
+// f<kBoth>(tile, first column, word) for each pair of vectors of a row: of a tile, and if kBoth of the next one.
+template <class F>
+MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
+    int64_t k = 0;
+    for (; k + kTile < total; k += kTwoTiles)
+#pragma GCC unroll 2
+        for (int64_t l = 0; l < kTile; l += kLanes) f.template operator()<true>(k / kTile, k + l, k / 2 + l);
+    for (int64_t l = 0; k < total && l < kTile; l += kLanes) f.template operator()<false>(k / kTile, k + l, k / 2 + l);
+}
+
+// Rows first .. last - 1 of x, as far as there are queries, times factor[row] or as they are.
+void put_rows(const float* x, int64_t stride, int64_t count, const float* factor, int64_t batch, const Rows& rows,
+              int64_t first, int64_t last, const Target& to, int64_t offset, bool add) {
+    last = smaller(last, rows.n);
+    const auto put = [&](auto* kind) MMFAST_LAMBDA {
+        using To = std::remove_pointer_t<decltype(kind)>;
+        for (int64_t r = first; r < last; ++r) {
+            To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
+            const Floats f = Simd<float>::splat(factor ? factor[r] : 1.0f);
+            for (int64_t k = 0; k < count; k += kLanes) {
+                Floats part = f * Simd<float>::load(x + r * stride + k);
+                if (add) part += load_as<float>(at + k, count - k);
+#if defined(__AVX512BF16__)
+                if constexpr (std::is_same_v<To, BFloat16>) {
+                    const __mmask16 some = count - k >= kLanes ? 0xffff : __mmask16((1u << (count - k)) - 1);
+                    _mm256_mask_storeu_epi16(at + k, some, (__m256i)_mm512_cvtneps_pbh((__m512)part));
+                    continue;
+                }
+#endif
+                store_as<float>(at + k, part, count - k);
+            }
+        }
+    };
+    dispatch<float>(to.type, put);
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast

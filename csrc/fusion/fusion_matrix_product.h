@@ -1,0 +1,245 @@
+// Packing for the matrix unit, and products of matrices that are a sum of two bfloat16. For fusion_matrix.cpp, whose notes say why.
+#pragma once
+
+#include "common/amx.h"
+#include "fusion/fusion_panel.h"
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
+using Floats = Vec<float>;
+using Words = Simd<float>::U;
+
+constexpr int64_t kLanes = Simd<float>::lanes;
+constexpr int64_t kTile = kTileRows, kTwoTiles = 2 * kTile;
+constexpr int64_t kRows = kPanel<float>, kHalf = kRows / 2;
+constexpr int64_t kMostTiles = kResidentKeys / kTile + kMostSources;  // of keys
+
+constexpr int64_t to_tiles(int64_t n) {
+    return up_to_multiple(n, kTile);
+}
+constexpr int64_t padded(int64_t n) {
+    return up_to_multiple(n, kTwoTiles);
+}
+// Words from one row of n to the next: no multiple of 4 lines, by which rows would soon be 4 KiB apart.
+constexpr int64_t row_stride(int64_t n) {
+    const int64_t lines = (n + kTile - 1) / kTile;
+    return (lines + (lines % 4 == 0)) * kTile;
+}
+// The same in bfloat16.
+constexpr int64_t half_stride(int64_t n) {
+    return 2 * row_stride((n + 1) / 2);
+}
+
+// ---- Packing -------------------------------------------------------------------------------------------------------
+
+MMFAST_INLINE Words bits_of(Floats x) {
+    return Simd<float>::bits<Floats, Words>(x);
+}
+MMFAST_INLINE Floats number_of(Words x) {
+    return Simd<float>::bits<Words, Floats>(x);
+}
+
+struct Halves {
+    Words high, low;  // the upper half of each lane counts
+};
+
+// Of infinity and NaN `low` is 0, so that they come out of `high`; if kSmall there are none but NaN, which may be in both.
+template <bool kSmall>
+MMFAST_INLINE Halves split(Floats x) {
+    const Words high = bits_of(x) & 0xffff0000u;
+    const Words low = bits_of(x - number_of(high)) + 0x8000u;
+    if constexpr (kSmall) return {high, low};
+    return {high, (high & 0x7f800000u) == 0x7f800000u ? Words{} : low};
+}
+
+// Lane by lane (first, second) in the order of memory.
+MMFAST_INLINE void put_pair(uint32_t* to, Words first, Words second) {
+    const Words pair = (first >> 16) | (second & 0xffff0000u);
+    __builtin_memcpy(to, &pair, sizeof pair);
+}
+MMFAST_INLINE void put_pairs(uint32_t* high, uint32_t* low, const Halves& first, const Halves& second) {
+    put_pair(high, first.high, second.high);
+    put_pair(low, first.low, second.low);
+}
+MMFAST_INLINE Words load_upper(const uint16_t* from) {
+    typename VectorOf<uint16_t, int(kLanes)>::type half;
+    __builtin_memcpy(&half, from, sizeof half);
+    return __builtin_convertvector(half, Words) << 16;
+}
+
+// A row, `width` long with zeros behind it.
+MMFAST_INLINE void copy_row(const void* from, int64_t count, int64_t width, uint16_t* to) {
+    const float* const words = static_cast<const float*>(from);
+    float* const pairs = reinterpret_cast<float*>(to);
+    for (int64_t k = 0; k < width / 2; k += kLanes)
+        Simd<float>::store(pairs + k, k < count / 2 ? Simd<float>::load(words + k, int(count / 2 - k)) : Floats{});
+    if (count % 2) __builtin_memcpy(to + count - 1, static_cast<const uint16_t*>(from) + count - 1, 2);
+}
+
+// Pairs of the columns of rows: to[pair][row].
+void pair_columns(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint32_t* to, int64_t to_stride) {
+    for (int64_t l = 0; l < count; l += kLanes) {
+        const float* rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<const float*>(from + (l + i) * stride);
+        for (int64_t k = 0; k < width / 2; k += kLanes) {
+            Floats columns[kLanes];
+            Simd<float>::load_transposed(rows, k, columns);
+            for (int64_t i = 0; i < kLanes; ++i)
+                Simd<float>::store(reinterpret_cast<float*>(to) + (k + i) * to_stride + l, columns[i]);
+        }
+    }
+}
+
+// Pairs of rows, each with the one 16 below it: to[pair][column]. `count`: a multiple of 16; then there are rows of zeros.
+void pair_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint32_t* to, int64_t to_stride) {
+    for (int64_t r = 0; r < count; r += kTwoTiles)
+        for (int64_t i = 0; i < kTile; ++i, to += to_stride)
+            for (int64_t k = 0; k < width; k += kLanes) {
+                const uint16_t* const first = from + (r + i) * stride + k;
+                put_pair(to + k, load_upper(first), r + kTile < count ? load_upper(first + kTile * stride) : Words{});
+            }
+}
+
+// to[column][row] of rows; their number and the width are multiples of 32. Blocks first .. last - 1 of transposed_blocks().
+constexpr int64_t transposed_blocks(int64_t width, int64_t count) {
+    return width / (2 * kLanes) * (count / (2 * kLanes));
+}
+void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t first, int64_t last, uint16_t* to,
+                    int64_t to_stride) {
+    const auto put = [&](Floats* x, uint16_t* at) MMFAST_LAMBDA {
+        Simd<float>::transpose(x);
+        for (int64_t i = 0; i < kLanes; ++i, at += 2 * to_stride) __builtin_memcpy(at, &x[i], sizeof x[i]);
+    };
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t in_row = width / (2 * kLanes);
+        const int64_t r = block / in_row * 2 * kLanes, k = block % in_row * 2 * kLanes;
+        Floats even[kLanes], odd[kLanes];  // columns, pairs of rows
+        for (int64_t i = 0; i < kLanes; ++i) {
+            Words upper, lower;
+            __builtin_memcpy(&upper, from + (r + 2 * i) * stride + k, sizeof upper);
+            __builtin_memcpy(&lower, from + (r + 2 * i + 1) * stride + k, sizeof lower);
+            even[i] = number_of((upper & 0xffffu) | (lower << 16));
+            odd[i] = number_of((upper >> 16) | (lower & 0xffff0000u));
+        }
+        put(even, to + k * to_stride + r);
+        put(odd, to + (k + 1) * to_stride + r);
+    }
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------------
+
+// Rows of bfloat16; or pairs of rows, a word for each column. `low` is null where `high` is all of it.
+template <class E>
+struct Factor {
+    const E *high, *low;
+    int64_t stride;
+    int64_t apart = 1;  // of a left one: pieces of 32 columns begin so many times 32 apart
+};
+using Left = Factor<uint16_t>;
+using Right = Factor<uint32_t>;
+
+// Sums in `data`, which start from zero if `from` is null.
+struct Sums {
+    float* data;
+    int64_t stride;
+    const float* from;
+    int64_t from_stride;
+};
+
+// Steps of a product, each of which calls `between`.
+constexpr int64_t product_calls(int64_t rows, int64_t depth, int64_t width) {
+    return (rows + kTile) / kTwoTiles * ((width + kTile) / kTwoTiles) * (depth / kTwoTiles);
+}
+
+// R x C tiles.
+template <int R, int C, class F>
+MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& left, const Right& right,
+                                  const Sums& sums, F&& between) {
+    const auto load_left = [&](const uint16_t* from) MMFAST_LAMBDA {
+        unit.load<4>(from, left.stride * 2);
+        if constexpr (R == 2) unit.load<5>(from + kTile * left.stride, left.stride * 2);
+    };
+    const auto load_right = [&](const uint32_t* from) MMFAST_LAMBDA {
+        unit.load<6>(from, right.stride * 4);
+        if constexpr (C == 2) unit.load<7>(from + kTile, right.stride * 4);
+    };
+    if (sums.from) {
+        const float* const down = sums.from + kTile * sums.from_stride;
+        unit.load<0>(sums.from, sums.from_stride * 4);
+        if constexpr (C == 2) unit.load<1>(sums.from + kTile, sums.from_stride * 4);
+        if constexpr (R == 2) unit.load<2>(down, sums.from_stride * 4);
+        if constexpr (R == 2 && C == 2) unit.load<3>(down + kTile, sums.from_stride * 4);
+    } else {
+        unit.zero();
+    }
+    for (int64_t k = 0; k < depth; k += kTwoTiles) {
+        between();
+        load_left(left.high + k * left.apart);
+        if (right.low) {
+            load_right(right.low + k / 2 * right.stride);
+            unit.multiply_add<R, C>();
+        }
+        load_right(right.high + k / 2 * right.stride);
+        unit.multiply_add<R, C>();
+        if (left.low) {
+            load_left(left.low + k * left.apart);
+            unit.multiply_add<R, C>();
+        }
+    }
+    float* const down = sums.data + kTile * sums.stride;
+    unit.store<0>(sums.data, sums.stride * 4);
+    if constexpr (C == 2) unit.store<1>(sums.data + kTile, sums.stride * 4);
+    if constexpr (R == 2) unit.store<2>(down, sums.stride * 4);
+    if constexpr (R == 2 && C == 2) unit.store<3>(down + kTile, sums.stride * 4);
+}
+
+// sums[rows][width] = or += left[rows][depth] right[depth][width], the depth a multiple of 32, the others of 16.
+template <class F>
+void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, const Left& left, const Right& right,
+              const Sums& sums, F&& between) {
+    unit.fence();
+    for (int64_t i = 0; i < rows; i += kTwoTiles) {
+        const int64_t down = i * left.stride;
+        const Left l{left.high + down, left.low ? left.low + down : nullptr, left.stride, left.apart};
+        for (int64_t j = 0; j < width; j += kTwoTiles) {
+            const Right r{right.high + j, right.low ? right.low + j : nullptr, right.stride};
+            const Sums s{sums.data + i * sums.stride + j, sums.stride,
+                         sums.from ? sums.from + i * sums.from_stride + j : nullptr, sums.from_stride};
+            const auto block = [&]<int R, int C>()
+                                   MMFAST_LAMBDA { multiply_block<R, C>(unit, depth, l, r, s, between); };
+            const bool wide = j + kTile < width;
+            if (i + kTile < rows) wide ? block.template operator()<2, 2>() : block.template operator()<2, 1>();
+            else wide ? block.template operator()<1, 2>() : block.template operator()<1, 1>();
+        }
+    }
+    unit.fence();
+}
+
+// f(from, to) of 0 .. count - 1, a share of it at a call.
+template <class F>
+class Spread {
+public:
+    Spread(int64_t count, int64_t calls, const F& f) : count_(count), share_(count / larger(calls, 1) + 1), f_(f) {}
+    MMFAST_INLINE void operator()() {
+        if (next_ < count_) step(smaller(next_ + share_, count_));
+    }
+    void rest() {
+        if (next_ < count_) step(count_);
+    }
+
+private:
+    __attribute__((noinline)) void step(int64_t to) {
+        f_(next_, to);
+        next_ = to;
+    }
+    int64_t count_, share_, next_ = 0;
+    const F& f_;
+};
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast
