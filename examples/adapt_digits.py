@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from training import resident
+from training import LEAST, at_least, resident
 
 import mmfast
 from mmfast.kernels import MultiGaussian
@@ -228,10 +228,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     defaults = Settings()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--steps", type=int, default=defaults.steps)
-    p.add_argument("--batch", type=int, default=defaults.batch, help="images of each domain in a step (at most 898)")
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--threads", type=int, default=0, help="of torch (default: its choice)")
+    least = {name: at_least(value) for name, value in LEAST.items()}
+    p.add_argument("--steps", type=least["steps"], default=defaults.steps)
+    p.add_argument(
+        "--batch", type=least["batch"], default=defaults.batch, help="images of each domain in a step (at most 898)"
+    )
+    p.add_argument("--seeds", type=at_least(1), default=3)
+    p.add_argument("--threads", type=least["threads"], default=0, help="of torch (default: its choice)")
     p.add_argument("--out", type=Path, default=Path("adapt_digits"), metavar="DIR", help="where the plot goes")
     args = p.parse_args(arguments)
     settings = Settings(steps=args.steps, batch=args.batch, threads=args.threads)

@@ -11,6 +11,7 @@ part of the project. ``python examples/data.py`` fetches all of them.
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import sys
@@ -358,8 +359,11 @@ def is_cached() -> bool:
     return speech.is_cached() and speech.is_cached(folder() / "examples", packages)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Fetches everything, and says what there is."""
+    argparse.ArgumentParser(description="Fetches the data of the examples, and says what there is.").parse_args(
+        arguments
+    )
     try:
         written, spoken, pictures = written_digits(), spoken_digits(copies=1), emoji()
     except (Unavailable, OSError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from data import Unavailable
-from training import Settings, System, gains, options, train_asked
+from training import LEAST, Settings, System, at_least, gains, options, train_asked
 
 FOLDER = Path(__file__).resolve().parent
 # Of the variants, the one that uses most of mmfast's ops; few copies, as the clips are prepared anew in each process.
@@ -64,8 +64,8 @@ def written(page: str, text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("names", nargs="*", metavar="EXAMPLE", help=f"of {', '.join(EXAMPLES)}; default: all")
-    p.add_argument("--steps", type=int, default=10, help="default: 10")
-    p.add_argument("--threads", type=int, default=0, help="of torch; default: its own choice")
+    p.add_argument("--steps", type=at_least(LEAST["steps"]), default=10, help="default: 10")
+    p.add_argument("--threads", type=at_least(LEAST["threads"]), default=0, help="of torch; default: its own choice")
     p.add_argument("--dry-run", action="store_true", help="print only")
     args = p.parse_args(arguments)
     if unknown := set(args.names) - set(EXAMPLES):

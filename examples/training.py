@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 BACKENDS = {"reference": "reference", "auto": "fused"}
+LEAST = {"steps": 1, "batch": 2, "seed": 0, "threads": 0, "copies": 1}  # of settings; one row has no unbiased MMD
 COLOURS = ("#e5731c", "#4c8dc4", "#5aa469", "#9467bd", "#c44c6a", "#8a8f98")
 
 
@@ -296,14 +297,25 @@ def shares(labels: Tensor, found: Tensor, count: int) -> np.ndarray:
     return (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse makes an integer of, and refuses a smaller one."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return integer
+
+
 def options(system: type[System], settings: type[Settings], about: str = "") -> argparse.ArgumentParser:
     """The command line of an example: its settings, its variants, and which backends."""
     name = Path(sys.modules[system.__module__].__file__).stem
     p = argparse.ArgumentParser(description=(about.splitlines() or [""])[0])
     for entry in dataclasses.fields(settings):
-        p.add_argument(
-            f"--{entry.name}", type=type(entry.default), default=entry.default, help=f"default: {entry.default}"
-        )
+        kind = at_least(LEAST[entry.name]) if entry.name in LEAST else type(entry.default)
+        p.add_argument(f"--{entry.name}", type=kind, default=entry.default, help=f"default: {entry.default}")
     if len(system.variants) > 1:
         p.add_argument(f"--{system.option}", nargs="+", choices=system.variants, default=list(system.defaults))
     p.add_argument("--backend", choices=list(BACKENDS), default="auto")

@@ -13,16 +13,28 @@ from mmfast import _backend, extract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0 fine, 1 some files failed, 2 wrong usage, 130 interrupted."""
+    """Runs a command line; returns the exit code.
+
+    0 fine, 1 some files failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")  # names of files and modules need not fit its encoding
     options = _parser().parse_args(argv)
     try:
-        return options.run(options)
+        code = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except extract.UsageError as error:
         print(f"mmfast {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mmfast {options.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as `mmfast info | head -1`; the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import stat
 import sys
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +124,9 @@ def _value(text: str) -> Any:
 def find(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> tuple[list[Clip], list[tuple[str, str]]]:
     """Clips of files and folders (recursively), sorted by name, and what could not be listed, with the reason.
 
-    From a folder come the files with an audio suffix, each named by its path below the folder; a file given by itself
-    is always taken. The features of ``a/b.wav`` go to ``out/a/b.wav.safetensors``.
+    From a folder come the files with an audio suffix, each named by its path below the folder, also those behind links
+    to other folders; a file given by itself is always taken. The features of ``a/b.wav`` go to
+    ``out/a/b.wav.safetensors``.
 
     Raises:
         UsageError: two different inputs would go to one output.
@@ -135,8 +136,8 @@ def find(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> tuple[li
     for path in map(Path, paths):
         if path.is_dir():
             refused = lambda error: failures.append((str(error.filename), error.strerror or str(error)))  # noqa: E731
-            found = [Path(folder, name) for folder, _, names in os.walk(path, onerror=refused) for name in names]
-            pairs = [(f, f.relative_to(path)) for f in found if f.suffix.lower() in AUDIO_SUFFIXES]
+            found = [f for f in _below(path, refused) if f.suffix.lower() in AUDIO_SUFFIXES]
+            pairs = [(f, f.relative_to(path)) for f in found]
         else:
             pairs = [(path, Path(path.name))]
         for source, relative in pairs:
@@ -147,6 +148,23 @@ def find(paths: Iterable[str | os.PathLike], out: str | os.PathLike) -> tuple[li
                     f"{other.source} and {source} would both go to {other.target}; give each its own --out"
                 )
     return [clips[name] for name in sorted(clips)], failures
+
+
+def _below(folder: Path, refused: Callable[[OSError], None], around: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files below a folder; a link to a folder that it stands in leads nowhere new."""
+    real = os.path.realpath(folder)
+    if real in around:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        refused(error)
+        return
+    for path in (folder / name for name in names):
+        if os.path.isdir(path):
+            yield from _below(path, refused, around | {real})
+        else:
+            yield path
 
 
 def share(clips: Sequence[Clip], rank: int, world_size: int) -> list[Clip]:
@@ -295,7 +313,8 @@ class Extraction:
         """Extract ``clips`` except those done; a clip that fails is noted and costs nothing else."""
         from tqdm import tqdm
 
-        bar = {"disable": None, "unit": "clip", "position": position, "dynamic_ncols": True}
+        # None: where stderr is no terminal; it may also be closed.
+        bar = {"disable": None if sys.stderr else True, "unit": "clip", "position": position, "dynamic_ncols": True}
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="mmfast-decode")
         try:
             done = [False] * len(clips) if overwrite else pool.map(self._is_done, clips)
@@ -424,7 +443,7 @@ def main(options) -> int:
         UsageError: before anything is done.
     """
     require_libraries()
-    if options.batch_seconds <= 0:
+    if not options.batch_seconds > 0:  # nor NaN
         raise UsageError(f"--batch-seconds must be positive, got {options.batch_seconds:g}")
     if options.num_workers < 1:
         raise UsageError(f"--num-workers must be at least 1, got {options.num_workers}")
@@ -433,10 +452,12 @@ def main(options) -> int:
         _backend.choose("mel", torch.device("cpu"), options.backend)
     except (ImportError, ValueError) as error:
         raise UsageError(str(error)) from error
+    if _printable(options.out) != options.out:
+        raise UsageError(f"--out must be text in UTF-8, for safetensors opens no other, got {_printable(options.out)}")
     rank, world_size = ranks()
     clips, failures = find(options.paths, options.out)
     if not clips and not failures:
-        raise UsageError(f"no audio files in {', '.join(map(str, options.paths))}")
+        raise UsageError(f"no audio files in {', '.join(map(_printable, options.paths))}")
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

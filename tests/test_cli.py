@@ -285,6 +285,24 @@ def test_names_that_are_not_text(tmp_path, capsys):
     said = capsys.readouterr()
     assert "1 already there" in said.out.splitlines()[-1]
     assert r"\xff.wav: damaged" in said.err
+    # An output folder of such a name: safetensors would not find what is there, and do all of it again each time.
+    assert run(folder, "--features", "mfcc", "--out", tmp_path / os.fsdecode(b"out\xff")) == 2
+    assert r"--out must be text in UTF-8" in capsys.readouterr().err
+    (tmp_path / os.fsdecode(b"empty\xff")).mkdir()
+    assert run(tmp_path / os.fsdecode(b"empty\xff"), "--features", "mfcc", "--out", tmp_path / "out") == 2
+    assert r"empty\xff" in capsys.readouterr().err
+
+
+def test_links_to_folders_are_followed(corpus, tmp_path):
+    put(tmp_path / "elsewhere" / "f.wav", sound(0.4))
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(corpus / "deep")
+    (corpus / "deep" / "er" / "round").symlink_to(tmp_path / "elsewhere")
+    (corpus / "deep" / "top").symlink_to(corpus)
+    clips, failures = command.find([corpus], tmp_path / "out")
+    names = {clip.name for clip in clips}
+    assert failures == [] and names >= {*NAMES, "linked/f.wav", "linked/back/b.flac", "deep/er/round/f.wav"}
+    assert len(names) == len(clips) < 20
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -426,6 +444,7 @@ def test_same_file_twice_is_one(corpus, tmp_path, capsys):
         (["--set", "n_mels=10"], "n_mfcc must be at most n_mels"),
         (["--sample-rate", "-1"], "sample_rate must be positive"),
         (["--batch-seconds", "0"], "--batch-seconds must be positive"),
+        (["--batch-seconds", "nan"], "--batch-seconds must be positive"),
         (["--num-workers", "0"], "--num-workers must be at least 1"),
         (["--backend", "cuda"], "has no mel kernels for tensors on cpu"),
     ],
@@ -537,6 +556,32 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
     assert mmfast.__version__ in said and torch.__version__ in said and "mel" in said
+
+
+def mmfast_command(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "mmfast", *map(str, arguments)], stderr=subprocess.PIPE, **options)
+
+
+def test_output_that_the_encoding_does_not_have(corpus, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = ("extract", corpus / "a.wav", "--features", "mfcc", "--out", tmp_path / "aus\u00dfen")
+    done = mmfast_command(*arguments, env=environment, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"aus\xdfen (0.0 minutes of sound), 0 already there" in done.stdout
+
+
+def test_output_that_nobody_reads():
+    read, write = os.pipe()
+    os.close(read)
+    done = mmfast_command("info", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_extracts_without_a_stderr(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as where it is closed
+    assert run(corpus, "--features", "mfcc", "--out", tmp_path / "out") == 0
+    assert len(outputs(tmp_path / "out")) == 5
 
 
 def test_runs_as_a_module():

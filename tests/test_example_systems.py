@@ -260,6 +260,23 @@ def test_families_of_emoji_stay_together(load, cache):
         assert some.words.shape[0] == len(some.lengths) == len(some.groups) == len(some.names)
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("option", [("--steps", "0"), ("--batch", "1"), ("--seed", "-1"), ("--threads", "-1")])
+def test_settings_that_nothing_can_be_trained_with(load, capsys, name, option):
+    module, training = load(name), load("training")
+    with pytest.raises(SystemExit) as stop:
+        training.options(getattr(module, SYSTEMS[name][0]), module.Settings).parse_args(option)
+    assert stop.value.code == 2 and "must be at least" in capsys.readouterr().err
+
+
+def test_help_fetches_nothing(load, monkeypatch):
+    data = load("data")
+    monkeypatch.setattr(data, "written_digits", lambda: pytest.fail("it went on"))
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--help"])
+    assert stop.value.code == 0
+
+
 @pytest.mark.parametrize(
     "one, other, same",
     [

@@ -70,3 +70,10 @@ def test_command_prints_a_table_and_writes_a_plot(digits, tmp_path, capsys):
         assert len(cells) == 6 and math.isfinite(float(cells[2]))
     picture = (tmp_path / "adapt_digits.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+@pytest.mark.parametrize("option", [("--steps", "0"), ("--batch", "1"), ("--seeds", "0"), ("--threads", "-1")])
+def test_command_refuses_what_makes_no_table(digits, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        digits.main([*option, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "must be at least" in capsys.readouterr().err

@@ -328,6 +328,9 @@ def test_rejects():
         mmfast.swap(model, only="corss")
     with pytest.raises(TypeError, match="skip must be a glob"):
         mmfast.swap(model, skip=3)
+    for tolerance in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="tolerance must be at least 0"):
+            mmfast.swap(model, check=(torch.randn(3, 5, 16), torch.randn(3, 1600)), tolerance=tolerance)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         mmfast.swap([model])
     with pytest.raises(AssertionError, match="embedding dimension"):  # as it was: the inputs are wrong

@@ -97,6 +97,7 @@ def test_command(factory, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["my_factory"], "FACTORY must be package.module:name, got 'my_factory'"),
+        (["../factory:make"], "FACTORY must be package.module:name, got '../factory:make'"),
         (["no_such:make"], "No module named 'no_such'"),
         (["my_factory:maker"], "has no attribute 'maker'"),
         (["my_factory:nothing"], "must return a torch.nn.Module, or a pair of it and inputs, got int"),

@@ -88,7 +88,7 @@ def swap(
 
     Raises:
         TypeError: ``model`` is neither module nor metric, or ``only`` or ``skip`` is none of these.
-        ValueError: a glob that matches nothing.
+        ValueError: a glob that matches nothing, or a tolerance below 0.
 
     Example:
         >>> model = nn.TransformerDecoderLayer(64, 4)
@@ -101,6 +101,8 @@ def swap(
     metrics = tuple(cls for cls in known if not issubclass(cls, nn.Module))
     if not isinstance(model, (nn.Module, *metrics)):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if tolerance is not None and not tolerance >= 0:  # nor NaN
+        raise ValueError(f"tolerance must be at least 0, or None, got {tolerance}")
     found = sites(model, metrics)
     wanted = _wanted(only, skip, found)
     units, rows = _plan(found, known, wanted)

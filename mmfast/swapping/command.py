@@ -63,7 +63,7 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Any]:
 def _made(option: str, name: str) -> Any:
     """What ``module:attribute`` is, or returns."""
     module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if not (module and colon and attribute) or module.startswith("."):
         raise UsageError(f"{option} must be package.module:name, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
