@@ -482,7 +482,7 @@ def _pulled(acc, weight, g, b, b_lo, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constex
 
 
 @triton.jit
-def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
+def narrow(hi, lo, norms, numbers, table, coefs, totals, grads, done,
            rows, n, second, m, row_tiles, col_tiles, split_tiles, strips, long_x, long_y, short_x, items, long, short,
            room, FAMILIES: tl.constexpr, LADDER: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, ALL: tl.constexpr,
            OWN: tl.constexpr, SPLIT: tl.constexpr, KEEP_SPLIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -497,7 +497,8 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
     gradient. Without `ALL` sums are left out whose coefficient is 0.
 
     With `TALL` the short way's tiles are left to csrc/mmd/mmd_pairs.h, where one is that many of these high, and `WIDE`
-    of these wide.
+    of these wide. With `GRAD` too csrc/mmd/mmd_pairs_gradient.h has left its sum and gradient where those of these
+    strips are, as far as ``done`` (b, row_tiles, strips) says; what is found here is added.
     """
     pid = tl.program_id(0) % (row_tiles * strips)
     item = (tl.program_id(0) // (row_tiles * strips)).to(tl.int64)
@@ -532,11 +533,35 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
     norms += item * rows
     numbers += item * room
     table += item * (4 * count)
+    row_whole = _inside(first, ROWS, n, second, m)
+
+    # The short way's tiles: from begin to ``below``, those left of the diagonal, and with `GRAD` from ``above`` to
+    # ``last``, whose pairs the rows of others count.
+    below, above, last = begin, begin, begin
+    if LADDER and count <= MOST_POWERS:
+        short = tl.load(numbers + 1) > 0
+        if TALL and GRAD:
+            short = tl.load(done + (item * row_tiles + row) * strips + strip) > 0
+        if TALL:
+            owner = row // TALL
+            short = short & _inside(owner.to(tl.int64) * (TALL * ROWS), TALL * ROWS, n, second, m)
+            whole_end = tl.where(with_y, split_tiles + m // (WIDE * COLS) * WIDE, n // (WIDE * COLS) * WIDE)
+            left = owner * (TALL * ROWS) // (WIDE * COLS) * WIDE
+        else:
+            short = short & row_whole
+            whole_end = tl.where(with_y, split_tiles + m // COLS, n // COLS)
+            left = diagonal
+        last = tl.where(short, tl.maximum(begin, tl.minimum(end, whole_end)), begin)
+        below = tl.minimum(last, tl.maximum(begin, left))
+        above = tl.minimum(last, tl.maximum(begin, behind))
+    if TALL and GRAD:  # noqa: SIM102
+        if (below == above) & (last > begin) & (last == end):
+            return
+
     i = first + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     columns = tl.arange(0, COLS)
     at = columns[:, None] * WIDTH + d[None, :]
-    row_whole = _inside(first, ROWS, n, second, m)
     factor = tl.load(numbers)
     a_norms = tl.load(norms + i)
     a = tl.load(hi + i[:, None] * WIDTH + d[None, :])
@@ -550,23 +575,6 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
     weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
 
-    # The short way's tiles: from begin to ``below``, those left of the diagonal, and with `GRAD` from ``above`` to
-    # ``last``, whose pairs the rows of others count.
-    below, above, last = begin, begin, begin
-    if LADDER and count <= MOST_POWERS:
-        short = tl.load(numbers + 1) > 0
-        if TALL:
-            owner = row // TALL
-            short = short & _inside(owner.to(tl.int64) * (TALL * ROWS), TALL * ROWS, n, second, m)
-            whole_end = tl.where(with_y, split_tiles + m // (WIDE * COLS) * WIDE, n // (WIDE * COLS) * WIDE)
-            left = owner * (TALL * ROWS) // (WIDE * COLS) * WIDE
-        else:
-            short = short & row_whole
-            whole_end = tl.where(with_y, split_tiles + m // COLS, n // COLS)
-            left = diagonal
-        last = tl.where(short, tl.maximum(begin, tl.minimum(end, whole_end)), begin)
-        below = tl.minimum(last, tl.maximum(begin, left))
-        above = tl.minimum(last, tl.maximum(begin, behind))
     if LADDER and count <= MOST_POWERS and not TALL:
         weights, slopes = (), ()
         raised = a_norms
@@ -636,7 +644,11 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
             acc, weight = _pulled(acc * shrink[:, None], weight * shrink, h * (16384.0 / now)[:, None], b, b_lo, SPLIT,
                                   KEEP_SPLIT, OWN, TYPE, UPCAST)  # fmt: skip
 
-    tl.store(totals + (item * row_tiles + row) * strips + strip, tl.sum(total, 0))
+    found = tl.sum(total, 0)
+    place = (item * row_tiles + row) * strips + strip
+    if TALL and GRAD:
+        found += tl.load(totals + place, mask=short, other=0)
+    tl.store(totals + place, found)
     if GRAD:
         if not DOT:
             own = tl.load(hi + i[:, None] * WIDTH + d[None, :]).to(tl.float32)
@@ -644,8 +656,11 @@ def narrow(hi, lo, norms, numbers, table, coefs, totals, grads,
                 own += tl.load(lo + i[:, None] * WIDTH + d[None, :]).to(tl.float32)
             acc = 2 * (weight[:, None] * own - acc)
         acc = acc * (most * (scalar.to(tl.float32) * tl.load(numbers + 4) / 16384.0))[:, None]
-        to = (strip.to(tl.int64) * items + item) * rows + i
-        tl.store(grads + to[:, None] * WIDTH + d[None, :], acc)
+        to = grads + ((strip.to(tl.int64) * items + item) * rows + i)[:, None] * WIDTH + d[None, :]
+        if TALL:  # noqa: SIM102
+            if short:
+                acc += tl.load(to)
+        tl.store(to, acc)
 
 
 # ---- After them

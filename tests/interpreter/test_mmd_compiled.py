@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from mmfast.mmd import triton_narrow, triton_narrow_launch
 
 TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8"}
+TYPES[torch.int32] = "*i32"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 launches = []
 
