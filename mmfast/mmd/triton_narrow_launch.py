@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast._backend import on_device_of
 from mmfast._launch import key_at, launch
-from mmfast.mmd import triton_narrow, triton_tuning
+from mmfast.mmd import small, triton_narrow, triton_tuning
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.triton_launch import processors
 from mmfast.mmd.triton_points import (
@@ -73,7 +73,7 @@ _used: dict[bool, Sizes] = {}
 _PAIR_ROWS, _PULL_ROWS, _PAIR_COLS, _PAIR_WIDTH = 192, 128, 128, 64  # of csrc/mmd/mmd_pairs.h and mmd_pairs_gradient.h
 _PAIR_LEAST, _PAIR_MOST = 4096, 2**21  # points; their tiles are counted in 32 bits
 _PAIR_SIZES = Sizes(64, 64, 4, 1, None, 4)  # of what is left to `narrow`
-_PULL_SIZES = Sizes(_PULL_ROWS, 64, 8, 1, None, 1)  # and with gradients, though one of the others' programs is alone
+_PULL_SIZES = Sizes(_PULL_ROWS, 64, 8, 3, 128, 1)  # and with gradients, though one of the others' programs is alone
 _pairs_wanted: dict[bool, bool] = {}
 
 
@@ -82,7 +82,7 @@ def use_pairs(values: bool | None, gradients: bool | None = None) -> None:
     as `mmfast tune mmd` has found."""
     _pairs_wanted.clear()
     _pairs_wanted.update((keep, way) for keep, way in ((False, values), (True, gradients)) if way is not None)
-    plan.cache_clear()
+    _forget()
 
 
 @functools.cache
@@ -107,7 +107,13 @@ def use(value: Sizes | None, gradient: Sizes | None) -> None:
     """Takes these sizes in place of the table's, which None takes again: for measurements, with nothing in flight."""
     _used.clear()
     _used.update((keep, sizes) for keep, sizes in ((False, value), (True, gradient)) if sizes is not None)
+    _forget()
+
+
+def _forget() -> None:
+    """Plans, and who had one by a kernel's numbers; a kernel keeps its own."""
     plan.cache_clear()
+    small.forget()
 
 
 def _sizes(width: int, gradient: bool, old: bool) -> Sizes:

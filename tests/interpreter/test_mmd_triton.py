@@ -246,6 +246,8 @@ def test_narrow_beside_pairs(n, m, far, monkeypatch):
     if far:
         y[5] = 2000
     kernel = k.MultiGaussian(bandwidth=100.0)
+    triton_narrow_launch.use_pairs(False)
+    mmd.mmd2(x.float(), y.float(), k.MultiGaussian(bandwidth=100.0), backend=BACKEND)  # whose way is forgotten then
     triton_narrow_launch.use_pairs(True)
     try:
         value = mmd.mmd2(x.float(), y.float(), kernel, backend=BACKEND)
