@@ -35,7 +35,7 @@ constexpr int kPairGroups = 3, kPairRows = 64 * kPairGroups, kPairColumns = 128,
 constexpr int kPairThreads = 128 * kPairGroups, kPairTerms = 8;
 constexpr int kPairCopiers = 256;
 constexpr int kPairHalf = kPairColumns / 2;  // the columns of one product
-constexpr int kFirstNumber = 7;              // of a kernel's terms, see `settle` in triton_narrow.py
+constexpr int kFirstNumber = 7;              // of a kernel's terms, see `settle` in triton_settle.py
 
 struct PairsJob {
     int64_t n, m, second,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast._backend import on_device_of
 from mmfast._launch import key_at, launch
-from mmfast.mmd import small, triton_narrow, triton_tuning
+from mmfast.mmd import small, triton_narrow, triton_settle, triton_tuning
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.triton_launch import processors
 from mmfast.mmd.triton_points import (
@@ -314,17 +314,17 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
 
     to = p.survey
     launch(
-        triton_narrow.survey, to.grid, lambda: (x, y, *of(0, 1), *to.numbers), to.constants, key,
+        triton_settle.survey, to.grid, lambda: (x, y, *of(0, 1), *to.numbers), to.constants, key,
         (at_x, at_y, columns, squares, *to.numbers),
     )  # fmt: skip
     settle = p.settle
     launch(
-        triton_narrow.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 10), *settle.numbers),
+        triton_settle.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 10), *settle.numbers),
         settle.constants, key, (columns, squares, at_given, mean, numbers, table, *settle.numbers),
     )  # fmt: skip
     arrange = p.arrange
     launch(
-        triton_narrow.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
+        triton_settle.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
         key, (at_x, at_y, mean, numbers, hi, lo, norms, *arrange.numbers),
     )  # fmt: skip
     if p.pairs:
