@@ -164,22 +164,56 @@ def test_large_batches_of_few_features(name, estimator):
 
 @pytest.mark.parametrize(("n", "m", "d"), [(4000, 5000, 64), (190, 6000, 33), (9000, 300, 50), (20000, 16384, 64)])
 @pytest.mark.parametrize("kernel", ["dan", "two"])
-def test_values_by_warpgroups(n, m, d, kernel):
-    """The same value as without them, and twice the same bits."""
+@pytest.mark.parametrize("gradient", [False, True])
+def test_pairs_by_warpgroups(n, m, d, kernel, gradient):
+    """The same value as without them, and gradients, and twice the same bits."""
     from mmfast.mmd import triton_narrow_launch
 
     if not triton_narrow_launch.has_pairs(torch.device(DEVICE)):
         pytest.skip("not in this build, or not for this GPU")
-    x, y = (t.float().cuda() for t in cases.samples(n, m, d))
+    x, y = (t.float().cuda().requires_grad_(gradient) for t in cases.samples(n, m, d))
     found = []
     try:
         for way in (True, True, False):
-            triton_narrow_launch.use_pairs(way)
-            found.append(mmd.mmd2(x, y, k.MultiGaussian() if kernel == "dan" else k.MultiGaussian([90.0, 180.0])))
+            triton_narrow_launch.use_pairs(way, way)
+            value = mmd.mmd2(x, y, k.MultiGaussian() if kernel == "dan" else k.MultiGaussian([90.0, 180.0]))
+            found.append((value, *torch.autograd.grad(value, (x, y))) if gradient else (value,))
     finally:
         triton_narrow_launch.use_pairs(None)
-    assert torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[0], found[2], rtol=2e-5, atol=1e-6)
+    for ours, again, expected in zip(*found, strict=True):
+        assert torch.equal(ours, again)
+        if ours.dim():
+            assert (ours - expected).norm() <= 3e-5 * expected.norm()
+        else:
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_gradients_by_warpgroups_in_a_graph():
+    """One more launch than without them, which a graph captures, and replays on other points."""
+    from mmfast.mmd import triton_narrow_launch
+
+    if not triton_narrow_launch.has_pairs(torch.device(DEVICE)):
+        pytest.skip("not in this build, or not for this GPU")
+    x, y = (t.float().cuda().requires_grad_() for t in cases.samples(4000, 5000, 64))
+    kernel = k.MultiGaussian()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(mmd.mmd2(x, y, kernel), (x, y))
+
+    try:
+        triton_narrow_launch.use_pairs(True, True)
+        gradients()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradients()
+        with torch.no_grad():
+            x += y[:4000]
+        graph.replay()
+        for found, expected in zip(captured, gradients(), strict=True):
+            assert torch.equal(found, expected)
+    finally:
+        triton_narrow_launch.use_pairs(None)
 
 
 @pytest.mark.parametrize("d", [5, 40, 2048])

@@ -48,12 +48,14 @@ def test_pairs_are_taken_where_they_were_faster(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     device, name = torch.device("cuda", 0), tuning.key("Some GPU", 100, torch.float16, 2)
     tuning._pairs.cache_clear()
-    assert not tuning.pairs(device)
-    tuning.save_pairs("Some GPU", True)
-    tuning.save({name: tuning.Sizes(64)})
-    assert tuning.pairs(device) and tuning.measured(str(tmp_path / "sizes.json")) == {name: tuning.Sizes(64)}
-    tuning.save_pairs("Some GPU", False)
-    assert not tuning.pairs(device)
+    for gradient in (False, True):
+        assert not tuning.pairs(device, gradient)
+        tuning.save_pairs("Some GPU", gradient, True)
+        tuning.save({name: tuning.Sizes(64)})
+        assert tuning.pairs(device, gradient)
+        assert tuning.measured(str(tmp_path / "sizes.json")) == {name: tuning.Sizes(64)}
+        tuning.save_pairs("Some GPU", gradient, False)
+        assert not tuning.pairs(device, gradient)
     tuning._pairs.cache_clear()
 
 

@@ -425,29 +425,55 @@ std::tuple<Tensor, Tensor> quadratic_few(const Tensor& x, const Tensor& y, const
     return {sums, gradient};
 }
 
-// What mmd_pairs.h computes, on the current device and stream, from the arrays of triton_narrow_launch.py by their
-// addresses, which nobody but that has.
+// What mmd_pairs.h and mmd_pairs_gradient.h compute, on the current device and stream, from the arrays of
+// triton_narrow_launch.py by their addresses, which nobody but that has.
+mmd::PairsJob pairs_job(uintptr_t hi, uintptr_t lo, uintptr_t norms, uintptr_t numbers, uintptr_t table,
+                        uintptr_t coefs, int64_t n, int64_t m, int64_t second, int64_t rows, int room, int terms,
+                        bool all_sums) {
+    TORCH_CHECK_VALUE(terms >= 1 && terms <= mmd::kPairTerms && second % mmd::kPairColumns == 0,
+                      "no kernel for such arguments");
+    return {n,
+            m,
+            second,
+            rows,
+            reinterpret_cast<const uint16_t*>(hi),
+            reinterpret_cast<const uint16_t*>(lo),
+            reinterpret_cast<const float*>(norms),
+            reinterpret_cast<const float*>(numbers),
+            reinterpret_cast<const double*>(table),
+            reinterpret_cast<const double*>(coefs),
+            room,
+            terms,
+            0,
+            all_sums,
+            nullptr};
+}
+
 void pairs(uintptr_t hi, uintptr_t lo, uintptr_t norms, uintptr_t numbers, uintptr_t table, uintptr_t coefs,
            uintptr_t sums, int64_t n, int64_t m, int64_t second, int64_t rows, int room, int terms, int blocks,
            int64_t batch, bool all_sums) {
-    TORCH_CHECK_VALUE(terms >= 1 && terms <= mmd::kPairTerms && second % mmd::kPairRows == 0 && blocks >= 1,
-                      "no kernel for such arguments");
-    const mmd::PairsJob job{n,
-                            m,
-                            second,
-                            rows,
-                            reinterpret_cast<const uint16_t*>(hi),
-                            reinterpret_cast<const uint16_t*>(lo),
-                            reinterpret_cast<const float*>(norms),
-                            reinterpret_cast<const float*>(numbers),
-                            reinterpret_cast<const double*>(table),
-                            reinterpret_cast<const double*>(coefs),
-                            room,
-                            terms,
-                            blocks,
-                            all_sums,
-                            reinterpret_cast<double*>(sums)};
+    mmd::PairsJob job = pairs_job(hi, lo, norms, numbers, table, coefs, n, m, second, rows, room, terms, all_sums);
+    TORCH_CHECK_VALUE(second % mmd::kPairRows == 0 && blocks >= 1, "no kernel for such arguments");
+    job.blocks = blocks;
+    job.sums = reinterpret_cast<double*>(sums);
     mmd::pairs_cuda(job, batch, c10::cuda::getCurrentCUDAStream());
+}
+
+void pairs_gradient(uintptr_t hi, uintptr_t lo, uintptr_t norms, uintptr_t numbers, uintptr_t table, uintptr_t coefs,
+                    uintptr_t totals, uintptr_t gradients, uintptr_t done, int64_t n, int64_t m, int64_t second,
+                    int64_t rows, int room, int terms, int strips, int strips_x, int tiles, int64_t batch,
+                    bool all_sums) {
+    const mmd::PairsGradientJob job{
+        pairs_job(hi, lo, norms, numbers, table, coefs, n, m, second, rows, room, terms, all_sums),
+        batch,
+        int(rows / mmd::kPullRows),
+        strips,
+        strips_x,
+        tiles,
+        reinterpret_cast<double*>(totals),
+        reinterpret_cast<float*>(gradients),
+        reinterpret_cast<int*>(done)};
+    mmd::pairs_gradient_cuda(job, c10::cuda::getCurrentCUDAStream());
 }
 
 #endif
@@ -480,6 +506,7 @@ void bind_mmd(py::module_& m) {
     m.def("mmd_quadratic_few", &quadratic_few, guard);
     m.def("mmd_has_pairs", &mmd::has_pairs);
     m.def("mmd_pairs", &pairs);
+    m.def("mmd_pairs_gradient", &pairs_gradient);
 #endif
 }
 

@@ -35,7 +35,7 @@ constexpr int kPairGroups = 3, kPairRows = 64 * kPairGroups, kPairColumns = 128,
 constexpr int kPairThreads = 128 * kPairGroups, kPairTerms = 8;
 constexpr int kPairCopiers = 256;
 constexpr int kPairHalf = kPairColumns / 2;  // the columns of one product
-constexpr int kFirstNumber = 7;              // of a kernel's terms, see `settle` in triton_narrow.py
+constexpr int kFirstNumber = 7;              // of a kernel's terms, see `settle` in triton_settle.py
 
 struct PairsJob {
     int64_t n, m, second,
@@ -118,6 +118,35 @@ struct PairRegisters {
 
 MMFAST_INLINE int pair_row(int thread) {
     return thread / 32 * 16 + thread % 32 / 4;
+}
+
+// Both parts of the points of a thread's rows, `row` the first.
+template <class Block>
+MMFAST_INLINE void pair_points(const Block& block, const uint16_t* hi, const uint16_t* lo, int64_t row, int thread,
+                               uint32_t (&to)[2][kPairWidth / 16][4]) {
+    MMFAST_UNROLL
+    for (int part = 0; part < 2; ++part) {
+        const uint16_t* points = (part == 0 ? hi : lo) + row * kPairWidth + thread % 4 * 2;
+        MMFAST_UNROLL
+        for (int k = 0; k < kPairWidth / 16; ++k) {
+            MMFAST_UNROLL
+            for (int piece = 0; piece < 4; ++piece)
+                to[part][k][piece] = block.two(points + piece % 2 * 8 * kPairWidth + piece / 2 * 8 + 16 * k);
+        }
+    }
+}
+
+// What a thread brings of a tile's points, pieces that change places alike; `from`: where in all points its first is.
+template <class Block>
+MMFAST_INLINE void pair_copy(const Block& block, const PairsJob& job, int64_t from, int thread, PairStage& to) {
+    constexpr int pieces = kPairWidth / 8, columns = kPairCopiers / pieces;
+    const int column = thread / pieces, at = thread % pieces;
+    const int there = column * kPairWidth + ((at ^ column % 8) * 8);
+    MMFAST_UNROLL
+    for (int c = 0; c < kPairColumns; c += columns) {
+        block.copy(&to.parts[0][there + c * kPairWidth], job.hi + from + c * kPairWidth);
+        block.copy(&to.parts[1][there + c * kPairWidth], job.lo + from + c * kPairWidth);
+    }
 }
 
 template <int Count, class Block>
@@ -218,19 +247,7 @@ private:
         block_.each([&](int thread) MMFAST_LAMBDA {
             PairRegisters& mine = kept[thread];
             const int64_t row = first + pair_row(thread);
-            const int at = thread % 4 * 2;
-            MMFAST_UNROLL
-            for (int part = 0; part < 2; ++part) {
-                const uint16_t* points = (part == 0 ? hi_ : lo_) + row * kPairWidth + at;
-                MMFAST_UNROLL
-                for (int k = 0; k < kPairWidth / 16; ++k) {
-                    MMFAST_UNROLL
-                    for (int piece = 0; piece < 4; ++piece) {
-                        const uint16_t* from = points + piece % 2 * 8 * kPairWidth + piece / 2 * 8 + 16 * k;
-                        mine.points[part][k][piece] = block_.two(from);
-                    }
-                }
-            }
+            pair_points(block_, hi_, lo_, row, thread, mine.points);
             mine.norms[0] = norms_[row];
             mine.norms[1] = norms_[row + 8];
             mine.sum = 0;
@@ -243,17 +260,9 @@ private:
             const int64_t start = tiles_.first_column(ahead_.row, ahead_.place, job_.second);
             PairStage& to = memory_.stages[asked_ % kPairStages];
             block_.each([&](int thread) MMFAST_LAMBDA {
-                // The first two warpgroups bring points, pieces that change places alike; the third has norms.
-                constexpr int pieces = kPairWidth / 8, columns = kPairCopiers / pieces;
+                // The first two warpgroups bring points; the third has norms.
                 if (thread < kPairCopiers) {
-                    const int column = thread / pieces, at = thread % pieces;
-                    const int64_t from = start * kPairWidth + kept[thread].from;
-                    const int there = column * kPairWidth + ((at ^ column % 8) * 8);
-                    MMFAST_UNROLL
-                    for (int c = 0; c < kPairColumns; c += columns) {
-                        block_.copy(&to.parts[0][there + c * kPairWidth], job_.hi + from + c * kPairWidth);
-                        block_.copy(&to.parts[1][there + c * kPairWidth], job_.lo + from + c * kPairWidth);
-                    }
+                    pair_copy(block_, job_, start * kPairWidth + kept[thread].from, thread, to);
                 } else if (thread < kPairCopiers + kPairColumns / 4) {
                     const int at = (thread - kPairCopiers) * 4;
                     block_.copy(&to.norms[at], norms_ + start + at);

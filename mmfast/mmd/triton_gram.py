@@ -29,9 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast._launch import launch
-from mmfast.mmd import triton_narrow, triton_narrow_launch
+from mmfast.mmd import triton_narrow, triton_narrow_launch, triton_settle
 from mmfast.mmd.bandwidth import least_length
-from mmfast.mmd.triton_narrow import _prepared
 from mmfast.mmd.triton_points import (
     BY_DOT,
     BY_PRODUCTS,
@@ -44,6 +43,7 @@ from mmfast.mmd.triton_points import (
     padded,
     triton_type,
 )
+from mmfast.mmd.triton_settle import _prepared
 from mmfast.mmd.triton_sweep import _inside
 from mmfast.mmd.triton_terms import _not_negative, _terms
 
@@ -364,7 +364,7 @@ class _Room:
 class Plan:
     """Of a batch: what is launched and multiplied one after the other, and the memory it takes.
 
-    ``kept`` is what the gradient needs: ``table`` (b, T, 4) first, what `triton_narrow.settle` finds, the sums and the
+    ``kept`` is what the gradient needs: ``table`` (b, T, 4) first, what `triton_settle` finds, the sums and the
     weights of all rows.
     """
 
@@ -387,7 +387,7 @@ class Plan:
         self.rows = self.second + padded(m, _TILE_COLS)
         self.split = self.second // _TILE_COLS
         self.first_strips = triton.cdiv(self.split, _STRIP)
-        self.number_room = padded(triton_narrow.FIRST_NUMBER.value, 16)  # those of terms are for ladders
+        self.number_room = padded(triton_settle.FIRST_NUMBER.value, 16)  # those of terms are for ladders
         self.centred = not kind.raw and not self.dot
         self.scratch, self.kept, self.steps = _Room(), _Room(), []
         self._add_rooms()
@@ -459,17 +459,17 @@ class Plan:
         find, surveyed = counts[3] > 0, (n, m, self.blocks_x, self.blocks, self.each)
         width = {"DIM": d, "WIDTH": self.chunk, "CHUNKS": self.chunks}
         self._launch(
-            triton_narrow.survey, (self.blocks * self.chunks * b,), ("x", "y", "columns", "squares"),
+            triton_settle.survey, (self.blocks * self.chunks * b,), ("x", "y", "columns", "squares"),
             (n, m, *self.strides, self.blocks_x, self.blocks, self.each),
             {"FIND": find, **width, "BLOCK": _BLOCK, "num_warps": 4},
         )  # fmt: skip
         self._launch(
-            triton_narrow.settle_columns, (b * self.chunks,), ("columns", "squares", "mean", "lengths", "tops"),
+            triton_settle.settle_columns, (b * self.chunks,), ("columns", "squares", "mean", "lengths", "tops"),
             (*surveyed, *counts[:3]),
             {"FIND": find, "CENTRED": self.centred, **width, "LANES": _LANES, "num_warps": 8},
         )  # fmt: skip
         self._launch(
-            triton_narrow.settle_numbers, (b,), ("lengths", "tops", "given", "numbers", "table"),
+            triton_settle.settle_numbers, (b,), ("lengths", "tops", "given", "numbers", "table"),
             (self.number_room, counts[3]),
             {
                 "FAMILIES": self.families, "DOT": self.dot, "FIND": find, "LEAST": least_length(torch.float32),
@@ -478,7 +478,7 @@ class Plan:
             },
         )  # fmt: skip
         self._launch(
-            triton_narrow.arrange, (self.rows // _BLOCK * b,),
+            triton_settle.arrange, (self.rows // _BLOCK * b,),
             ("x", "y", "mean", "numbers", "points", "points", "norms"),
             (n, m, *self.strides, self.second, self.rows, self.rows // _BLOCK, self.number_room),
             {

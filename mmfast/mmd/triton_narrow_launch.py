@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfast import _backend
 from mmfast._backend import on_device_of
 from mmfast._launch import key_at, launch
-from mmfast.mmd import triton_narrow, triton_tuning
+from mmfast.mmd import small, triton_narrow, triton_settle, triton_tuning
 from mmfast.mmd.bandwidth import least_length
 from mmfast.mmd.triton_launch import processors
 from mmfast.mmd.triton_points import (
@@ -70,39 +70,50 @@ class Sizes:
 
 
 _used: dict[bool, Sizes] = {}
-_PAIR_ROWS, _PAIR_COLS, _PAIR_WIDTH = 192, 128, 64  # of csrc/mmd/mmd_pairs.h
+_PAIR_ROWS, _PULL_ROWS, _PAIR_COLS, _PAIR_WIDTH = 192, 128, 128, 64  # of csrc/mmd/mmd_pairs.h and mmd_pairs_gradient.h
 _PAIR_LEAST, _PAIR_MOST = 4096, 2**21  # points; their tiles are counted in 32 bits
 _PAIR_SIZES = Sizes(64, 64, 4, 1, None, 4)  # of what is left to `narrow`
-_pairs_wanted: list[bool] = []
+_PULL_SIZES = Sizes(_PULL_ROWS, 64, 8, 3, 128, 1)  # and with gradients, though one of the others' programs is alone
+_pairs_wanted: dict[bool, bool] = {}
 
 
-def use_pairs(wanted: bool | None) -> None:
-    """Leaves tiles of values to csrc/mmd/mmd_pairs.h or keeps them, where None does as `mmfast tune mmd` has found."""
-    _pairs_wanted[:] = [] if wanted is None else [wanted]
-    plan.cache_clear()
+def use_pairs(values: bool | None, gradients: bool | None = None) -> None:
+    """Leaves tiles to csrc/mmd/mmd_pairs.h, and with gradients to mmd_pairs_gradient.h, or keeps them, where None does
+    as `mmfast tune mmd` has found."""
+    _pairs_wanted.clear()
+    _pairs_wanted.update((keep, way) for keep, way in ((False, values), (True, gradients)) if way is not None)
+    _forget()
 
 
 @functools.cache
 def has_pairs(device: torch.device) -> bool:
-    """Whether the extension has that kernel, which no sm_90 but its own can run."""
+    """Whether the extension has these kernels, which no sm_90 but its own can run."""
     return device.type == "cuda" and hasattr(_backend._C, "mmd_pairs") and _backend._C.mmd_has_pairs(device.index or 0)
 
 
-def _leaves_pairs(of: Layout, kind: Format, width: int, terms: int, points: int, device: torch.device) -> bool:
+def _leaves_pairs(
+    of: Layout, kind: Format, width: int, terms: int, points: int, device: torch.device, keep: bool
+) -> bool:
     """Off where nobody has measured: it is on for a GPU on which it has been the faster one, and right."""
     ladder = of.ladders[0] and terms <= triton_narrow.MOST_POWERS.value
     if not ladder or width != _PAIR_WIDTH or kind.type != torch.float16 or kind.parts != 2:
         return False
     if not _PAIR_LEAST <= points <= _PAIR_MOST or not has_pairs(device):
         return False
-    return _pairs_wanted[0] if _pairs_wanted else triton_tuning.pairs(device)
+    return _pairs_wanted[keep] if keep in _pairs_wanted else triton_tuning.pairs(device, keep)
 
 
 def use(value: Sizes | None, gradient: Sizes | None) -> None:
     """Takes these sizes in place of the table's, which None takes again: for measurements, with nothing in flight."""
     _used.clear()
     _used.update((keep, sizes) for keep, sizes in ((False, value), (True, gradient)) if sizes is not None)
+    _forget()
+
+
+def _forget() -> None:
+    """Plans, and who had one by a kernel's numbers; a kernel keeps its own."""
     plan.cache_clear()
+    small.forget()
 
 
 def _sizes(width: int, gradient: bool, old: bool) -> Sizes:
@@ -168,9 +179,11 @@ class Plan:
     kept: int
     second: int
     pairs: tuple[int, ...]  # what csrc/mmd/mmd_pairs.h is told, if it has the tiles of values
+    pulls: tuple[int, ...]  # and mmd_pairs_gradient.h, if it has those with gradients
 
     def scratch(self, room: Tensor) -> list[Tensor]:
-        """``columns``, ``squares``, ``mean``, ``numbers``, ``hi``, ``lo``, ``norms``, ``totals`` and ``pairs``."""
+        """``columns``, ``squares``, ``mean``, ``numbers``, ``hi``, ``lo``, ``norms``, ``totals``, ``pairs`` and
+        ``done``."""
         return [piece(room, dtype, begin, *shape) for dtype, shape, begin in self.pieces]
 
     def of_gradient(self, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,10 +202,12 @@ def plan(
     kind = format_of([dtype], precision)
     dot = of.how[0] == BY_DOT
     width, terms = max(16, triton.next_power_of_2(d)), len(families)
-    by_pairs = not keep and not dot and _leaves_pairs(of, kind, width, terms, n + m, device)
-    sizes = _PAIR_SIZES if by_pairs else _sizes(width, keep, _old(device))
+    leaves = not dot and _leaves_pairs(of, kind, width, terms, n + m, device, keep)
+    by_pairs, by_pulls = leaves and not keep, leaves and keep
+    sizes = (_PULL_SIZES if keep else _PAIR_SIZES) if leaves else _sizes(width, keep, _old(device))
     rows, cols = sizes.rows, sizes.cols
-    side = math.lcm(_PAIR_ROWS, _PAIR_COLS) if by_pairs else max(rows, cols)
+    tall, wide = (_PULL_ROWS if keep else _PAIR_ROWS) // rows, _PAIR_COLS // cols
+    side = math.lcm(tall * rows, wide * cols) if leaves else max(rows, cols)
     options = {"num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers}
     second = padded(n, side)
     every = second + padded(m, side)
@@ -208,6 +223,9 @@ def plan(
     strip = max(1, -(-col_tiles // wanted))
     if by_pairs:  # few tiles are left in a row
         long, short, (long_x, long_y), (short_x, short_y) = col_tiles, 1, (1, 1), (0, 0)
+    elif by_pulls:  # whole tiles, each strip as long
+        long, short, (short_x, short_y) = padded(strip, wide), 1, (0, 0)
+        long_x, long_y = triton.cdiv(split, long), triton.cdiv(col_tiles - split, long)
     else:
         long, short, (long_x, long_y), (short_x, short_y) = _strips((split, col_tiles - split), strip, keep)
     shares = max(1, processors(device) // b) if by_pairs else 0
@@ -225,9 +243,10 @@ def plan(
     shapes = (
         (b, blocks, 4, width), (b, blocks), (b, width), (b, room), (b, every, width),
         (b, every, width) if kind.parts == 2 else (0,), (b, every), (b, row_tiles, strips), (b, shares, 3),
+        (b, row_tiles, strips) if by_pulls else (0,),
     )  # fmt: skip
     pieces, end = [], 0
-    for piece_type, piece_shape in zip((*points, torch.float64, torch.float64), shapes, strict=True):
+    for piece_type, piece_shape in zip((*points, torch.float64, torch.float64, torch.int32), shapes, strict=True):
         pieces.append((piece_type, piece_shape, end))
         size = piece_type.itemsize
         for side in piece_shape:
@@ -261,7 +280,7 @@ def plan(
             {
                 **tile, "GRAD": keep, "ALL": all_sums, "OWN": kind.raw, **parts,
                 "KEEP_SPLIT": kind.kept_parts, "ROWS": rows, "COLS": cols, "WIDTH": width, "UPCAST": INTERPRETED,
-                "TALL": _PAIR_ROWS // rows if by_pairs else 0, "WIDE": _PAIR_COLS // cols if by_pairs else 0, **options,
+                "TALL": tall if leaves else 0, "WIDE": wide if leaves else 0, **options,
             },
         ),
         Launch(
@@ -273,6 +292,7 @@ def plan(
         ),
         tuple(pieces), end, (b, terms, 4), of_table, grads, of_table + size, second,
         (n, m, second, every, room, terms, shares, b, all_sums) if by_pairs else (),
+        (n, m, second, every, room, terms, strips, long_x, long // wide, b, all_sums) if by_pulls else (),
     )  # fmt: skip
 
 
@@ -281,43 +301,46 @@ def forward(p: Plan, x: Tensor, y: Tensor, given: Tensor, coefs: Tensor, value: 
     room = torch.empty(p.end, dtype=torch.uint8, device=x.device)
     kept = torch.empty(p.kept, dtype=torch.uint8, device=x.device)
     begin, table = room.data_ptr(), kept.data_ptr()
-    columns, squares, mean, numbers, hi, lo, norms, totals, pairs = (begin + at for _, _, at in p.pieces)
+    columns, squares, mean, numbers, hi, lo, norms, totals, pairs, done = (begin + at for _, _, at in p.pieces)
     at_x, at_y, at_given, at_coefs = x.data_ptr(), y.data_ptr(), given.data_ptr(), coefs.data_ptr()
     key = key_at(p, at_x, at_y, at_given, at_coefs)
     views = []
 
     def of(*names: int) -> list[Tensor]:
-        """Tensors, where somebody looks at them; from 9 on what is kept."""
+        """Tensors, where somebody looks at them; from 10 on what is kept."""
         if not views:
             views.extend((*p.scratch(room), *p.of_gradient(kept)))
         return [views[name] for name in names]
 
     to = p.survey
     launch(
-        triton_narrow.survey, to.grid, lambda: (x, y, *of(0, 1), *to.numbers), to.constants, key,
+        triton_settle.survey, to.grid, lambda: (x, y, *of(0, 1), *to.numbers), to.constants, key,
         (at_x, at_y, columns, squares, *to.numbers),
     )  # fmt: skip
     settle = p.settle
     launch(
-        triton_narrow.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 9), *settle.numbers),
+        triton_settle.settle, settle.grid, lambda: (*of(0, 1), given, *of(2, 3, 10), *settle.numbers),
         settle.constants, key, (columns, squares, at_given, mean, numbers, table, *settle.numbers),
     )  # fmt: skip
     arrange = p.arrange
     launch(
-        triton_narrow.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
+        triton_settle.arrange, arrange.grid, lambda: (x, y, *of(2, 3, 4, 5, 6), *arrange.numbers), arrange.constants,
         key, (at_x, at_y, mean, numbers, hi, lo, norms, *arrange.numbers),
     )  # fmt: skip
     if p.pairs:
         _backend._C.mmd_pairs(hi, lo, norms, numbers, table, at_coefs, pairs, *p.pairs)
+    if p.pulls:
+        addresses = hi, lo, norms, numbers, table, at_coefs, totals, table + p.grads, done
+        _backend._C.mmd_pairs_gradient(*addresses, *p.pulls)
     narrow = p.narrow
     launch(
-        triton_narrow.narrow, narrow.grid, lambda: (*of(4, 5, 6, 3, 9), coefs, *of(7, 10), *narrow.numbers),
+        triton_narrow.narrow, narrow.grid, lambda: (*of(4, 5, 6, 3, 10), coefs, *of(7, 11, 9), *narrow.numbers),
         narrow.constants, key,
-        (hi, lo, norms, numbers, table, at_coefs, totals, table + p.grads, *narrow.numbers),
+        (hi, lo, norms, numbers, table, at_coefs, totals, table + p.grads, done, *narrow.numbers),
     )  # fmt: skip
     combine = p.combine
     launch(
-        triton_narrow.combine, combine.grid, lambda: (*of(7, 8), coefs, *of(9), sums, value, *combine.numbers),
+        triton_narrow.combine, combine.grid, lambda: (*of(7, 8), coefs, *of(10), sums, value, *combine.numbers),
         combine.constants, (key, value.dtype),
         (totals, pairs, at_coefs, table, sums.data_ptr(), value.data_ptr(), *combine.numbers),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_PAIRS = "/pairs"
+_PAIRS = {False: "/pairs", True: "/pairs with gradients"}
 WIDTHS = (64, 256, 1024)  # a choice holds up to such a number of features, the last one beyond too
 
 
@@ -90,19 +90,21 @@ def _read(path: str) -> dict[str, dict]:
 def measured(path: str) -> dict[str, Sizes]:
     """What the cache file holds of sizes; nothing where it was written by another version."""
     try:
-        return {name: Sizes(**sizes) for name, sizes in _read(path).items() if not name.endswith(_PAIRS)}
+        others = tuple(_PAIRS.values())
+        return {name: Sizes(**sizes) for name, sizes in _read(path).items() if not name.endswith(others)}
     except TypeError:
         return {}
 
 
 @functools.cache
-def _pairs(device: torch.device, path: str) -> bool:
-    return _read(path).get(torch.cuda.get_device_name(device) + _PAIRS, {}).get("faster") is True
+def _pairs(device: torch.device, gradient: bool, path: str) -> bool:
+    return _read(path).get(torch.cuda.get_device_name(device) + _PAIRS[gradient], {}).get("faster") is True
 
 
-def pairs(device: torch.device) -> bool:
-    """Whether csrc/mmd/mmd_pairs.h was measured to be faster on such a GPU, with the same results."""
-    return _pairs(device, str(cache_file()))
+def pairs(device: torch.device, gradient: bool) -> bool:
+    """Whether csrc/mmd/mmd_pairs.h, or mmd_pairs_gradient.h, was measured to be faster on such a GPU, with the same
+    results."""
+    return _pairs(device, gradient, str(cache_file()))
 
 
 def save(found: dict[str, Sizes]) -> Path:
@@ -110,9 +112,9 @@ def save(found: dict[str, Sizes]) -> Path:
     return _add({name: asdict(sizes) for name, sizes in found.items()})
 
 
-def save_pairs(device_name: str, faster: bool) -> Path:
+def save_pairs(device_name: str, gradient: bool, faster: bool) -> Path:
     """Adds what `pairs` says from now on."""
-    return _add({device_name + _PAIRS: {"faster": faster}})
+    return _add({device_name + _PAIRS[gradient]: {"faster": faster}})
 
 
 def _add(found: dict[str, dict]) -> Path:

@@ -65,34 +65,42 @@ def tune(quick: bool = False, say=print) -> str:
             found[key] = best
             before = f"{times[default]:.3f} ms" if default in times else "does not run"
             say(f"{key}: {times[best]:.3f} ms, the table's choice {before}; {best}")
-    _try_pairs(device, name, triton, say)
+    for gradient in (False, True):
+        _try_pairs(device, name, gradient, triton, say)
     return str(triton_tuning.save(found))
 
 
-def _try_pairs(device: torch.device, name: str, triton, say) -> None:
-    """Values of 64 features by csrc/mmd/mmd_pairs.h and without it, where the extension has it."""
+def _try_pairs(device: torch.device, name: str, gradient: bool, triton, say) -> None:
+    """Values of 64 features, or those and gradients, by warpgroups and without them, where the extension has them."""
     from mmfast import kernels
     from mmfast.mmd import mmd2, triton_narrow_launch
 
     if not triton_narrow_launch.has_pairs(device):
         return
-    x, y = torch.randn(16384, 64, device=device), torch.randn(16384, 64, device=device) + 0.1
-    values, times = {}, {}
+    x = torch.randn(16384, 64, device=device, requires_grad=gradient)
+    y = (torch.randn(16384, 64, device=device) + 0.1).requires_grad_(gradient)
+
+    def step(kernel) -> tuple[torch.Tensor, ...]:
+        value = mmd2(x, y, kernel, backend="triton")
+        return (value, *torch.autograd.grad(value, (x, y))) if gradient else (value,)
+
+    found, times = {}, {}
     try:
         for way in (False, True):
-            triton_narrow_launch.use_pairs(way)
+            triton_narrow_launch.use_pairs(way, way)
             kernel = kernels.MultiGaussian(bandwidth="dan")  # a kernel remembers how it was computed
-            values[way] = mmd2(x, y, kernel, backend="triton").item()
+            found[way] = step(kernel)
             times[way] = triton.testing.do_bench(
-                lambda kernel=kernel: mmd2(x, y, kernel, backend="triton"), warmup=10, rep=50, return_mode="median"
+                lambda kernel=kernel: step(kernel), warmup=10, rep=50, return_mode="median"
             )
     finally:
         triton_narrow_launch.use_pairs(None)
-    same = abs(values[True] - values[False]) <= 1e-4 * abs(values[False])
-    triton_tuning.save_pairs(name, same and times[True] < times[False])
+    off = [float((a - b).norm() / b.norm()) for a, b in zip(found[True], found[False], strict=True)]
+    same = all(o <= 1e-4 for o in off)
+    triton_tuning.save_pairs(name, gradient, same and times[True] < times[False])
     say(
-        f"{name}, values of 64 features: {times[False]:.3f} ms, by warpgroups {times[True]:.3f} ms"
-        + ("" if same else f"; not used, for it gives {values[True]} where {values[False]} is right")
+        f"{name}, values {'and gradients ' if gradient else ''}of 64 features: {times[False]:.3f} ms, by warpgroups "
+        f"{times[True]:.3f} ms" + ("" if same else f"; not used, for it is off by {off} of what is right")
     )
 
 

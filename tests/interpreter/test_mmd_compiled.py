@@ -12,9 +12,10 @@ import json, pathlib, re, subprocess, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmfast.mmd import triton_narrow, triton_narrow_launch
+from mmfast.mmd import triton_narrow, triton_narrow_launch, triton_settle
 
 TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8"}
+TYPES[torch.int32] = "*i32"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 launches = []
 
@@ -27,8 +28,9 @@ class Launch:  # in place of a kernel: keeps what it is launched with
         return lambda *args, **named: launches.append((self.kernel, args, named))
 
 
-for name in ("survey", "settle", "arrange", "narrow", "combine", "finish"):
-    setattr(triton_narrow, name, Launch(getattr(triton_narrow, name)))
+for module, names in ((triton_settle, "survey settle arrange"), (triton_narrow, "narrow combine finish")):
+    for name in names.split():
+        setattr(module, name, Launch(getattr(module, name)))
 
 
 def compiled(kernel, args, named):

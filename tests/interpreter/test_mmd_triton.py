@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 
 import mmd_device as cases
@@ -213,14 +214,15 @@ def _tiles_of_pairs(n: int, m: int, second: int):
         yield rows, slice(0, n // 128 * 128), 2
 
 
+def _at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
+
+
 def _pairs(calls, hi, lo, norms, numbers, table, coefs, sums, n, m, second, rows, room, terms, blocks, batch, all_sums):
     """In place of the kernel of CUDA C++: the same sums, of an item's first share."""
     assert (batch, all_sums) == (1, False)
-
-    def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
-
+    at = _at
     points = at(hi, torch.float16, rows, 64).double() + at(lo, torch.float16, rows, 64).double()
     norms, numbers = at(norms, torch.float32, rows).double(), at(numbers, torch.float32, room)
     found = at(sums, torch.float64, blocks, 3).zero_()
@@ -244,6 +246,8 @@ def test_narrow_beside_pairs(n, m, far, monkeypatch):
     if far:
         y[5] = 2000
     kernel = k.MultiGaussian(bandwidth=100.0)
+    triton_narrow_launch.use_pairs(False)
+    mmd.mmd2(x.float(), y.float(), k.MultiGaussian(bandwidth=100.0), backend=BACKEND)  # whose way is forgotten then
     triton_narrow_launch.use_pairs(True)
     try:
         value = mmd.mmd2(x.float(), y.float(), kernel, backend=BACKEND)
@@ -252,6 +256,63 @@ def test_narrow_beside_pairs(n, m, far, monkeypatch):
     assert len(calls) == 1 and (calls[0] > 0) is not far
     expected = mmd.mmd2(x, y, kernel, backend="reference")
     torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def _pulls(calls, hi, lo, norms, numbers, table, coefs, totals, grads, done, n, m, second, rows, room, terms, strips,
+           strips_x, tiles, batch, all_sums):  # fmt: skip
+    """In place of that with gradients: whole tiles of 128 × 128 but the diagonal's, of blocks that are whole; what it
+    does not do it leaves as it is. Every third block is left as if its weights were too small."""
+    assert (batch, all_sums, rows % 128) == (1, False, 0)
+    row_tiles, split = rows // 128, second // 128
+    points = _at(hi, torch.float16, rows, 64).double() + _at(lo, torch.float16, rows, 64).double()
+    norms, numbers = _at(norms, torch.float32, rows).double(), _at(numbers, torch.float32, room).double()
+    weights, coefs = _at(table, torch.float64, terms, 4), _at(coefs, torch.float64, 3)
+    totals, done = _at(totals, torch.float64, row_tiles, strips), _at(done, torch.int32, row_tiles, strips).zero_()
+    grads = _at(grads, torch.float32, strips, rows, 64)
+    slopes, parts = numbers[7 + terms : 7 + 2 * terms], numbers[7 + 3 * terms : 7 + 4 * terms]
+    for row, strip in itertools.product(range(row_tiles), range(strips)):
+        of_y, with_y = row >= split, strip >= strips_x
+        begin = split + (strip - strips_x) * tiles if with_y else strip * tiles
+        end = min(begin + tiles, split + m // 128 if with_y else n // 128)
+        columns = [t for t in range(begin, end) if t != row]
+        whole = (row + 1) * 128 <= (second + m if of_y else n)
+        scalar = coefs[2] if of_y != with_y else 2 * coefs[int(of_y)]
+        if not (numbers[1] > 0 and whole and columns and scalar != 0) or (row + strip) % 3 == 2:
+            continue
+        i = slice(row * 128, (row + 1) * 128)
+        done[row, strip], total, found = 1, 0, torch.zeros(128, 64, dtype=torch.float64)
+        for t in columns:
+            j = slice(t * 128, (t + 1) * 128)
+            u = (points[i] @ points[j].T * numbers[0] + norms[i, None] + norms[None, j] + numbers[6]).exp2()
+            powers = [u**2 ** (terms - 1 - t) for t in range(terms)]
+            g = sum(s * p for s, p in zip(slopes.tolist(), powers, strict=True))
+            found += g.sum(1, keepdim=True) * points[i] - g @ points[j]
+            if t < row:
+                total += sum(w * p.sum() for w, p in zip(parts.tolist(), powers, strict=True))
+        totals[row, strip] = total * weights[0, 0]
+        grads[strip, i] = (2 * numbers[5] * scalar * numbers[4] * found).float()
+    calls.append(int(done.sum()))
+
+
+@pytest.mark.parametrize(("n", "m", "far"), [(390, 330, False), (130, 300, False), (256, 70, True)])
+def test_narrow_beside_gradients_of_pairs(n, m, far, monkeypatch):
+    """Between the two each pair is seen from both sides; what is not done there is all done here."""
+    calls = []
+    monkeypatch.setattr(triton_narrow_launch, "has_pairs", lambda device: True)
+    monkeypatch.setattr(triton_narrow_launch, "_PAIR_LEAST", 0)
+    extension = triton_narrow_launch._backend._C
+    monkeypatch.setattr(extension, "mmd_pairs_gradient", functools.partial(_pulls, calls), raising=False)
+    x, y = cases.samples(n, m, 50)
+    if far:
+        y[5] = 2000
+    kernel = k.MultiGaussian(bandwidth=100.0)
+    function = cases.with_gradients(lambda b, x, y: mmd.mmd2(x, y, kernel, backend=b))
+    triton_narrow_launch.use_pairs(None, True)
+    try:
+        cases.compare(function, (x, y), BACKEND, DEVICE, floor=1e-5)
+    finally:
+        triton_narrow_launch.use_pairs(None)
+    assert len(calls) == 1 and (calls[0] > 0) is not far
 
 
 @pytest.mark.parametrize("gradient", [False, True])

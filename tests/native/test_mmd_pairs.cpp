@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "check.h"
-#include "common/scalar_types.h"
 #include "mmd/mmd_pairs.h"
+#include "warpgroups.h"
 
 using namespace mmfast;
 using namespace mmfast::mmd;
@@ -62,34 +62,15 @@ struct HostBlock {
             for (int group = 0; group < kPairGroups; ++group) multiply(kept, products.front(), group);
     }
 
-    static float value(uint32_t bits) {
-        Float16 x;
-        const uint16_t half = uint16_t(bits);
-        std::memcpy(&x, &half, 2);
-        return float(x);
-    }
-    // A warpgroup's product, its operands and result where the tensor cores have them.
     static void multiply(Kept<PairRegisters>& kept, const Product& p, int group) {
         static float a[2][64][kPairWidth], b[2][kPairHalf][kPairWidth];
-        for (int t = 0; t < 128; ++t)
-            for (int part = 0; part < 2; ++part)
-                for (int k = 0; k < kPairWidth / 16; ++k)
-                    for (int piece = 0; piece < 4; ++piece)
-                        for (int e = 0; e < 2; ++e) {
-                            const int row = t / 32 * 16 + t % 32 / 4 + piece % 2 * 8;
-                            const int at = 16 * k + t % 4 * 2 + e + piece / 2 * 8;
-                            a[part][row][at] = value(kept[group * 128 + t].points[part][k][piece] >> 16 * e);
-                        }
-        for (int part = 0; part < 2; ++part)
-            for (int column = 0; column < kPairHalf; ++column)
-                for (int at = 0; at < kPairWidth; ++at) {
-                    size_t byte = size_t(column) * 128 + size_t(at) * 2;
-                    byte ^= (byte >> 7 & 7) << 4;
-                    b[part][column][at] = value((part == 0 ? p.hi : p.lo)[byte / 2]);
-                }
+        for (int part = 0; part < 2; ++part) {
+            for (int t = 0; t < 128; ++t) test::left(kept[group * 128 + t].points[part], t, a[part]);
+            test::right(part == 0 ? p.hi : p.lo, kPairHalf, b[part]);
+        }
         for (int t = 0; t < 128; ++t)
             for (int i = 0; i < kPairHalf / 2; ++i) {
-                const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+                const int row = test::row_of(t, i), column = test::column_of(t, i);
                 float sum = 0;
                 for (const auto& [left, right] : {std::pair{0, 0}, {0, 1}, {1, 0}})
                     for (int k = 0; k < kPairWidth; ++k) sum += a[left][row][k] * b[right][column][k];
@@ -143,7 +124,7 @@ void run(const Case& c, test::Random& random) {
         std::vector<double> points(rows * kPairWidth);
         for (size_t k = 0; k < points.size(); ++k) {
             const size_t at = item * points.size() + k;
-            points[k] = double(HostBlock::value(hi[at])) + double(HostBlock::value(lo[at]));
+            points[k] = double(test::half(hi[at])) + double(test::half(lo[at]));
         }
         const auto pair = [&](int64_t i, int64_t j) {
             double z = 0;
