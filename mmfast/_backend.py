@@ -276,6 +276,14 @@ def kept(maxsize: int):
     return decorate
 
 
+def plain(value):
+    """A number that torch.compile holds as a symbol (``dynamic=True``, or after a second value) as that number: a set
+    hashes what it takes. For what decides what is computed and is no operand."""
+    if isinstance(value, (int, float)):
+        (value,) = {value}
+    return value
+
+
 _BY_FORMULA = "torch.func and forward mode differentiate operator by operator"
 _Transform = torch._C._functorch.TransformType
 

@@ -9,6 +9,7 @@ import pytest
 import scipy.fft
 import scipy.signal
 import torch
+from numerics import assert_compiles_with_symbols
 
 from mmfast.compat import librosa as ours
 
@@ -305,3 +306,8 @@ def test_short_tensors_reflect_with_gradients(window):
 def test_rejects(function, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(ours, function)(**options)
+
+
+@pytest.mark.parametrize("name", ["melspectrogram", "mfcc"])
+def test_compile_with_numbers_as_symbols(name):
+    assert_compiles_with_symbols(lambda y: getattr(ours, name)(y=y, n_fft=256), torch.randn(3000))
