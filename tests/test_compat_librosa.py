@@ -298,6 +298,7 @@ def test_short_tensors_reflect_with_gradients(window):
         ("melspectrogram", {"y": "speech.wav"}, "y must be"),
         ("mfcc", {"y": signal(4000), "lifter": -1}, "lifter"),
         ("mfcc", {"y": signal(4000), "top_db_scope": "row"}, "top_db_scope"),
+        ("mfcc", {"S": signal(40, 9), "norm": "slaney"}, "norm must be 'ortho' or None, got 'slaney'"),
         ("power_to_db", {"S": signal(5), "amin": 0}, "amin"),
         ("power_to_db", {"S": signal(5), "top_db": -1}, "top_db"),
         ("power_to_db", {"S": signal(5), "top_db_scope": "row"}, "top_db_scope"),

@@ -280,6 +280,8 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
 @_backend.kept(maxsize=64)
 def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     """DCT matrix ``(n_mels, n_mfcc)`` with the lifter in it."""
+    if norm not in ("ortho", None):
+        raise ValueError(f"norm must be 'ortho' or None, got {norm!r}")
     if dct_type == 2:
         matrix = tables.dct_matrix(n_mfcc, n_mels, norm, torch.float64)
     else:
