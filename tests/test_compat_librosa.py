@@ -312,3 +312,16 @@ def test_rejects(function, options, message):
 @pytest.mark.parametrize("name", ["melspectrogram", "mfcc"])
 def test_compile_with_numbers_as_symbols(name):
     assert_compiles_with_symbols(lambda y: getattr(ours, name)(y=y, n_fft=256), torch.randn(3000))
+
+
+def test_compile_of_a_short_reflected_signal():
+    assert_compiles_with_symbols(lambda y: ours.mfcc(y=y, n_fft=512, pad_mode="reflect"), torch.randn(100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["melspectrogram", "mfcc"])
+def test_given_spectrograms_are_multiplied_in_float32(name, dtype):
+    S = torch.rand(129, 7).to(dtype)
+    expected = getattr(ours, name)(S=S.double()).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(getattr(ours, name)(S=S), expected)
