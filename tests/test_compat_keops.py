@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_compiles_with_symbols
@@ -278,3 +279,11 @@ def test_compile_fullgraph():
         return (-((Vi(x) - Vj(y)) ** 2).sum(-1) / 2).exp().sum(1)
 
     assert_compiles_with_symbols(smoothed, torch.randn(6, 3), torch.randn(5, 3))
+
+
+def test_numbers_of_numpy():
+    x, y = points(7, 5)
+    square = ((Vi(x) - Vj(y)) ** 2).sum(-1)
+    b = torch.randn(5, 2, dtype=torch.float64)
+    for number in (np.float32(2), np.int64(2)):
+        assert torch.equal((-square / number).exp() @ b, (-square / 2.0).exp() @ b)
