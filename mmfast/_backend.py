@@ -258,6 +258,23 @@ def apart():
         yield
 
 
+def moved(owner: object, name: str, device: torch.device) -> torch.Tensor:
+    """The tensor ``owner.name`` on ``device``, and left there for later calls, unless it is a tracer's or a
+    transform's, which no later call could use."""
+    t = getattr(owner, name)
+    if t.device == device:
+        return t
+    if torch.compiler.is_dynamo_compiling():
+        t = t.to(device)
+    elif device.type == "meta" or not keeps():
+        return t.to(device)
+    else:
+        with apart():
+            t = t.to(device)
+    setattr(owner, name, t)
+    return t
+
+
 def kept(maxsize: int):
     """`functools.lru_cache` for functions that make tensors."""
 
@@ -274,6 +291,14 @@ def kept(maxsize: int):
         return get
 
     return decorate
+
+
+def plain(value):
+    """A number that torch.compile holds as a symbol (``dynamic=True``, or after a second value) as that number: a set
+    hashes what it takes. For what decides what is computed and is no operand."""
+    if isinstance(value, (int, float)):
+        (value,) = {value}
+    return value
 
 
 _BY_FORMULA = "torch.func and forward mode differentiate operator by operator"

@@ -84,3 +84,10 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def assert_compiles_with_symbols(function, *inputs) -> None:
+    """One graph, in which sizes are symbols and so are numbers that were read somewhere, as from a module."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))

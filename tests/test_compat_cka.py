@@ -98,6 +98,7 @@ def test_hsic_of_grams():
     assert ours.hsic_unbiased(*matrices).item() == pytest.approx(hsic(k, m, True), rel=1e-10)
     both = ours.hsic1(torch.stack(matrices), torch.stack(matrices[::-1]))
     assert both.tolist() == pytest.approx([hsic(k, m, True), hsic(m, k, True)], rel=1e-10)
+    torch.testing.assert_close(torch.func.vmap(ours.hsic0)(*(m[None] for m in matrices)), ours.hsic0(*matrices)[None])
     # The unbiased one is defined for matrices that are not symmetric too.
     a, b = torch.randn(6, 6).double(), torch.randn(6, 6).double()
     assert ours.hsic_unbiased(a, b).item() == pytest.approx(hsic(a.tolist(), b.tolist(), True), rel=1e-10)

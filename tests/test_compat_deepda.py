@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from pairwise import assert_same, biased, gaussian_ladder, samples
 
 from mmfast.compat.deepda import LMMDLoss, MMD_loss, MMDLoss
@@ -78,3 +79,8 @@ def test_rejects():
         LMMDLoss(3, "linear")(x, x, torch.zeros(4, dtype=torch.int64), x.softmax(1))
     with pytest.raises(ValueError, match="classes_y must be"):
         LMMDLoss(5)(x, x, torch.zeros(4, dtype=torch.int64), x.softmax(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"fix_sigma": 3.0}])
+def test_compile_with_numbers_as_symbols(options):
+    assert_compiles_with_symbols(MMDLoss(**options), torch.randn(6, 3), torch.randn(5, 3))

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from pairwise import assert_same, biased, matrix, samples
 
 from mmfast import kernels
@@ -124,6 +125,20 @@ def test_coincident_points_are_finite():
     assert loss == 0 and x.grad.count_nonzero() == 0
 
 
+def test_six_arguments_without_labels():
+    a, x, b, y = measures(5, 4)
+    criterion = SamplesLoss("gaussian", backend="tensorized")
+    assert criterion(None, a, x, None, b, y) == criterion(a, x, b, y)
+
+
+@pytest.mark.parametrize("loss,blur", LOSSES)
+def test_potentials_of_an_empty_measure(loss, blur):
+    _, x, _, y = measures(5, 4)
+    f, g = SamplesLoss(loss, blur=blur, potentials=True)(x[:0], y)
+    assert f.shape == (0,)
+    torch.testing.assert_close(g, gram(y, y[:0], loss, blur).mean(1))
+
+
 def test_rejects():
     a, x, b, y = measures(5, 4)
     for name in ("sinkhorn", "hausdorff"):
@@ -139,8 +154,17 @@ def test_rejects():
     with pytest.raises(ValueError, match="got 3 arguments"):
         criterion(a, x, y)
     with pytest.raises(ValueError, match="labels are for"):
-        criterion(None, a, x, None, b, y)
+        criterion(torch.zeros(5), a, x, None, b, y)
+    with pytest.raises(ValueError, match=r"blur must be positive and finite, got 0\.0"):
+        SamplesLoss("laplacian", blur=0.0)(x, y)
     with pytest.raises(ValueError, match=r"b must be a tensor \(4,\) or \(4, 1\), got \(5,\)"):
         criterion(a, x, a, y)
     with pytest.raises(ValueError, match="same number of features"):
         criterion(x, y[:, :2])
+
+
+@pytest.mark.parametrize("potentials", [False, True])
+@pytest.mark.parametrize("loss,blur", LOSSES)
+def test_compile_with_numbers_as_symbols(loss, blur, potentials):
+    criterion = SamplesLoss(loss, blur=blur, potentials=potentials)
+    assert_compiles_with_symbols(criterion, torch.randn(6, 3), torch.randn(5, 3))

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 
 from mmfast.compat.torchaudio.compliance import kaldi as ours
 
@@ -328,3 +329,9 @@ def test_configurations_are_built_once():
     for _ in range(3):
         ours.fbank(x, num_mel_bins=30)
     assert ours._fbank_config.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("name", ["spectrogram", "fbank", "mfcc"])
+def test_compile_with_numbers_as_symbols(name):
+    rate = {"sample_frequency": 8000.0}
+    assert_compiles_with_symbols(lambda x: getattr(ours, name)(x, **rate), clips((2, 900), dtype=torch.float32))

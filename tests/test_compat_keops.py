@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from pairwise import assert_same
 
 from mmfast.compat import keops
@@ -270,3 +272,18 @@ def test_drop_in(name):
     assert ours.shape == expected.shape and ours.dim() == expected.dim()
     torch.testing.assert_close(ours @ b, expected @ b, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close((ours * Vj(b)).sum(axis=1), expected @ b, rtol=1e-9, atol=1e-12)
+
+
+def test_compile_fullgraph():
+    def smoothed(x, y):
+        return (-((Vi(x) - Vj(y)) ** 2).sum(-1) / 2).exp().sum(1)
+
+    assert_compiles_with_symbols(smoothed, torch.randn(6, 3), torch.randn(5, 3))
+
+
+def test_numbers_of_numpy():
+    x, y = points(7, 5)
+    square = ((Vi(x) - Vj(y)) ** 2).sum(-1)
+    b = torch.randn(5, 2, dtype=torch.float64)
+    for number in (np.float32(2), np.int64(2)):
+        assert torch.equal((-square / number).exp() @ b, (-square / 2.0).exp() @ b)

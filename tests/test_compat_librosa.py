@@ -9,6 +9,7 @@ import pytest
 import scipy.fft
 import scipy.signal
 import torch
+from numerics import assert_compiles_with_symbols
 
 from mmfast.compat import librosa as ours
 
@@ -297,6 +298,7 @@ def test_short_tensors_reflect_with_gradients(window):
         ("melspectrogram", {"y": "speech.wav"}, "y must be"),
         ("mfcc", {"y": signal(4000), "lifter": -1}, "lifter"),
         ("mfcc", {"y": signal(4000), "top_db_scope": "row"}, "top_db_scope"),
+        ("mfcc", {"S": signal(40, 9), "norm": "slaney"}, "norm must be 'ortho' or None, got 'slaney'"),
         ("power_to_db", {"S": signal(5), "amin": 0}, "amin"),
         ("power_to_db", {"S": signal(5), "top_db": -1}, "top_db"),
         ("power_to_db", {"S": signal(5), "top_db_scope": "row"}, "top_db_scope"),
@@ -305,3 +307,21 @@ def test_short_tensors_reflect_with_gradients(window):
 def test_rejects(function, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(ours, function)(**options)
+
+
+@pytest.mark.parametrize("name", ["melspectrogram", "mfcc"])
+def test_compile_with_numbers_as_symbols(name):
+    assert_compiles_with_symbols(lambda y: getattr(ours, name)(y=y, n_fft=256), torch.randn(3000))
+
+
+def test_compile_of_a_short_reflected_signal():
+    assert_compiles_with_symbols(lambda y: ours.mfcc(y=y, n_fft=512, pad_mode="reflect"), torch.randn(100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["melspectrogram", "mfcc"])
+def test_given_spectrograms_are_multiplied_in_float32(name, dtype):
+    S = torch.rand(129, 7).to(dtype)
+    expected = getattr(ours, name)(S=S.double()).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(getattr(ours, name)(S=S), expected)

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 
 from mmfast.compat.nemo import FilterbankFeatures
 
@@ -297,3 +298,7 @@ def test_parakeet(feature_size):
     features, frames = module(x, seq_len)
     assert torch.equal(frames, theirs.attention_mask.sum(1))
     torch.testing.assert_close(features.transpose(1, 2), theirs.input_features, rtol=1e-4, atol=2e-4)
+
+
+def test_compile_with_numbers_as_symbols():
+    assert_compiles_with_symbols(FilterbankFeatures(**SMALL).eval(), *batch((800, 500)))

@@ -96,6 +96,14 @@ def test_copies_are_independent():
     assert "mmd_type=linear, kernel_scales=tensor([1., 2.])" in repr(loss)
 
 
+def test_scales_survive_a_call_on_meta():
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    loss = ours.MMDLoss(torch.tensor([1.0, 2.0]))
+    expected = loss(x, y)
+    loss(x.to("meta"), y.to("meta"))
+    assert torch.equal(loss(x, y), expected)
+
+
 def test_rejects():
     x = torch.randn(4, 3)
     with pytest.raises(ValueError, match="'linear' or 'quadratic', got 'cubic'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from pairwise import assert_same, biased, samples
 
 from mmfast.compat.skada import dan_loss
@@ -61,3 +62,7 @@ def test_rejects():
         dan_loss(x, x, [1.0, 0.0])
     with pytest.raises(ValueError, match="sigmas must have one dimension"):
         dan_loss(x, x, [])
+
+
+def test_compile_with_given_sigmas():
+    assert_compiles_with_symbols(lambda x, y: dan_loss(x, y, [0.5, 2.0]), torch.randn(6, 3), torch.randn(5, 3))

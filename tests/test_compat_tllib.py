@@ -10,6 +10,7 @@ import torch
 from pairwise import assert_same, matrix, samples, unbiased
 from test_compat_xlearn import linear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmfast import kernels, mmd2
 from mmfast.compat.tllib import (
@@ -103,6 +104,14 @@ def test_drop_in_coral(m):
     assert_same(CorrelationAlignmentLoss()(x, y), expected, (x, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coral_is_computed_in_float32(dtype):
+    x, y = torch.randn(6, 3).to(dtype), torch.randn(5, 3).to(dtype)
+    expected = CorrelationAlignmentLoss()(x.double(), y.double()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(CorrelationAlignmentLoss()(x, y), expected)
+
+
 def test_kernels_keep_what_they_found():
     (x,), (y,) = samples(6, 6, 3)
     used = build(DAN)
@@ -136,6 +145,20 @@ def test_compile_fullgraph():
     loss = MultipleKernelMaximumMeanDiscrepancy(build(DAN))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x, y), loss(x, y), (x, y))
+
+
+@pytest.mark.parametrize("kernel", [GaussianKernel(), GaussianKernel(sigma=2.0, track_running_stats=False)])
+def test_what_tracers_and_transforms_make_is_not_kept(kernel):
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    loss = MultipleKernelMaximumMeanDiscrepancy([kernel])
+    expected, square = loss(x, y), kernel.sigma_square.clone()
+    loss(x.to("meta"), y.to("meta"))
+    torch.func.vmap(loss)(x.view(2, 3, 3), y.view(2, 3, 3))
+    with FakeTensorMode() as mode:
+        loss(mode.from_tensor(x), mode.from_tensor(y))
+    assert type(kernel.sigma_square) is torch.Tensor
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(kernel.sigma_square)
+    assert torch.equal(kernel.sigma_square, square) and torch.equal(loss(x, y), expected)
 
 
 def test_rejects():

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 
 torchaudio = pytest.importorskip("torchaudio")
 
@@ -455,6 +456,9 @@ def test_signals_too_short_are_refused(kwargs, length):
         (lambda: ours.LFCC(dct_type=1), "dct_type"),
         (lambda: ours.LFCC(n_lfcc=500), "n_lfcc"),
         (lambda: ours_F.compute_deltas(torch.ones(2, 9), win_length=2), "win_length"),
+        (lambda: ours.MelScale()(torch.ones(3, 200, 4)), r"specgram must be \(\.\.\., 201, time\), got \(3, 200, 4\)"),
+        (lambda: ours.MelScale()(torch.ones(201)), "specgram"),
+        (lambda: ours.LFCC(speckwargs={"onesided": False})(torch.ones(999)), "specgram"),
     ],
 )
 def test_rejects(make, argument):
@@ -468,6 +472,8 @@ def test_rejects_what_is_no_waveform():
             ours.MFCC()(wrong)
     with pytest.raises(ValueError, match="waveform"):
         ours.MFCC()(torch.tensor(1.0))
+    with pytest.raises(TypeError, match="specgram must be floating point"):
+        ours.MelScale()(torch.ones(201, 4, dtype=torch.int64))
 
 
 def test_deprecated_arguments_warn():
@@ -478,6 +484,20 @@ def test_deprecated_arguments_warn():
         for module in (theirs, ours):
             with pytest.warns(UserWarning):
                 make(module)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compile_with_numbers_as_symbols(name):
+    assert_compiles_with_symbols(getattr(ours, name)(), torch.randn(2, 2000))
+
+
+def test_compile_after_another_power():
+    """What changed from one module to the next is a symbol for the second."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 2000)
+    for power in (2.0, 1.0, 3.0):
+        module = ours.Spectrogram(power=power)
+        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -532,6 +552,12 @@ def test_amplitude_to_db(shape, top_db):
     torch.testing.assert_close(ours_F.amplitude_to_DB(x, *arguments), theirs_F.amplitude_to_DB(x, *arguments))
     half = ours_F.amplitude_to_DB(x.half(), 10.0, 1e-10, 0.0, top_db)
     assert half.dtype == torch.float16 and half.isfinite().all()
+
+
+@pytest.mark.parametrize("top_db", [None, 10.0])
+def test_amplitude_to_db_of_integers(top_db):
+    x = torch.arange(24, dtype=torch.int32).reshape(2, 3, 4)
+    torch.testing.assert_close(ours.AmplitudeToDB(top_db=top_db)(x), theirs.AmplitudeToDB(top_db=top_db)(x))
 
 
 @pytest.mark.parametrize("win_length", [3, 4, 5, 9])

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from torch import nn
 
 import mmfast
@@ -126,3 +127,8 @@ def test_without_torchmetrics(run_without):
     names["poly_mmd"](torch.randn(5, 3), torch.randn(5, 3))
     with pytest.raises(ImportError, match="needs the package torchmetrics: pip install torchmetrics"):
         names["__getattr__"]("KernelInceptionDistance")
+
+
+@pytest.mark.parametrize("name", ["poly_kernel", "poly_mmd"])
+def test_compile_with_numbers_as_symbols(name):
+    assert_compiles_with_symbols(getattr(ours, name), *features(6, 5, 3))

@@ -94,6 +94,13 @@ def test_pad_or_trim(kind, length, axis):
     np.testing.assert_array_equal(actual, expected)
 
 
+def test_what_is_trimmed_is_a_copy():
+    """Changing it leaves the recording as it was."""
+    recording = torch.ones(9)
+    ours.pad_or_trim(recording, 4).zero_()
+    assert recording.sum() == 9
+
+
 def test_pad_or_trim_default():
     assert ours.pad_or_trim(torch.ones(2, 100)).shape == (2, theirs.N_SAMPLES)
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from numerics import assert_compiles_with_symbols
 from pairwise import assert_same, gaussian_ladder, samples, unbiased
 
 from mmfast.compat import xlearn
@@ -71,3 +72,9 @@ def test_rejects():
         xlearn.DAN(x[:1], x)
     with pytest.raises(ValueError, match="same number of features"):
         xlearn.DAN(x, x[:, :2])
+
+
+@pytest.mark.parametrize("name", ["DAN", "DAN_Linear", "JAN", "JAN_Linear"])
+def test_compile_with_numbers_as_symbols(name):
+    x, y = ([torch.randn(6, 3)] * (2 if "JAN" in name else 1) for _ in range(2))
+    assert_compiles_with_symbols(xlearn.loss_dict[name], *((x, y) if "JAN" in name else (*x, *y)))

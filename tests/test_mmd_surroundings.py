@@ -133,6 +133,10 @@ def test_meta_tensors():
     x, y = X.to("meta"), Y.to("meta")
     assert mmfast.mmd2(x, y).shape == () and mmfast.mmd2(x, y).is_meta
     assert mmfast.kernel_matmul(x, y, y, k.Matern()).shape == (20, 6)
+    assert mmfast.mmd2(x, y, k.Gaussian("median")).is_meta
+    leaf = x.detach().requires_grad_()
+    mmfast.mmd2(leaf, y, k.Gaussian(k.MedianDistance("x", detach=False))).backward()
+    assert leaf.grad.shape == x.shape
     assert mmfast.cka(x, x[:, :2]).dtype == torch.float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -113,7 +114,7 @@ class Rows(Kernel):
 
 
 def is_number(value) -> bool:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
+    return (isinstance(value, numbers.Real) and not isinstance(value, bool)) or (
         isinstance(value, Tensor) and value.dim() == 0
     )
 

@@ -28,6 +28,7 @@ from mmfast.mmd import kernel_matmul
 from mmfast.mmd._inputs import by_item, two_samples
 from mmfast.mmd.estimators import weighted
 from mmfast.mmd.reference import compute_dtype
+from mmfast.mmd.terms import check_scalar
 
 __all__ = ["SamplesLoss"]
 
@@ -105,7 +106,8 @@ class SamplesLoss(nn.Module):
                 f"SamplesLoss takes (x, y), (a, x, b, y) or (labels_x, a, x, labels_y, b, y), got {len(args)} arguments"
             )
         if len(args) == 6:
-            if self.backend not in ("auto", "multiscale"):
+            labelled = args[0] is not None or args[3] is not None
+            if labelled and self.backend not in ("auto", "multiscale"):
                 raise ValueError(f"labels are for backend='auto' or 'multiscale', got backend={self.backend!r}")
             args = args[1:3] + args[4:]
         a, x, b, y = args if len(args) == 4 else (None, args[0], None, args[1])
@@ -137,7 +139,10 @@ class SamplesLoss(nn.Module):
 
 
 def _build(loss: str, blur: float | Tensor) -> Kernel:
-    return Energy() if loss == "energy" else {"gaussian": Gaussian, "laplacian": Laplacian}[loss](blur)
+    if loss == "energy":
+        return Energy()
+    check_scalar("blur", blur)
+    return {"gaussian": Gaussian, "laplacian": Laplacian}[loss](blur)
 
 
 _cached = _backend.kept(maxsize=64)(_build)
@@ -155,4 +160,4 @@ def _weights(name: str, weights: Tensor, x: Tensor, single: bool) -> Tensor:
 
 
 def _uniform(x: Tensor) -> Tensor:
-    return torch.full(x.shape[:2], 1 / x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
+    return torch.full(x.shape[:2], 1 / max(x.shape[1], 1), dtype=compute_dtype(x.dtype), device=x.device)

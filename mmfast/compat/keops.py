@@ -78,7 +78,7 @@ class LazyTensor:
 
     def dim(self) -> int:
         """Number of dimensions, the last one included where it is 1."""
-        return len(self.shape) + (not self._width())
+        return len(self.shape) + (len(self._width()) == 0)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -68,8 +68,8 @@ def melspectrogram(
         spectrogram = _spectrum(S)
         bins = spectrogram.shape[-2]
         n_fft = n_fft if n_fft is not None and n_fft // 2 + 1 == bins else 2 * (bins - 1)
-        bank = _filters(_config(sr, n_fft, **kwargs), spectrogram.dtype, spectrogram.device)
-        return _like(S, bank.T @ spectrogram)
+        bank = _filters(_config(sr, n_fft, **kwargs), _wide(spectrogram), spectrogram.device)
+        return _like(S, _project(bank, spectrogram))
     return _from_samples(y, sr, n_fft, hop_length, win_length, window, center, pad_mode, power=power, **kwargs)
 
 
@@ -116,7 +116,8 @@ def mfcc(
     if S is not None:
         values = _spectrum(S)
         bands = values.shape[-2]
-        return _like(S, _dct(bands, min(n_mfcc, bands), dct_type, norm, lifter, values.dtype, values.device).T @ values)
+        dct = _dct(bands, min(n_mfcc, bands), dct_type, norm, lifter, _wide(values), values.device)
+        return _like(S, _project(dct, values))
     cepstra = {"n_mfcc": min(n_mfcc, n_mels), "dct_norm": norm, "lifter": lifter}
     return _from_samples(
         y,
@@ -252,8 +253,9 @@ def _from_samples(y, sr, n_fft, hop_length, win_length, window, center, pad_mode
     length = x.shape[-1] if x.dim() else 0
     if center and pad_mode == "reflect" and n_fft and 0 < length <= n_fft // 2:
         # numpy reflects a short signal again and again; torch and MelConfig refuse.
-        index = np.pad(np.arange(length), n_fft // 2, mode="reflect")
-        x, center = x[..., torch.from_numpy(index).to(x.device)], False
+        period = max(2 * (length - 1), 1)
+        index = torch.arange(-(n_fft // 2), length + n_fft // 2, device=x.device) % period
+        x, center = x[..., torch.minimum(index, period - index)], False
     elif not center and n_fft and length < n_fft:
         raise ValueError(f"n_fft={n_fft} is too large for center=False and {length} samples")
     named = _WINDOWS.get(window) if isinstance(window, str) else None
@@ -280,6 +282,8 @@ def _filters(config: MelConfig, dtype: torch.dtype, device: torch.device) -> tor
 @_backend.kept(maxsize=64)
 def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     """DCT matrix ``(n_mels, n_mfcc)`` with the lifter in it."""
+    if norm not in ("ortho", None):
+        raise ValueError(f"norm must be 'ortho' or None, got {norm!r}")
     if dct_type == 2:
         matrix = tables.dct_matrix(n_mfcc, n_mels, norm, torch.float64)
     else:
@@ -287,6 +291,16 @@ def _dct(n_mels, n_mfcc, dct_type, norm, lifter, dtype, device) -> torch.Tensor:
     if lifter:
         matrix = matrix * tables.lifter(n_mfcc, lifter, "librosa", torch.float64)
     return matrix.to(dtype).contiguous().to(device)
+
+
+def _wide(values: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _project(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``(..., n, time)`` → ``(..., m, time)`` by a matrix (n, m), in the dtype of the matrix."""
+    with _backend.without_autocast(values.device.type):
+        return (matrix.T @ values.to(matrix.dtype)).to(values.dtype)
 
 
 def _window(spec, length: int, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmfast import _backend
 from mmfast.kernels import Kernel, MedianDistance, Product
 from mmfast.mmd import mmd2
 from mmfast.mmd.terms import GAUSSIAN, Terms
@@ -141,9 +142,10 @@ class _Gaussians(Kernel):
 
     def parts(self, x, y=None, resolve=None):
         loss, device = self._loss[0], x[0].device
-        if isinstance(loss.kernel_scales, Tensor) and loss.kernel_scales.device != device:
-            loss.kernel_scales = loss.kernel_scales.to(device)
-        scales = torch.as_tensor(loss.kernel_scales, dtype=torch.float64, device=device).reshape(-1)
+        scales = loss.kernel_scales
+        if isinstance(scales, Tensor):
+            scales = _backend.moved(loss, "kernel_scales", device)
+        scales = torch.as_tensor(scales, dtype=torch.float64, device=device).reshape(-1)
         gamma = scales / (loss.bandwidth or resolve(loss._rule(), x, y))
         nothing = torch.zeros_like(gamma)
         params = torch.stack((nothing + 1 / len(gamma), gamma, nothing, nothing), 1)

@@ -55,7 +55,7 @@ class _Laplacians(Kernel):
         super().__init__()
         if sigmas is not None and (sigmas.dim() != 1 or not len(sigmas)):
             raise ValueError(f"sigmas must have one dimension and a value, got shape {tuple(sigmas.shape)}")
-        if sigmas is not None and sigmas.device.type == "cpu" and not bool((sigmas > 0).all()):
+        if sigmas is not None and _backend.may_look(sigmas) and not bool((sigmas > 0).all()):
             raise ValueError(f"sigmas must be positive, got {sigmas.tolist()}")
         self.sigmas, self.eps = sigmas, eps
 

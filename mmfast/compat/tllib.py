@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast import _backend
 from mmfast.kernels import Kernel, MeanDistance, Product, Sum
 from mmfast.mmd import kernel_matrix, mmd2
 from mmfast.mmd.terms import GAUSSIAN, Terms
@@ -153,16 +154,21 @@ class _Gaussians(Kernel):
         return False
 
     def parts(self, x, y=None, resolve=None):
-        if self.data_dependent:
-            mean = resolve(_MEAN, x, y)
-        for member in self._members:
-            if member.track_running_stats:
-                member.sigma_square = member.alpha * mean
-            elif member.sigma_square.device != x[0].device:
-                member.sigma_square = member.sigma_square.to(x[0].device)
-        gamma = 0.5 / torch.stack([member.sigma_square.double() for member in self._members])
+        mean = resolve(_MEAN, x, y) if self.data_dependent else None
+        squares = [_square(member, mean, x[0].device) for member in self._members]
+        gamma = 0.5 / torch.stack([square.double() for square in squares])
         nothing = torch.zeros_like(gamma)
         return [(None, Terms(self._families, self._layers, torch.stack((nothing + 1, gamma, nothing, nothing), 1)))]
+
+
+def _square(member: Any, mean: Tensor | None, device: torch.device) -> Tensor:
+    """σ² of a `GaussianKernel`; one that was measured is left in it, unless it has no value or is a tracer's."""
+    if not member.track_running_stats:
+        return _backend.moved(member, "sigma_square", device)
+    square = member.alpha * mean
+    if not square.is_meta and (torch.compiler.is_dynamo_compiling() or _backend.keeps()):
+        member.sigma_square = square
+    return square
 
 
 def _sum(kernels: Sequence[nn.Module]) -> Kernel:
@@ -198,6 +204,8 @@ def _through(theta: nn.Module, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     mean = features.mean(0)
     centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    with _backend.without_autocast(features.device.type):
+        return mean, centred.T @ centred / (len(features) - 1)

@@ -87,7 +87,7 @@ def pad_or_trim(array, length: int = N_SAMPLES, *, axis: int = -1):
     """Array or tensor with exactly ``length`` entries along ``axis``: cut, or filled up with zeros at the end."""
     size = array.shape[axis]
     if size > length:
-        return array.narrow(axis, 0, length) if torch.is_tensor(array) else array.take(range(length), axis=axis)
+        return array.narrow(axis, 0, length).clone() if torch.is_tensor(array) else array.take(range(length), axis=axis)
     if size == length:
         return array
     widths = [(0, 0)] * array.ndim

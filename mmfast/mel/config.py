@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from mmfast import _backend
+
 _CHOICES: dict[str, tuple] = {
     "framing": ("center", "valid", "kaldi"),
     "pad_mode": ("reflect", "constant", "replicate", "circular", "mirror"),
@@ -351,6 +353,7 @@ def _json(value: Any) -> str:
 
 
 def _integer(name: str, value: Any, least: int) -> int:
+    value = _backend.plain(value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     value = value.__index__()
@@ -367,6 +370,7 @@ def _real(name: str, value: Any) -> float:
 
 
 def _number(name: str, value: Any) -> float:
+    value = _backend.plain(value)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)

@@ -319,6 +319,8 @@ def select(
     ``x`` ``(n, d)`` and ``y`` ``(m, d)``, or ``None`` for ``x``. Pairs i = j are left out with ``skip_diagonal``, and
     i < j with ``lower_triangle``. Returns ``(R,)`` float64 and ``(R, 2)`` int64. Without gradient.
     """
+    if x.is_meta:  # which pairs there are to choose from would have to be asked there
+        return x.new_empty(len(ranks), dtype=torch.float64), x.new_empty((len(ranks), 2), dtype=torch.int64)
     other = x if y is None else y
     square, _ = _measure(x[None].double(), other[None].double(), y is None, [GAUSSIAN])
     index = torch.ones(square.shape[1:], dtype=torch.bool, device=x.device)

@@ -60,7 +60,7 @@ def check_scalar(name: str, value: object, positive: bool = True) -> None:
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     else:
-        number = value
+        number = _backend.plain(value)
     if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {number}")
 

@@ -113,6 +113,10 @@ def untouched(module: nn.Module, kind: type) -> bool:
 
 def project(x: Tensor, matrix: Tensor) -> Tensor:
     """``(..., n, time)`` → ``(..., m, time)`` by a matrix (n, m), in at least float32, in the dtype of ``x``."""
+    if not x.is_floating_point():
+        raise TypeError(f"specgram must be floating point, got {x.dtype}")
+    if x.dim() < 2 or x.shape[-2] != matrix.shape[0]:
+        raise ValueError(f"specgram must be (..., {matrix.shape[0]}, time), got {tuple(x.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, matrix.dtype), torch.float32)
     with _backend.without_autocast(x.device.type):
         result = matrix.to(dtype).transpose(0, 1) @ x.to(dtype)

@@ -66,14 +66,14 @@ def amplitude_to_DB(
     channel dimension, ``(batch, freq, time)``, therefore shares one maximum, and an item's values depend on its
     neighbours.
 
-    Half precision is computed in float32. Returns the shape and dtype of ``x``.
+    Half precision is computed in float32. Returns the shape and dtype of ``x``, floating point for integers.
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     decibel = multiplier * torch.log10(wide.clamp(min=amin)) - multiplier * db_multiplier
     if top_db is not None and decibel.numel():
         over = tuple(range(-min(decibel.dim(), 3), 0))
         decibel = torch.maximum(decibel, decibel.amax(over, keepdim=True) - top_db)
-    return decibel.to(x.dtype)
+    return decibel.to(x.dtype) if x.is_floating_point() else decibel
 
 
 def melscale_fbanks(

@@ -48,6 +48,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mmfast import _backend
 from mmfast.mel import MelConfig, extract, post
 
 __all__ = ["fbank", "mfcc", "spectrogram"]
@@ -348,12 +349,14 @@ def _filter_fields(
 
 
 @lru_cache(maxsize=256)
-def _spectrogram_config(*frame: float | bool | str) -> MelConfig:
+def _spectrogram_config(*arguments: float | bool | str) -> MelConfig:
+    frame = map(_backend.plain, arguments)
     return MelConfig(**_frame_fields(*frame), filters=None, log="ln", log_floor=_EPSILON, energy="replace_first")
 
 
 @lru_cache(maxsize=256)
 def _fbank_config(*arguments: float | bool | str) -> MelConfig:
+    arguments = tuple(map(_backend.plain, arguments))
     frame, (high_freq, htk_compat, low_freq, num_mel_bins) = arguments[:12], arguments[12:16]
     use_energy, use_log_fbank, use_power, *vtln = arguments[16:]
     fields = _frame_fields(*frame)
@@ -367,6 +370,7 @@ def _fbank_config(*arguments: float | bool | str) -> MelConfig:
 
 @lru_cache(maxsize=256)
 def _mfcc_config(*arguments: float | bool | str) -> MelConfig:
+    arguments = tuple(map(_backend.plain, arguments))
     frame, (high_freq, htk_compat, low_freq, num_mel_bins) = arguments[:12], arguments[12:16]
     use_energy, *vtln, num_ceps, cepstral_lifter = arguments[16:]
     if num_ceps > num_mel_bins:
