@@ -42,11 +42,12 @@ from mmfast.fusion.triton_tiles import (
     LOG2E,
     MASK,
     MASK_BOOL,
+    added,
     aligned,
-    allowed_by_key,
     dot_options,
     keys_there,
     load_tile,
+    masked,
     refs,
     roomy,
     scaled_step,
@@ -485,9 +486,12 @@ def _key_gradients(
                         query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
                         dim, value_dim, WHOLE, STEP, BD, BV, BY, DOT,
                     )  # fmt: skip
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
                     rows = row + tl.arange(0, STEP)
-                    s = allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS[j], CAUSAL)
+                    plus, may = added(
+                        src, b, h, rows[None, :], columns[:, None], row_limit, limit, HAS[j], CAUSAL
+                    )  # fmt: skip
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+                    s = masked(s, plus, may, HAS[j])
                     p = tl.exp2(s - shift[None, :])
                     dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
                     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
