@@ -402,12 +402,14 @@ def test_skips_tiles(excluded, in_float32):
         results.append((got.out, got.lses, torch.autograd.grad(got.out, of, up)))
     torch.testing.assert_close(results[1], results[0], atol=6e-6, rtol=1e-5)
     lists, by_keys = triton_skip._lists(query, source, False, 2, SIZES, by_keys=True)
-    # Where nothing is masked, and others: the last tile is not full.
-    assert lists.counts.tolist() == [[3, 1], [1, 0], [1, 1], [2, 0]]
-    assert lists.tiles[0, :, :3].tolist()[0] == [0, 1, 2] and lists.tiles[2, :, 0].tolist() == [1, 0]
+    # Where nothing is masked, and where bits tell what is: the last tile is not full.
+    assert lists.counts.tolist() == [[3, 1, 0], [1, 0, 0], [1, 1, 0], [2, 0, 0]]
+    assert lists.tiles[0, 0, :3].tolist() == [0, 1, 2] and lists.tiles[2, :2, 0].tolist() == [1, 0]
     # Two heads with two blocks each: what visits each of the four tiles of the first item, and of the second.
-    assert by_keys.counts.tolist() == [[4, 0], [2, 0], [2, 0], [0, 2], [2, 2], [4, 0], [0, 0], [0, 0]]
-    assert by_keys.tiles[1, 0, :2].tolist() == [0, 2] and by_keys.tiles[4, :, :2].tolist() == [[1, 3], [0, 2]]
+    assert by_keys.counts.tolist() == [
+        [*x, 0] for x in ((4, 0), (2, 0), (2, 0), (0, 2), (2, 2), (4, 0), (0, 0), (0, 0))
+    ]
+    assert by_keys.tiles[1, 0, :2].tolist() == [0, 2] and by_keys.tiles[4, :2, :2].tolist() == [[1, 3], [0, 2]]
 
 
 def test_skips_only_beside_other_keys():
@@ -416,7 +418,7 @@ def test_skips_only_beside_other_keys():
     mask = images(torch.finfo(torch.float16).min)[1:].half()
     mask[:, :, 5] = torch.finfo(torch.float16).min
     source = Source(key, value, mask=mask, lengths=torch.tensor([90]))
-    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 3], [2, 0]]
+    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 0, 3], [2, 0, 0]]
     results = [f(query, [source], fusion="joint", scale=0.25).out for f in (by_skipping, reference.attention)]
     torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)  # scores of 65504 are rounded to 1 / 256
     assert results[0][:, :, 5].abs().max() > 0
@@ -424,9 +426,9 @@ def test_skips_only_beside_other_keys():
 
 def test_skip_by_lengths_and_causality():
     query, source = randn(2, 1, 70, 16), Source(*kv(2, 1, 100, 16), lengths=torch.tensor([100, 33]))
-    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1], [1, 1]]
+    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1, 0], [1, 1, 0]]
     lists, _ = triton_skip._lists(query.float(), source, True, 2, SIZES)
-    assert lists.counts.tolist() == [[0, 2], [2, 1], [0, 2], [1, 1]]
+    assert lists.counts.tolist() == [[0, 2, 0], [2, 1, 0], [0, 2, 0], [1, 1, 0]]
     check(by_skipping, query, [source, Source(*kv(1, 1, 40, 16))], {"is_causal": True})
 
 
@@ -452,9 +454,9 @@ def test_skip_of_large_blocks():
     """Blocks of 128 queries in two steps, 128 keys of two tiles that differ, queries that do not fill a block."""
     query, sources, up = _long(torch.float16)
     lists, by_keys = triton_skip._lists(query, sources[0], False, 2, triton_skip.sizes(query, 16), by_keys=True)
-    assert lists.counts.tolist() == [[0, 1], [0, 2]]  # of three tiles of 64 keys
+    assert lists.counts.tolist() == [[0, 1, 0], [0, 2, 0]]  # of three tiles of 64 keys
     # Of two heads with two blocks: one visits the first of the first 128 keys, the other their second and the rest.
-    assert by_keys.counts.tolist() == [[0, 4], [0, 2]]
+    assert by_keys.counts.tolist() == [[0, 4, 0], [0, 2, 0]]
     for rows in (140, 256):
         query, sources, up = _long(torch.float16, rows)
         results = []
