@@ -16,12 +16,12 @@ from mmfast.fusion import (
     recording,
     reference,
     routes_cuda,
-    triton_short,
     triton_skip,
     triton_split,
     triton_tiles,
 )
 from mmfast.fusion import triton as fused
+from mmfast.fusion import triton_short_sizes as sizes
 from mmfast.fusion._inputs import prepare
 from mmfast.fusion.epilogue import gated_residual
 
@@ -155,7 +155,7 @@ def test_matches_gold(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ip_adapter", "a_tile_of_128", "groups_shared_keys"])
 def test_half_precision(name, dtype, monkeypatch):
-    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
+    monkeypatch.setattr(sizes, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
     check(fused.short, *SMALL[name](), dtype, with_lse=dtype == torch.float16)
 
 
@@ -180,7 +180,7 @@ def test_aligned(dim, dtype, by):
 )
 def test_as_many_sums_as_pay(of, items, expected):
     """Programs that all run at once, where that is possible, or nearly full rounds of few."""
-    assert triton_short._soonest(of, items, 264, 6) == expected
+    assert sizes.soonest(of, items, 264, 6) == expected
 
 
 # Of the forward and the backward pass, for sm_90, and for sm_80 in the last two: features of keys and of values, keys,
@@ -212,14 +212,12 @@ def test_shared_memory_is_enough(dim, value_dim, keys, dtype, joint, held, forwa
     sources = [
         Source(torch.empty(1, 1, n, dim, dtype=dtype), torch.empty(1, 1, n, value_dim, dtype=dtype)) for n in keys
     ]
-    layout = triton_short._layout(query, sources, joint)
-    monkeypatch.setattr(triton_short, "roomy", lambda device, kilobytes=200: held)
+    layout = sizes.lay_out(query, sources, joint)
+    monkeypatch.setattr(sizes, "roomy", lambda device, kilobytes=200: held)
     for found, way in ((forward, False), (backward, True)):
         if found is not None:
-            block = triton_short._backward_sizes(query, layout, joint)[0] if way else 64
-            most = triton_short._shared(
-                layout, dtype.itemsize, block, held and block >= 64, found[0], way, joint and way
-            )
+            block = sizes.backward_sizes(query, layout, joint)[0] if way else 64
+            most = sizes.shared_bytes(layout, dtype.itemsize, block, held and block >= 64, found[0], way, joint and way)
             assert found[1] <= most <= max(2.3 * found[1], 100 * 1024)
 
 
@@ -227,16 +225,16 @@ def test_shared_memory_is_enough(dim, value_dim, keys, dtype, joint, held, forwa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stages_by_shared_memory(kb, dtype, monkeypatch):
     """As many as fit of what may be given to the kernels, and never so few without need."""
-    monkeypatch.setattr(triton_short, "shared_memory", lambda device: kb * 1024)
+    monkeypatch.setattr(sizes, "shared_memory", lambda device: kb * 1024)
     chosen = set()
     for dim in (16, 64, 128, 256):
         for keys in (16, 64, 128, 256, 512):
             query, key = torch.empty(1, 1, 1000, dim, dtype=dtype), torch.empty(1, 1, keys, dim, dtype=dtype)
             if not routes_cuda.fits(query, [Source(key, key)]):
                 continue
-            layout = triton_short._layout(query, [Source(key, key)], True)
-            block, _, _, stages, _ = triton_short._forward_sizes(query, layout, True)
-            taken = [triton_short._shared(layout, dtype.itemsize, block, False, s, False) for s in (stages, stages + 1)]
+            layout = sizes.lay_out(query, [Source(key, key)], True)
+            block, _, _, stages, _ = sizes.forward_sizes(query, layout, True)
+            taken = [sizes.shared_bytes(layout, dtype.itemsize, block, False, s, False) for s in (stages, stages + 1)]
             assert stages == 1 or taken[0] <= kb * 1024
             assert stages == 3 or taken[1] > kb * 1024
             chosen.add(stages)
@@ -245,10 +243,10 @@ def test_stages_by_shared_memory(kb, dtype, monkeypatch):
 
 def test_many_blocks(monkeypatch):
     """Programs that take several blocks of queries, several programs for a head, and the last block not full."""
-    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(triton_short, "SUM", 0)
+    monkeypatch.setattr(sizes, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(sizes, "SUM", 0)
     query, sources = randn(2, 1, 200, 16), [Source(*kv(2, 1, 5, 16)), Source(*kv(1, 1, 17, 16))]
-    assert triton_short._grid(query, 2, 64, 4) == triton_short._grid_of_sums(query, 2, 64, 4) == (2, 2)
+    assert sizes.grid_of(query, 2, 64, 4) == sizes.grid_of_sums(query, 2, 64, 4) == (2, 2)
     check(fused.short, query, sources, {}, with_lse=False)
 
 
@@ -256,8 +254,8 @@ def test_many_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_blocks_with_gates(dtype, sources, monkeypatch):
     """One program has all blocks of a head, and fetches the gates of the next one."""
-    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(sizes, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(sizes, "capability", lambda device: (9, 0))
     both = [Source(*kv(2, 2, n, 16), gate=randn(2, 2, 150, 1)) for n in (7, 18)]
     check(fused.short, randn(2, 2, 150, 16), both[:sources], {"fusion": "decoupled"}, dtype, with_lse=False)
 
@@ -447,6 +445,7 @@ def _long(dtype, rows=140, batch=2):
                                     ((1, 150), (batch, 40)))  # fmt: skip
     mask, lengths = torch.ones(rows, 150, dtype=torch.bool), torch.tensor([0, 33])[-batch:]
     mask[:128, 64:], mask[128:, :100], mask[:, 7] = False, False, False
+    mask[70:90, 20:50] = False  # in the second step of a block
     return query, [Source(key, value, mask=mask[None, None]), Source(more, values, lengths=lengths)], up
 
 
