@@ -1,5 +1,8 @@
 """Attention past the checks and operators of Python: the same as by them, or left to them; and vmap."""
 
+import re
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -133,6 +136,40 @@ def test_ways_to_write_sources():
     query, key, value = _tensors()
     for sources in ((key, value), [(key, value)], ([key, value],), Source(key, value), [Source(key, value)]):
         assert _attend(query, sources, "joint", None, False) is not None
+
+
+def test_sources_are_made_as_named_tuples_are():
+    """Calls of `Source` go past its ``__new__``, which says what is wrong with those that fit no source."""
+    key, value, gate = torch.zeros(1), object(), object()
+    for positional, named in (
+        ((key, value), {}),
+        ((key, value, None, None, None, gate), {}),
+        ((key, value), {"gate": gate, "bias": 1}),
+        ((key,), {"lengths": 2, "value": value, "".join(["ma", "sk"]): gate}),  # a name that is not interned
+        ((), {"value": value, "key": key}),
+    ):
+        made, expected = Source(*positional, **named), Source.__new__(Source, *positional, **named)
+        assert type(made) is Source and all(a is b for a, b in zip(made, expected, strict=True))
+    for positional, named in (
+        ((key,), {}),
+        ((), {"key": key, "gate": gate}),
+        ((key, value), {"key": key}),
+        ((key, value), {"scale": 1}),
+        ((1, 2, 3, 4, 5, 6, 7), {}),
+    ):
+        with pytest.raises(TypeError) as error:
+            Source.__new__(Source, *positional, **named)
+        with pytest.raises(TypeError, match=re.escape(str(error.value))):
+            Source(*positional, **named)
+
+
+def test_sources_let_go_of_what_they_hold():
+    part, before = object(), sys.getrefcount(Source)
+    for _ in range(1000):
+        Source(part, part, gate=part)
+        with pytest.raises(TypeError):
+            Source(part, gate=part)
+    assert sys.getrefcount(part) == 2 and abs(sys.getrefcount(Source) - before) < 100
 
 
 def test_second_derivatives():

@@ -420,6 +420,49 @@ PyObject* attention(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     END_HANDLE_TH_ERRORS
 }
 
+// ---- Source
+
+// The names of the parts of `mmfast.fusion.Source`, a named tuple; all but the first two are None unless given.
+constexpr Py_ssize_t kParts = 6;
+PyObject* part_names[kParts];
+
+// What calls of the type come to, in place of the `__new__` that named tuples have, which is written in Python. What does not fit
+// goes there, for its errors.
+PyObject* make_source(PyObject* type, PyObject* const* arguments, size_t flagged, PyObject* names) {
+    const Py_ssize_t count = PyVectorcall_NARGS(flagged), named = names ? PyTuple_GET_SIZE(names) : 0;
+    PyObject* parts[kParts] = {};
+    bool fits = count <= kParts;
+    if (fits) std::copy_n(arguments, count, parts);
+    for (Py_ssize_t i = 0; fits && i < named; ++i) {
+        const auto place = std::find(part_names, part_names + kParts, PyTuple_GET_ITEM(names, i)) - part_names;
+        fits = place < kParts && !parts[place];
+        if (fits) parts[place] = arguments[count + i];
+    }
+    const auto of = reinterpret_cast<PyTypeObject*>(type);
+    if (!fits || !parts[0] || !parts[1]) {
+        PyObject *const all = PyTuple_New(count), *const rest = PyDict_New();
+        for (Py_ssize_t i = 0; all && i < count; ++i) PyTuple_SET_ITEM(all, i, Py_NewRef(arguments[i]));
+        bool made = all && rest;
+        for (Py_ssize_t i = 0; made && i < named; ++i)
+            made = PyDict_SetItem(rest, PyTuple_GET_ITEM(names, i), arguments[count + i]) == 0;
+        PyObject* const source = made ? PyType_Type.tp_call(type, all, rest) : nullptr;
+        Py_XDECREF(all);
+        Py_XDECREF(rest);
+        return source;
+    }
+    PyObject* const source = of->tp_alloc(of, kParts);
+    if (source)
+        for (Py_ssize_t i = 0; i < kParts; ++i) PyTuple_SET_ITEM(source, i, Py_NewRef(parts[i] ? parts[i] : Py_None));
+    return source;
+}
+
+void make_sources_here(const py::type& type) {
+    const py::tuple names = type.attr("_fields");
+    if (names.size() != kParts) throw py::value_error("a Source has six parts");
+    for (Py_ssize_t i = 0; i < kParts; ++i) part_names[i] = Py_NewRef(PyTuple_GET_ITEM(names.ptr(), i));
+    reinterpret_cast<PyTypeObject*>(type.ptr())->tp_vectorcall = &make_source;
+}
+
 PyMethodDef methods[] = {
     {"fusion_attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&attention)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
@@ -473,6 +516,7 @@ void bind_fusion(py::module_& m) {
     m.attr("fusion_far") = fusion::kFar;
     py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
     if (PyModule_AddFunctions(m.ptr(), methods)) throw py::error_already_set();
+    m.def("fusion_make_sources", &make_sources_here);
     m.def("fusion_attend", &attend_followed, Release());
     m.def("fusion_forward", &fusion::attend, Release());
     m.def("fusion_backward", &differentiate, Release());

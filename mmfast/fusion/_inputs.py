@@ -40,6 +40,9 @@ class Source(NamedTuple):
     gate: Tensor | float | None = None
 
 
+if _backend._C is not None:  # by no code in Python: 1.5 µs of a call that takes 16
+    _backend._C.fusion_make_sources(Source)
+
 Sources = Sequence["Source | tuple[Tensor, Tensor]"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from mmfast import _backend
 from mmfast.fusion import direct, op, reference, routes, streamed, triton_direct
@@ -88,7 +88,7 @@ def cross_attention(
         >>> cross_attention(query, [text, Source(*image, gate=0.6)], fusion="decoupled").shape
         torch.Size([2, 8, 4096, 64])
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():  # other tracers have tensors or modes of their own, which `direct` leaves to others
         known = direct.attention(
             query, sources, fusion, scale, is_causal, dropout_p, softcap, return_lse, return_weights, backend
         )

@@ -2,13 +2,15 @@
 
 A flash kernel that is given a mask visits every key and reads the mask for every head. Here a first launch looks at the
 mask once, tile by tile, a second lists for each block of queries the tiles that it visits, and the third attends to
-those: first to the tiles where nothing is masked, without reading the mask, then to the others. Images padded to a
-common number of tiles, padded batches, several images in one prompt cost what exists of them, and nobody waits: which
-tiles these are only the device knows. A source without masks needs no list: its keys are visited up to their number.
+those: to the tiles where nothing is masked, without reading the mask; to those where keys are either excluded or not,
+of which the first launch left bits, for queries and, where gradients are wanted, for keys; and to the others by the
+mask. Images padded to a common number of tiles, padded batches, several images in one prompt cost what exists of them,
+and nobody waits: which tiles these are only the device knows. A source without masks needs no list: its keys are
+visited up to their number.
 
-A tile is left out if it is excluded for all queries of the block: by lengths, by causality, by a mask that is False or
-−inf; and by one that is at most half the lowest number of its dtype, as models write "excluded", if each of these
-queries has a key with more than a quarter of it: beside that the weight is exp(−16000) or less.
+Excluded is a key by lengths, by causality, by a mask that is False or −inf; and by one that is at most half the lowest
+number of its dtype, as models write "excluded", if each query of the block has a key with more than a quarter of it:
+beside that the weight is exp(−16000) or less.
 
 Backward, with the merged output O and log-sum-exp L of all sources,
 
@@ -24,6 +26,7 @@ additions are atomic, in any order, and here every sum has its own: the same bit
 # ruff: noqa: SIM108
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,11 +45,12 @@ from mmfast.fusion.triton_tiles import (
     LOG2E,
     MASK,
     MASK_BOOL,
+    added,
     aligned,
-    allowed_by_key,
     dot_options,
     keys_there,
     load_tile,
+    masked,
     refs,
     roomy,
     scaled_step,
@@ -58,49 +62,63 @@ from mmfast.fusion.triton_tiles import (
     strides,
 )
 
-NOTHING, FREE, MIXED, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# What a tile is to a block of queries: left out; nothing is masked; bits tell what is; the mask is to be added; and the
+# first or the third if each of the queries has a key that excludes those far below.
+NOTHING, FREE, TOLD, MIXED, FAR, FAR_TOLD = (tl.constexpr(i) for i in range(6))
+KINDS = tl.constexpr(3)  # that are listed, from FREE on
 
 
 @triton.jit
 def _survey(
-    sources, states, near, row_limit, heads, row_blocks, lowest,
-    HAS: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    sources, states, near, words, words_by_key, row_limit, heads, row_blocks, lowest,
+    HAS: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr, BY_KEY: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """What the mask says of one tile, and in ``near`` which rows have a key there that excludes those far below."""
+    """What a tile is, its bits, and in ``near`` which rows have a key there that excludes those far below."""
     src = sources[0]
     block = tl.program_id(0) % row_blocks
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
     b, h = item // heads, item % heads
-    rows = block * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    row, column = tl.arange(0, BM), tl.arange(0, BN)
+    rows, columns = block * BM + row, tl.program_id(1) * BN + column
     limit = keys_there(src, b, HAS)
     exists = (rows < row_limit)[:, None] & (columns < limit)[None, :]
-    first = tl.program_id(1) * BN
-    some = first < limit
-    free = first + BN <= limit
-    far = False
+    if CAUSAL:
+        exists = exists & (columns[None, :] <= rows[:, None])
+    may = exists
     to = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    beside = 0  # of what exists and is neither free nor −inf, 1: all is far below; 2: not all, or not a number
     if (MASK | MASK_BOOL) & HAS:
         start = src.mask + b * src.mask_strides[0] + h * src.mask_strides[1]
         offsets = rows.to(tl.int64)[:, None] * src.mask_strides[2] + columns.to(tl.int64)[None, :] * src.mask_strides[3]
         x = tl.load(start + offsets, mask=exists, other=0).to(tl.float32)
         if MASK_BOOL & HAS:
-            some = tl.max(tl.where(exists & (x != 0.0), 1, 0)) == 1
-            free = free & (tl.max(tl.where(exists & (x == 0.0), 1, 0)) == 0)
-        else:  # what is not a number counts as neither excluded nor free
-            some = tl.max(tl.where(exists & (x != float("-inf")), 1, 0)) == 1
-            free = free & (tl.max(tl.where(exists & (x != 0.0), 1, 0)) == 0)
+            may = exists & (x != 0.0)
+        else:
+            may = exists & (x == 0.0)
+            below = tl.where(x == float("-inf"), 0, tl.where(x <= lowest / 2, 1, 2))
+            beside = tl.max(tl.where(exists & (x != 0.0), below, 0))
             if NEAR:
-                far = tl.max(tl.where(exists & (x != x) | exists & (x > lowest / 2), 1, 0)) == 0
                 is_near = tl.max(tl.where(exists & (x > lowest / 4), 1, 0), 1)
                 is_near = tl.where(rows < row_limit, is_near, 1)
-                tl.store(near + to * BM + tl.arange(0, BM), is_near.to(tl.int8))
+                tl.store(near + to * BM + row, is_near.to(tl.int8))
+    bits = tl.where(may, 1 << (column % 32)[None, :], 0)
+    word = tl.sum(tl.reshape(bits, (BM, BN // 32, 32)), 2)
+    of_row = tl.arange(0, BN // 32)[None, :] * BM + row[:, None]
+    tl.store(words + to * (BN // 32 * BM) + of_row, word)
+    if BY_KEY:
+        PACKS: tl.constexpr = (BM + 31) // 32
+        bits = tl.where(may, 1 << (row % 32)[:, None], 0)
+        by_key = tl.sum(tl.reshape(bits, (PACKS, BM // PACKS, BN)), 1)
+        of_key = tl.arange(0, PACKS)[:, None] * BN + column[None, :]
+        tl.store(words_by_key + to * (PACKS * BN) + of_key, by_key)
+    some = tl.max((word != 0).to(tl.int32)) == 1
+    whole = tl.max(((word != -1) & (rows < row_limit)[:, None]).to(tl.int32)) == 0
     if BIAS & HAS:
-        free = False
-    if CAUSAL:
-        some = some & (first <= tl.minimum(block * BM + BM, row_limit) - 1)
-        free = free & (first + BN - 1 <= block * BM)
-    state = tl.where(some, tl.where(free, FREE, tl.where(far, FAR, MIXED)), NOTHING)
+        state = tl.where(some | (beside != 0), MIXED, NOTHING)
+    else:
+        state = tl.where(some, tl.where(whole, FREE, TOLD), NOTHING)
+        state = tl.where(beside == 1, tl.where(some, FAR_TOLD, FAR), tl.where(beside == 2, MIXED, state))
     tl.store(states + to, state.to(tl.int8))
 
 
@@ -108,7 +126,7 @@ def _survey(
 def _list(
     states, near, tiles, counts, key_blocks, NEAR: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """The tiles that a block of queries visits, in order: where nothing is masked, and the others."""
+    """The tiles that a block of queries visits, in order, of each kind."""
     item = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCKS)
     state = tl.load(states + item * key_blocks + n, mask=n < key_blocks, other=NOTHING).to(tl.int32)
@@ -118,6 +136,7 @@ def _list(
             rows = tl.maximum(rows, tl.load(near + (item * key_blocks + i) * BM + tl.arange(0, BM)))
         excluded = tl.min(rows.to(tl.int32)) == 1
         state = tl.where(state == FAR, tl.where(excluded, NOTHING, MIXED), state)
+        state = tl.where(state == FAR_TOLD, tl.where(excluded, TOLD, MIXED), state)
         tl.store(states + item * key_blocks + n, state.to(tl.int8), mask=n < key_blocks)  # for `_list_by_keys`
     _write_list(state, n, tiles, counts, item, key_blocks)
 
@@ -138,89 +157,125 @@ def _list_by_keys(
     for i in tl.static_range(1, WIDE):
         beside = n < tl.where(tile + i < key_blocks, many, 0)
         other = tl.where(beside, tl.load(states + at * key_blocks + tile + i, mask=beside, other=NOTHING), state)
-        state = tl.where(state == other, state, MIXED)
+        state = tl.where(state == other, state, tl.maximum(tl.maximum(state, other), TOLD))
     _write_list(state, n, tiles, counts, tl.program_id(0).to(tl.int64), many)
 
 
 @triton.jit
 def _write_list(state, n, tiles, counts, item, room):
-    free, mixed = (state == FREE).to(tl.int32), (state == MIXED).to(tl.int32)
-    to = tiles + item * 2 * room
-    tl.store(to + tl.cumsum(free, 0) - 1, n, mask=free == 1)
-    tl.store(to + room + tl.cumsum(mixed, 0) - 1, n, mask=mixed == 1)
-    tl.store(counts + 2 * item, tl.sum(free))
-    tl.store(counts + 2 * item + 1, tl.sum(mixed))
+    for i in tl.static_range(KINDS):
+        of_kind = (state == FREE + i).to(tl.int32)
+        tl.store(tiles + (item * KINDS + i) * room + tl.cumsum(of_kind, 0) - 1, n, mask=of_kind == 1)
+        tl.store(counts + item * KINDS + i, tl.sum(of_kind))
 
 
 class Lists(NamedTuple):
-    """Of one source: numbers of tiles, room for how many, how many there are, and how to find those of an item, a head
-    and a block of queries; or, of blocks of queries, those of an item, a key head and a tile of keys."""
+    """Of one source: numbers of tiles, room for how many of a kind, how many there are, and how to find those of an
+    item, a head and a block of queries; or, of blocks of queries, those of an item, a key head and a tile of keys. Bits
+    of tiles, ``key_blocks`` for each block of queries, which is found by ``word_strides``."""
 
     tiles: Tensor
     room: int
     counts: Tensor
     strides: tuple[int, int, int]
+    words: Tensor
+    key_blocks: int
+    word_strides: tuple[int, int, int]
 
 
 @triton.jit
-def _steps(of, at, limit, LISTED: tl.constexpr, BN: tl.constexpr):
-    """How many tiles there are where nothing is masked, and how many others. Without a list all ``limit`` keys are
-    visited, and only the end of them may be no whole tile."""
+def _steps(of, at, limit, KIND: tl.constexpr, LISTED: tl.constexpr, BN: tl.constexpr):
+    """How many tiles of a kind there are. Without a list all ``limit`` keys are visited, and only the end of them may
+    be no whole tile."""
     if LISTED:
-        return tl.load(of.counts + 2 * at), tl.load(of.counts + 2 * at + 1)
+        return tl.load(of.counts + at * KINDS + KIND - FREE)
+    elif KIND == FREE:
+        return limit // BN
     else:
-        whole = limit // BN
-        return whole, tl.cdiv(limit, BN) - whole
+        return tl.cdiv(limit, BN) - limit // BN
 
 
 @triton.jit
-def _begin(tiles, i, before, LISTED: tl.constexpr, BN: tl.constexpr):
-    """The first key of tile ``i``; without a list ``before`` tiles lie before it."""
+def _tile(
+    src, of, at, i, b, h, limit, dim, value_dim, KIND: tl.constexpr, LISTED: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The ``i``-th tile of a kind: its number, its keys and values."""
     if LISTED:
-        return tl.load(tiles + i).to(tl.int64) * BN
+        tile = tl.load(of.tiles + (at * KINDS + KIND - FREE) * of.room + i).to(tl.int64)
+    elif KIND == FREE:
+        tile = tl.cast(i, tl.int64)
     else:
-        return tl.cast(before + i, tl.int64) * BN
+        tile = tl.cast(limit // BN, tl.int64)
+    if KIND == FREE:  # all keys exist
+        left = BN
+    else:
+        left = tl.minimum(limit - tile * BN, BN).to(tl.int32)
+    local = tl.arange(0, BN)
+    key = start_of(src.key, src.key_strides, b, h // src.group, BY) + tile * BN * (src.key_strides[2] // BY * BY)
+    value = start_of(src.value, src.value_strides, b, h // src.group, BY) + tile * BN * (
+        src.value_strides[2] // BY * BY
+    )
+    k = load_tile(key, local, left, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
+    v = load_tile(value, local, left, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
+    return tile, k, v
+
+
+@triton.jit
+def _allowed(words, at, there, NEXT: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the words of each row say of the columns: a word of 32 ``NEXT`` behind that of those before.
+
+    In the layout of products a thread has columns that are 8 apart: once shifted by what is below 8 the rest is a
+    test with a constant.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    word = tl.load(words + at, mask=there, other=0)[:, None]
+    for i in tl.static_range(1, COLUMNS // 32):
+        word = tl.where(column < i * 32, word, tl.load(words + at + i * NEXT, mask=there, other=0)[:, None])
+    return ((word >> column % 8) & (1 << column % 32 // 8 * 8)) != 0
 
 
 @triton.jit
 def _attend(
     query, query_strides, sources, lists, out, out_strides, lse, heads, row_limit, dim, value_dim, row_blocks, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, POSITIVE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, OF: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % row_blocks
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
     b, h = item // heads, item % heads
-    rows = block * BM + tl.arange(0, BM)
+    row = tl.arange(0, BM)
+    rows = block * BM + row
     start = start_of(query, query_strides, b, h, BY)
     q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BV], tl.float32)
-    local = tl.arange(0, BN)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
         at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
-        tiles = of.tiles + at * 2 * of.room
-        key = start_of(src.key, src.key_strides, b, h // src.group, BY)
-        value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        free, mixed = _steps(of, at, limit, LISTED[j], BN)
-        for i in tl.range(free, num_stages=STAGES[j]):
-            first = _begin(tiles, i, 0, LISTED[j], BN)
-            at_key = key + first * (src.key_strides[2] // BY * BY)
-            at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            top, total, o = scaled_step(s, v, top, total, o, scale2, POSITIVE, DOT, PRECISION)
-        for i in tl.range(mixed, num_stages=1):
-            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
-            k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
-            s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
-            top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
+        for KIND in tl.static_range(FREE, FREE + KINDS):
+            if OF[j] >> KIND & 1:
+                for i in tl.range(
+                    _steps(of, at, limit, KIND, LISTED[j], BN), num_stages=1 if KIND == MIXED else STAGES[j]
+                ):  # fmt: skip
+                    tile, k, v = _tile(
+                        src, of, at, i, b, h, limit, dim, value_dim, KIND, LISTED[j], BN, BD, BV, BY, DOT
+                    )  # fmt: skip
+                    if KIND == MIXED:
+                        columns = tile * BN + tl.arange(0, BN)
+                        s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
+                    elif KIND == TOLD:
+                        words = of.words + (at * of.key_blocks + tile) * (BN // 32 * BM)
+                        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+                        s = tl.where(_allowed(words, row, row < BM, BM, BN), s, float("-inf"))
+                    if KIND == FREE:
+                        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                        top, total, o = scaled_step(s, v, top, total, o, scale2, POSITIVE, DOT, PRECISION)
+                    else:
+                        top, total, o = softmax_step(s, v, top, total, o, DOT, PRECISION)
     o, one = softmax_end(top, total, o)
     tl.store(lse + item * row_limit + rows, one, mask=rows < row_limit)
     to = start_of(out, out_strides, b, h, BY)
@@ -244,10 +299,10 @@ def forward(query: Tensor, sources: Sequence[Source], causal: bool, scale: float
     lse = room(query, (batch, heads, rows), torch.float32)
     launch(
         _attend, (batch * heads * row_blocks,), query, strides(query), source_refs, lists, out, out.stride(), lse,
-        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, LISTED=listed, CAUSAL=causal,
-        POSITIVE=scale > 0, BM=of.block, BN=of.width, BD=power_of_two(dim), BV=power_of_two(value_dim),
+        heads, rows, dim, value_dim, row_blocks, scale * LOG2E.value, HAS=has, LISTED=listed, OF=_kinds(listed, has),
+        CAUSAL=causal, POSITIVE=scale > 0, BM=of.block, BN=of.width, BD=power_of_two(dim), BV=power_of_two(value_dim),
         BY=aligned(query, *keys_and_values(sources)), num_warps=of.warps, STAGES=_stages(listed, of.stages),
-        **dot_options(query.dtype),
+        **of.registers, **dot_options(query.dtype),
     )  # fmt: skip
     return out, lse
 
@@ -257,7 +312,7 @@ class Sizes(NamedTuple):
 
     On Hopper a program of 128 rows has two groups of four warps. With three stages a tile is asked for two tiles ahead:
     with two, after the products of the one before it, and then waited for. Up to 64 features the forward pass and dQ
-    take 128 registers, which leaves room for two programs on a multiprocessor: one computes exponentials while the
+    are given 128 registers, which leaves room for two programs on a multiprocessor: one computes exponentials while the
     other multiplies.
     """
 
@@ -267,7 +322,7 @@ class Sizes(NamedTuple):
     step: int  # queries that it reads at once
     warps: int
     stages: int
-    registers: dict  # of the kernel of dQ
+    registers: dict  # of the forward pass and of dQ
 
 
 def sizes(query: Tensor, value_dim: int) -> Sizes:
@@ -286,13 +341,22 @@ def _listed(sources: Sequence[Source], causal: bool) -> tuple[bool, ...]:
     return tuple(causal or s.mask is not None or s.bias is not None for s in sources)
 
 
+def _kinds(listed: Sequence[bool], has: Sequence[int]) -> tuple[int, ...]:
+    """Of each source, as bits, the kinds that its tiles may be of."""
+    free, told, mixed = (1 << kind.value for kind in (FREE, TOLD, MIXED))
+    return tuple(
+        free | (told if one and not its & BIAS.value else 0) | (mixed if not one or its & (MASK | BIAS).value else 0)
+        for one, its in zip(listed, has, strict=True)
+    )
+
+
 def _stages(listed: Sequence[bool], stages: int) -> tuple[int, ...]:
     """Of the loop over each source: what a list says where to find is asked for as long before as the list itself."""
     return tuple(2 * stages - 1 if one else stages for one in listed)
 
 
 def _no_lists(query: Tensor) -> Lists:
-    return Lists(query, 0, query, (0, 0, 0))
+    return Lists(query, 0, query, (0, 0, 0), query, 0, (0, 0, 0))
 
 
 def _lists(
@@ -314,32 +378,35 @@ def _lists(
     count = items * heads * row_blocks
     states = room(query, (count, key_blocks), torch.int8)
     rows_near = room(query, (count, key_blocks, block) if near else (1,), torch.int8)
-    tiles = room(query, (count, 2, key_blocks), torch.int32)
-    counts = room(query, (count, 2), torch.int32)
+    tiles = room(query, (count, KINDS.value, key_blocks), torch.int32)
+    counts = room(query, (count, KINDS.value), torch.int32)
+    words = room(query, (count, key_blocks, width // 32, block), torch.int32)
+    by_key = room(query, (count, key_blocks, triton.cdiv(block, 32), width) if by_keys else (1,), torch.int32)
     launch(
-        _survey, (count, key_blocks), (ref,), states, rows_near, rows, heads, row_blocks, torch.finfo(mask.dtype).min if
-        near else 0.0, HAS=has, CAUSAL=causal, NEAR=near, BM=block, BN=width, num_warps=4,
+        _survey, (count, key_blocks), (ref,), states, rows_near, words, by_key, rows, heads, row_blocks,
+        torch.finfo(mask.dtype).min if near else -math.inf, HAS=has, CAUSAL=causal, NEAR=near, BY_KEY=by_keys, BM=block,
+        BN=width, num_warps=4,
     )  # fmt: skip
     launch(
         _list, (count,), states, rows_near, tiles, counts, key_blocks, NEAR=near, BLOCKS=power_of_two(key_blocks),
         BM=block, num_warps=4,
     )  # fmt: skip
     along = (heads * row_blocks if items > 1 else 0, row_blocks if heads > 1 else 0, 1 if row_blocks > 1 else 0)
-    by_rows = Lists(tiles, key_blocks, counts, along)
+    by_rows = Lists(tiles, key_blocks, counts, along, words, key_blocks, along)
     if not by_keys:
         return by_rows, None
     group, row_blocks = query.shape[1] // source.key.shape[1], triton.cdiv(query.shape[2], block)
     key_heads = source.key.shape[1] if heads > 1 else 1
     many, wide_blocks = group * row_blocks, triton.cdiv(source.key.shape[2], of.keys)
     count = items * key_heads * wide_blocks
-    tiles = room(query, (count, 2, many), torch.int32)
-    counts = room(query, (count, 2), torch.int32)
+    tiles = room(query, (count, KINDS.value, many), torch.int32)
+    counts = room(query, (count, KINDS.value), torch.int32)
     launch(
         _list_by_keys, (count,), states, tiles, counts, along, key_blocks, wide_blocks, key_heads, group, row_blocks,
         BLOCKS=power_of_two(many), WIDE=of.keys // width, num_warps=4,
     )  # fmt: skip
-    along = (key_heads * wide_blocks if items > 1 else 0, wide_blocks if heads > 1 else 0, 1)
-    return by_rows, Lists(tiles, many, counts, along)
+    of_keys = (key_heads * wide_blocks if items > 1 else 0, wide_blocks if heads > 1 else 0, 1)
+    return by_rows, Lists(tiles, many, counts, of_keys, by_key, key_blocks, along)
 
 
 # ---- Backward
@@ -349,15 +416,16 @@ def _lists(
 def _query_gradient(
     grad_out, grad_out_strides, grad_lse, query, query_strides, sources, lists, out, out_strides, lse, shifts, deltas,
     grad, grad_strides, heads, row_limit, dim, value_dim, row_blocks, scale, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, GRAD_LSE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, OF: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    GRAD_LSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, and of each row, for `_key_gradients`, what is subtracted from scores and from dP."""
     block = tl.program_id(0) % row_blocks
     item = (tl.program_id(0) // row_blocks).to(tl.int64)
     b, h = item // heads, item % heads
-    rows = block * BM + tl.arange(0, BM)
+    row = tl.arange(0, BM)
+    rows = block * BM + row
     start = start_of(grad_out, grad_out_strides, b, h, BY)
     do = load_tile(start, rows, row_limit, grad_out_strides[2], value_dim, grad_out_strides[3], BV, DOT, BY)
     start = start_of(out, out_strides, b, h, BY)
@@ -373,33 +441,31 @@ def _query_gradient(
     start = start_of(query, query_strides, b, h, BY)
     q = load_tile(start, rows, row_limit, query_strides[2], dim, query_strides[3], BD, DOT, BY)
     dq = tl.zeros([BM, BD], tl.float32)
-    local = tl.arange(0, BN)
     for j in tl.static_range(len(HAS)):
         src, of = sources[j], lists[j]
         limit = keys_there(src, b, HAS[j])
         at = b * of.strides[0] + h * of.strides[1] + block * of.strides[2]
-        tiles = of.tiles + at * 2 * of.room
-        key = start_of(src.key, src.key_strides, b, h // src.group, BY)
-        value = start_of(src.value, src.value_strides, b, h // src.group, BY)
-        free, mixed = _steps(of, at, limit, LISTED[j], BN)
-        for i in tl.range(free, num_stages=STAGES[j]):
-            first = _begin(tiles, i, 0, LISTED[j], BN)
-            at_key = key + first * (src.key_strides[2] // BY * BY)
-            at_value = value + first * (src.value_strides[2] // BY * BY)
-            k = load_tile(at_key, local, BN, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(at_value, local, BN, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = tl.exp2(s * scale2 - shift[:, None]) * (dp - delta[:, None])
-            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
-        for i in tl.range(mixed, num_stages=1):
-            there = _begin(tiles + of.room, i, free, LISTED[j], BN) + local
-            k = load_tile(key, there, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
-            v = load_tile(value, there, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, DOT, BY)
-            s = scores(q, k, src, b, h, rows, there, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = tl.exp2(s - shift[:, None]) * (dp - delta[:, None])
-            dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+        for KIND in tl.static_range(FREE, FREE + KINDS):
+            if OF[j] >> KIND & 1:
+                # In 128 registers tiles with bits are not fetched ahead: products would wait for each other.
+                for i in tl.range(
+                    _steps(of, at, limit, KIND, LISTED[j], BN),
+                    num_stages=STAGES[j] if KIND == FREE or (KIND == TOLD and BD + BV > 128) else 1,
+                ):  # fmt: skip
+                    tile, k, v = _tile(
+                        src, of, at, i, b, h, limit, dim, value_dim, KIND, LISTED[j], BN, BD, BV, BY, DOT
+                    )  # fmt: skip
+                    if KIND == MIXED:
+                        columns = tile * BN + tl.arange(0, BN)
+                        s = scores(q, k, src, b, h, rows, columns, row_limit, limit, scale2, HAS[j], CAUSAL, PRECISION)
+                    else:
+                        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+                    p = tl.exp2(s - shift[:, None])
+                    if KIND == TOLD:
+                        words = of.words + (at * of.key_blocks + tile) * (BN // 32 * BM)
+                        p = tl.where(_allowed(words, row, row < BM, BM, BN), p, 0.0)
+                    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                    dq = tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
     to = start_of(grad, grad_strides, b, h, BY)
     store_tile(to, dq * scale, rows, row_limit, grad_strides[2], dim, grad_strides[3], BD, BY)
 
@@ -438,9 +504,9 @@ def _load_rows(
 def _key_gradients(
     grad_out, grad_out_strides, query, query_strides, sources, lists, grads, first, shifts, deltas, heads, row_limit,
     dim, value_dim, row_blocks, scale, scale2,
-    HAS: tl.constexpr, LISTED: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS: tl.constexpr, LISTED: tl.constexpr, OF: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, BY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys, over the queries of all heads of its group. Keys are rows of all that is per key and
     query: weights and their gradients go from registers into the products that use them up."""
@@ -453,7 +519,8 @@ def _key_gradients(
             item = ((program - first[j]) // key_blocks).to(tl.int64)
             b, kh = item // (heads // src.group), item % (heads // src.group)
             limit = keys_there(src, b, HAS[j])
-            columns = tile.to(tl.int64) * BN + tl.arange(0, BN)
+            local = tl.arange(0, BN)
+            columns = tile.to(tl.int64) * BN + local
             start = start_of(src.key, src.key_strides, b, kh, BY)
             k = load_tile(start, columns, limit, src.key_strides[2], dim, src.key_strides[3], BD, DOT, BY)
             start = start_of(src.value, src.value_strides, b, kh, BY)
@@ -461,38 +528,39 @@ def _key_gradients(
             dk = tl.zeros([BN, BD], tl.float32)
             dv = tl.zeros([BN, BV], tl.float32)
             at = b * of.strides[0] + kh * of.strides[1] + tile * of.strides[2]
-            blocks = of.tiles + at * 2 * of.room
-            if LISTED[j]:
-                free = tl.load(of.counts + 2 * at) * PARTS
-            else:  # what does not exist of the keys is in rows of its own
-                free = tl.where(tile * BN < limit, src.group * row_blocks * PARTS, 0)
-            for i in tl.range(free, num_stages=STAGES[j]):
-                h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
-                q, do, shift, delta = _load_rows(
-                    query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit, dim,
-                    value_dim, WHOLE, STEP, BD, BV, BY, DOT,
-                )  # fmt: skip
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                p = tl.exp2(s * scale2 - shift[None, :])
-                dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
-            if LISTED[j]:
-                for i in tl.range(tl.load(of.counts + 2 * at + 1) * PARTS, num_stages=1):
-                    h, row = _rows_of(blocks + of.room, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
-                    q, do, shift, delta = _load_rows(
-                        query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads, row_limit,
-                        dim, value_dim, WHOLE, STEP, BD, BV, BY, DOT,
-                    )  # fmt: skip
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
-                    rows = row + tl.arange(0, STEP)
-                    s = allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS[j], CAUSAL)
-                    p = tl.exp2(s - shift[None, :])
-                    dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                    ds = p * (dp - delta[None, :])
-                    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+            PACKS: tl.constexpr = (PARTS * STEP + 31) // 32
+            of_key = local // TILE * (PACKS * TILE) + local % TILE  # where the word of a key is
+            for KIND in tl.static_range(FREE, FREE + KINDS):
+                if OF[j] >> KIND & 1 and (LISTED[j] or KIND == FREE):
+                    blocks = of.tiles + (at * KINDS + KIND - FREE) * of.room
+                    if LISTED[j]:
+                        many = tl.load(of.counts + at * KINDS + KIND - FREE)
+                    else:  # what does not exist of the keys is in rows of its own
+                        many = tl.where(tile * BN < limit, src.group * row_blocks, 0)
+                    for i in tl.range(many * PARTS, num_stages=1 if KIND == MIXED else STAGES[j]):
+                        h, row = _rows_of(blocks, i, row_blocks, kh * src.group, LISTED[j], PARTS, STEP)
+                        q, do, shift, delta = _load_rows(
+                            query, query_strides, grad_out, grad_out_strides, shifts, deltas, b, h, row, heads,
+                            row_limit, dim, value_dim, WHOLE, STEP, BD, BV, BY, DOT,
+                        )  # fmt: skip
+                        if KIND == MIXED:
+                            rows = row + tl.arange(0, STEP)
+                            plus, may = added(
+                                src, b, h, rows[None, :], columns[:, None], row_limit, limit, HAS[j], CAUSAL
+                            )  # fmt: skip
+                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+                        if KIND == MIXED:
+                            s = masked(s, plus, may, HAS[j])
+                        p = tl.exp2(s - shift[None, :])
+                        if KIND == TOLD:
+                            block = row // (PARTS * STEP)
+                            its = b * of.word_strides[0] + h * of.word_strides[1] + block * of.word_strides[2]
+                            words = of.words + (its * of.key_blocks + tile * (BN // TILE)) * (PACKS * TILE)
+                            words += row % (PARTS * STEP) // 32 * TILE
+                            p = tl.where(_allowed(words, of_key, columns < of.key_blocks * TILE, TILE, STEP), p, 0.0)
+                        dv = tl.dot(p.to(DOT), do, dv, input_precision=PRECISION)
+                        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+                        dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
             there = (columns < limit)[:, None]
             to = start_of(grad.key, grad.key_strides, b, kh, BY)
             dk = tl.where(there, dk * scale, 0.0)
@@ -506,7 +574,7 @@ def differentiates(query: Tensor, sources: Sequence[Source]) -> bool:
     """Whether `backward` can: in float32, of three products, "efficient" is no slower, and two sums of 256 features for
     each key find no room in the registers."""
     wide = power_of_two(query.shape[3]) + power_of_two(sources[0].value.shape[3])
-    return query.dtype != torch.float32 and wide <= 256 and roomy(query.device, 160)
+    return query.dtype != torch.float32 and wide <= 256 and roomy(query.device, 96)
 
 
 def backward(
@@ -545,7 +613,8 @@ def backward(
     )
     shifts, deltas = (room(query, (batch, heads, rows), torch.float32) for _ in range(2))
     options = dict(
-        HAS=has, LISTED=listed, STAGES=_stages(listed, of.stages), CAUSAL=causal, BD=power_of_two(dim),
+        HAS=has, LISTED=listed, OF=_kinds(listed, has), STAGES=_stages(listed, of.stages), CAUSAL=causal,
+        BD=power_of_two(dim),
         BV=power_of_two(value_dim), BY=aligned(query, grad_out, out, *keys_and_values(sources)),
         **dot_options(query.dtype),
     )  # fmt: skip
@@ -562,8 +631,8 @@ def backward(
     launch(
         _key_gradients, (first[-1],), grad_out, grad_out.stride(), query, strides(query), source_refs, by_keys, grads,
         tuple(first), shifts, deltas, heads, rows, dim, value_dim, row_blocks, scale, scale * LOG2E.value, BN=of.keys,
-        WHOLE=rows % of.block == 0, PARTS=of.block // of.step, STEP=of.step, num_warps=8 if of.keys == 128 else 4,
-        **options,
+        TILE=of.width, WHOLE=rows % of.block == 0, PARTS=of.block // of.step, STEP=of.step,
+        num_warps=8 if of.keys == 128 else 4, **options,
     )  # fmt: skip
     for whole, part in zip((grad_query, *grad_keys, *grad_values), (of_query, *of_keys, *of_values), strict=True):
         if part is not whole:

@@ -27,12 +27,13 @@ from mmfast.fusion.recording import launch, room
 from mmfast.fusion.routes_cuda import folds, power_of_two
 from mmfast.fusion.triton_tiles import (
     LOG2E,
+    added,
     aligned,
-    allowed_by_key,
     dot_options,
     few_values,
     keys_there,
     load_tile,
+    masked,
     multiprocessors,
     refs,
     roomy,
@@ -284,8 +285,11 @@ def _split_backward(
                 next_v = load_tile(
                     value, after, limit, src.value_strides[2], value_dim, src.value_strides[3], BV, tl.float32, BY
                 )
+                plus, may = added(
+                    src, b[None, :], h[None, :], i[None, :], columns[:, None], length, limit, HAS[j], CAUSAL
+                )
                 s = _product(_parts(k), _parts(tl.trans(q)), tl.zeros([BN, BM], tl.float32)) * scale2
-                s = allowed_by_key(s, src, b, h, i, columns, length, limit, HAS[j], CAUSAL)
+                s = masked(s, plus, may, HAS[j])
                 p = tl.exp2(s - shift[None, :])
                 dp = _product(_parts(v), _parts(tl.trans(do)), tl.zeros([BN, BM], tl.float32))
                 dv = _product(_parts(p), _parts(do), tl.zeros([BN, BV], tl.float32))

@@ -193,10 +193,38 @@ def load_values(src, b, h, columns, limit, width, WIDTH: tl.constexpr, DOT: tl.c
 
 
 @triton.jit
-def _added(pointer, strides, b, h, rows, columns, there):
+def added(src, b, h, rows, columns, row_limit, limit, HAS: tl.constexpr, CAUSAL: tl.constexpr):
+    """What is added to scores, in units of exp2, and where a query may attend; ``rows`` and ``columns`` stand across.
+
+    To be asked for before the product: where two layouts meet Triton keeps the one that it came upon last, and goes
+    through softmax and products in that of the loads, with three times the instructions.
+    """
+    may = columns < limit
+    if CAUSAL:
+        may = may & (columns <= rows)
+    there = (rows < row_limit) & (columns < src.keys)
+    plus = 0.0
+    if MASK & HAS:
+        plus = _load_added(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+    if MASK_BOOL & HAS:
+        may = may & (_load_added(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
+    if BIAS & HAS:
+        plus += _load_added(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
+    return plus, may
+
+
+@triton.jit
+def _load_added(pointer, strides, b, h, rows, columns, there):
     start = pointer + b * strides[0] + h * strides[1]
-    offsets = rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
-    return tl.load(start + offsets, mask=there, other=0)
+    return tl.load(start + rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3], mask=there, other=0)
+
+
+@triton.jit
+def masked(s, plus, may, HAS: tl.constexpr):
+    """Scores ``s`` with what `added` gives."""
+    if (MASK | BIAS) & HAS:
+        s += plus
+    return tl.where(may, s, float("-inf"))
 
 
 @triton.jit
@@ -221,47 +249,16 @@ def scores(
 
     FULL: all keys of the tile exist. RAW: nothing is added to scores, and who asks multiplies them by ``scale2``.
     """
+    plus, may = added(src, b, h, rows[:, None], columns[None, :], row_limit, limit, HAS, CAUSAL)
     s = tl.dot(q, tl.trans(k), input_precision=PREC)
     if not RAW:
         s *= scale2
-    may = columns[None, :] < limit
-    if (MASK | MASK_BOOL | BIAS) & HAS:
-        there = (rows[:, None] < row_limit) & (columns[None, :] < src.keys)
-        if MASK & HAS:
-            s += _added(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if BIAS & HAS:
-            s += _added(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if MASK_BOOL & HAS:
-            may = may & (_added(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
-    if CAUSAL:
-        may = may & (columns[None, :] <= rows[:, None])
     if FULL and not CAUSAL and not (MASK_BOOL & HAS):
+        if (MASK | BIAS) & HAS:
+            s += plus
         return s
     else:
-        return tl.where(may, s, float("-inf"))
-
-
-@triton.jit
-def allowed_by_key(s, src, b, h, rows, columns, row_limit, limit, HAS: tl.constexpr, CAUSAL: tl.constexpr):
-    """`scores` of the products ``s``, keys by queries."""
-    may = columns[:, None] < limit
-    if (MASK | MASK_BOOL | BIAS) & HAS:
-        there = (columns[:, None] < src.keys) & (rows[None, :] < row_limit)
-        if MASK & HAS:
-            s += _added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if BIAS & HAS:
-            s += _added_by_key(src.bias, src.bias_strides, b, h, rows, columns, there).to(tl.float32) * LOG2E
-        if MASK_BOOL & HAS:
-            may = may & (_added_by_key(src.mask, src.mask_strides, b, h, rows, columns, there) != 0)
-    if CAUSAL:
-        may = may & (columns[:, None] <= rows[None, :])
-    return tl.where(may, s, float("-inf"))
-
-
-@triton.jit
-def _added_by_key(pointer, strides, b, h, rows, columns, there):
-    of_rows = b * strides[0] + h * strides[1] + rows.to(tl.int64) * strides[2]
-    return tl.load(pointer + of_rows[None, :] + columns.to(tl.int64)[:, None] * strides[3], mask=there, other=0)
+        return masked(s, plus, may, HAS)
 
 
 @triton.jit

@@ -16,12 +16,12 @@ from mmfast.fusion import (
     recording,
     reference,
     routes_cuda,
-    triton_short,
     triton_skip,
     triton_split,
     triton_tiles,
 )
 from mmfast.fusion import triton as fused
+from mmfast.fusion import triton_short_sizes as sizes
 from mmfast.fusion._inputs import prepare
 from mmfast.fusion.epilogue import gated_residual
 
@@ -155,7 +155,7 @@ def test_matches_gold(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ip_adapter", "a_tile_of_128", "groups_shared_keys"])
 def test_half_precision(name, dtype, monkeypatch):
-    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
+    monkeypatch.setattr(sizes, "capability", lambda device: (9, 0))  # keys are held where a block has 64 queries
     check(fused.short, *SMALL[name](), dtype, with_lse=dtype == torch.float16)
 
 
@@ -180,7 +180,7 @@ def test_aligned(dim, dtype, by):
 )
 def test_as_many_sums_as_pay(of, items, expected):
     """Programs that all run at once, where that is possible, or nearly full rounds of few."""
-    assert triton_short._soonest(of, items, 264, 6) == expected
+    assert sizes.soonest(of, items, 264, 6) == expected
 
 
 # Of the forward and the backward pass, for sm_90, and for sm_80 in the last two: features of keys and of values, keys,
@@ -212,14 +212,12 @@ def test_shared_memory_is_enough(dim, value_dim, keys, dtype, joint, held, forwa
     sources = [
         Source(torch.empty(1, 1, n, dim, dtype=dtype), torch.empty(1, 1, n, value_dim, dtype=dtype)) for n in keys
     ]
-    layout = triton_short._layout(query, sources, joint)
-    monkeypatch.setattr(triton_short, "roomy", lambda device, kilobytes=200: held)
+    layout = sizes.lay_out(query, sources, joint)
+    monkeypatch.setattr(sizes, "roomy", lambda device, kilobytes=200: held)
     for found, way in ((forward, False), (backward, True)):
         if found is not None:
-            block = triton_short._backward_sizes(query, layout, joint)[0] if way else 64
-            most = triton_short._shared(
-                layout, dtype.itemsize, block, held and block >= 64, found[0], way, joint and way
-            )
+            block = sizes.backward_sizes(query, layout, joint)[0] if way else 64
+            most = sizes.shared_bytes(layout, dtype.itemsize, block, held and block >= 64, found[0], way, joint and way)
             assert found[1] <= most <= max(2.3 * found[1], 100 * 1024)
 
 
@@ -227,16 +225,16 @@ def test_shared_memory_is_enough(dim, value_dim, keys, dtype, joint, held, forwa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stages_by_shared_memory(kb, dtype, monkeypatch):
     """As many as fit of what may be given to the kernels, and never so few without need."""
-    monkeypatch.setattr(triton_short, "shared_memory", lambda device: kb * 1024)
+    monkeypatch.setattr(sizes, "shared_memory", lambda device: kb * 1024)
     chosen = set()
     for dim in (16, 64, 128, 256):
         for keys in (16, 64, 128, 256, 512):
             query, key = torch.empty(1, 1, 1000, dim, dtype=dtype), torch.empty(1, 1, keys, dim, dtype=dtype)
             if not routes_cuda.fits(query, [Source(key, key)]):
                 continue
-            layout = triton_short._layout(query, [Source(key, key)], True)
-            block, _, _, stages, _ = triton_short._forward_sizes(query, layout, True)
-            taken = [triton_short._shared(layout, dtype.itemsize, block, False, s, False) for s in (stages, stages + 1)]
+            layout = sizes.lay_out(query, [Source(key, key)], True)
+            block, _, _, stages, _ = sizes.forward_sizes(query, layout, True)
+            taken = [sizes.shared_bytes(layout, dtype.itemsize, block, False, s, False) for s in (stages, stages + 1)]
             assert stages == 1 or taken[0] <= kb * 1024
             assert stages == 3 or taken[1] > kb * 1024
             chosen.add(stages)
@@ -245,10 +243,10 @@ def test_stages_by_shared_memory(kb, dtype, monkeypatch):
 
 def test_many_blocks(monkeypatch):
     """Programs that take several blocks of queries, several programs for a head, and the last block not full."""
-    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(triton_short, "SUM", 0)
+    monkeypatch.setattr(sizes, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(sizes, "SUM", 0)
     query, sources = randn(2, 1, 200, 16), [Source(*kv(2, 1, 5, 16)), Source(*kv(1, 1, 17, 16))]
-    assert triton_short._grid(query, 2, 64, 4) == triton_short._grid_of_sums(query, 2, 64, 4) == (2, 2)
+    assert sizes.grid_of(query, 2, 64, 4) == sizes.grid_of_sums(query, 2, 64, 4) == (2, 2)
     check(fused.short, query, sources, {}, with_lse=False)
 
 
@@ -256,8 +254,8 @@ def test_many_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_blocks_with_gates(dtype, sources, monkeypatch):
     """One program has all blocks of a head, and fetches the gates of the next one."""
-    monkeypatch.setattr(triton_short, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(triton_short, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(sizes, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(sizes, "capability", lambda device: (9, 0))
     both = [Source(*kv(2, 2, n, 16), gate=randn(2, 2, 150, 1)) for n in (7, 18)]
     check(fused.short, randn(2, 2, 150, 16), both[:sources], {"fusion": "decoupled"}, dtype, with_lse=False)
 
@@ -402,12 +400,14 @@ def test_skips_tiles(excluded, in_float32):
         results.append((got.out, got.lses, torch.autograd.grad(got.out, of, up)))
     torch.testing.assert_close(results[1], results[0], atol=6e-6, rtol=1e-5)
     lists, by_keys = triton_skip._lists(query, source, False, 2, SIZES, by_keys=True)
-    # Where nothing is masked, and others: the last tile is not full.
-    assert lists.counts.tolist() == [[3, 1], [1, 0], [1, 1], [2, 0]]
-    assert lists.tiles[0, :, :3].tolist()[0] == [0, 1, 2] and lists.tiles[2, :, 0].tolist() == [1, 0]
+    # Where nothing is masked, and where bits tell what is: the last tile is not full.
+    assert lists.counts.tolist() == [[3, 1, 0], [1, 0, 0], [1, 1, 0], [2, 0, 0]]
+    assert lists.tiles[0, 0, :3].tolist() == [0, 1, 2] and lists.tiles[2, :2, 0].tolist() == [1, 0]
     # Two heads with two blocks each: what visits each of the four tiles of the first item, and of the second.
-    assert by_keys.counts.tolist() == [[4, 0], [2, 0], [2, 0], [0, 2], [2, 2], [4, 0], [0, 0], [0, 0]]
-    assert by_keys.tiles[1, 0, :2].tolist() == [0, 2] and by_keys.tiles[4, :, :2].tolist() == [[1, 3], [0, 2]]
+    assert by_keys.counts.tolist() == [
+        [*x, 0] for x in ((4, 0), (2, 0), (2, 0), (0, 2), (2, 2), (4, 0), (0, 0), (0, 0))
+    ]
+    assert by_keys.tiles[1, 0, :2].tolist() == [0, 2] and by_keys.tiles[4, :2, :2].tolist() == [[1, 3], [0, 2]]
 
 
 def test_skips_only_beside_other_keys():
@@ -416,7 +416,7 @@ def test_skips_only_beside_other_keys():
     mask = images(torch.finfo(torch.float16).min)[1:].half()
     mask[:, :, 5] = torch.finfo(torch.float16).min
     source = Source(key, value, mask=mask, lengths=torch.tensor([90]))
-    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 3], [2, 0]]
+    assert triton_skip._lists(query, source, False, 1, SIZES)[0].counts.tolist() == [[0, 0, 3], [2, 0, 0]]
     results = [f(query, [source], fusion="joint", scale=0.25).out for f in (by_skipping, reference.attention)]
     torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)  # scores of 65504 are rounded to 1 / 256
     assert results[0][:, :, 5].abs().max() > 0
@@ -424,9 +424,9 @@ def test_skips_only_beside_other_keys():
 
 def test_skip_by_lengths_and_causality():
     query, source = randn(2, 1, 70, 16), Source(*kv(2, 1, 100, 16), lengths=torch.tensor([100, 33]))
-    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1], [1, 1]]
+    assert triton_skip._lists(query.float(), source, False, 2, SIZES)[0].counts.tolist() == [[3, 1, 0], [1, 1, 0]]
     lists, _ = triton_skip._lists(query.float(), source, True, 2, SIZES)
-    assert lists.counts.tolist() == [[0, 2], [2, 1], [0, 2], [1, 1]]
+    assert lists.counts.tolist() == [[0, 2, 0], [2, 1, 0], [0, 2, 0], [1, 1, 0]]
     check(by_skipping, query, [source, Source(*kv(1, 1, 40, 16))], {"is_causal": True})
 
 
@@ -445,6 +445,7 @@ def _long(dtype, rows=140, batch=2):
                                     ((1, 150), (batch, 40)))  # fmt: skip
     mask, lengths = torch.ones(rows, 150, dtype=torch.bool), torch.tensor([0, 33])[-batch:]
     mask[:128, 64:], mask[128:, :100], mask[:, 7] = False, False, False
+    mask[70:90, 20:50] = False  # in the second step of a block
     return query, [Source(key, value, mask=mask[None, None]), Source(more, values, lengths=lengths)], up
 
 
@@ -452,9 +453,9 @@ def test_skip_of_large_blocks():
     """Blocks of 128 queries in two steps, 128 keys of two tiles that differ, queries that do not fill a block."""
     query, sources, up = _long(torch.float16)
     lists, by_keys = triton_skip._lists(query, sources[0], False, 2, triton_skip.sizes(query, 16), by_keys=True)
-    assert lists.counts.tolist() == [[0, 1], [0, 2]]  # of three tiles of 64 keys
+    assert lists.counts.tolist() == [[0, 1, 0], [0, 2, 0]]  # of three tiles of 64 keys
     # Of two heads with two blocks: one visits the first of the first 128 keys, the other their second and the rest.
-    assert by_keys.counts.tolist() == [[0, 4], [0, 2]]
+    assert by_keys.counts.tolist() == [[0, 4, 0], [0, 2, 0]]
     for rows in (140, 256):
         query, sources, up = _long(torch.float16, rows)
         results = []
