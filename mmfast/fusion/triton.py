@@ -171,17 +171,21 @@ def long(
 ) -> Attention:
     """The same by ``"split"``, ``"skip"`` or one of `merged.ENGINES`. Decoupled sources one by one."""
 
+    batch = batch_of(query, list(sources))
+
     def softmax(some: Sequence[Source]) -> tuple[Tensor, Tensor]:
+        own = query
+        if batch_of(query, list(some)) != batch and any(_differs_by_item(s) for s in some):
+            own = query.expand(batch, -1, -1, -1)  # or these sources by themselves would be one item's
         packed = pack([s._replace(gate=None) for s in some])
         out, lse = torch.ops.mmfast.fusion_device_forward(
-            query, *packed[0], None, *packed[1], True, is_causal, False, scale, engine
+            own, *packed[0], None, *packed[1], True, is_causal, False, scale, engine
         )
         return out, lse[0]
 
     if fusion == "joint":
         out, lse = softmax(sources)
         return Attention(out, (lse,), None)
-    batch = batch_of(query, list(sources))
     total, lses = None, []
     for source in sources:
         if not source.key.shape[2]:
@@ -195,6 +199,12 @@ def long(
             out = out * (source.gate.float() if isinstance(source.gate, Tensor) else source.gate)
         total = out if total is None else total + out
     return Attention(_expand(total, batch).to(query.dtype), tuple(lses), None)
+
+
+def _differs_by_item(source: Source) -> bool:
+    """Whether masks, biases or lengths do, whatever keys and values are."""
+    added = (source.mask, source.bias)
+    return source.lengths is not None or any(x is not None and x.shape[0] != 1 for x in added)
 
 
 def _expand(x: Tensor, batch: int) -> Tensor:

@@ -370,7 +370,7 @@ def _lists(
         shape[0] = batch
     if causal:
         shape[2] = rows
-    items, heads, rows = shape
+    items, heads, rows = shape  # one row stands for a block of them
     block, width = of.block, of.width
     row_blocks, key_blocks = triton.cdiv(rows, block), triton.cdiv(source.key.shape[2], width)
     # A key that others are excluded by must be one that the query may attend to, by as much as the mask says.
@@ -383,7 +383,8 @@ def _lists(
     words = room(query, (count, key_blocks, width // 32, block), torch.int32)
     by_key = room(query, (count, key_blocks, triton.cdiv(block, 32), width) if by_keys else (1,), torch.int32)
     launch(
-        _survey, (count, key_blocks), (ref,), states, rows_near, words, by_key, rows, heads, row_blocks,
+        _survey, (count, key_blocks), (ref,), states, rows_near, words, by_key, block if rows == 1 else rows, heads,
+        row_blocks,
         torch.finfo(mask.dtype).min if near else -math.inf, HAS=has, CAUSAL=causal, NEAR=near, BY_KEY=by_keys, BM=block,
         BN=width, num_warps=4,
     )  # fmt: skip

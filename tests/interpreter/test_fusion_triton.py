@@ -357,11 +357,32 @@ def _queries_shared_by_the_batch():
     return randn(1, 4, 70, 16), sources, {"is_causal": True}
 
 
+def _padding():
+    """One row of a mask for all queries: tiles that are whole, cut, and left out."""
+    may = torch.arange(100) < torch.tensor([70, 3])[:, None]
+    low = torch.where(torch.arange(33) % 3 == 0, -torch.inf, 0.0).double()
+    sources = [
+        Source(*kv(2, 2, 100, 16), mask=may[:, None, None]),
+        Source(*kv(1, 4, 33, 16), mask=low[None, None, None]),
+    ]
+    return randn(2, 4, 70, 16), sources, {}
+
+
+def _masks_alone_by_item():
+    """Queries, keys and values of one source are shared by the batch, and what may attend to what is not."""
+    shared = Source(*kv(1, 2, 40, 16), mask=torch.rand(2, 1, 70, 40) < 0.6)
+    ragged = Source(*kv(1, 2, 20, 16), lengths=torch.tensor([3, 20]), gate=0.5)
+    return randn(1, 2, 70, 16), [shared, ragged, Source(*kv(2, 2, 33, 16))], {"fusion": "decoupled"}
+
+
 SKIPPED = (
     "six_features", "gate_of_a_head_lengths", "gate_of_a_query_masks", "bias_causal", "groups_shared_keys",
     "shared_queries", "nothing_to_attend_to", "strided",
 )  # fmt: skip
-LONG = (_masks_of_heads, _several_whole_and_ragged, _no_keys_at_all, _queries_shared_by_the_batch)
+LONG = (
+    _masks_of_heads, _padding, _masks_alone_by_item, _several_whole_and_ragged, _no_keys_at_all,
+    _queries_shared_by_the_batch,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
