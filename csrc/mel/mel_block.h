@@ -20,7 +20,7 @@
 // Note: [Cost on a GPU], per frame at 400 / 160 / 80
 //   10.5 k floating point operations, 960 bytes of device memory: floors on an H200 of 4.5 G frames/s (4.3 TB/s) and, at 35 %
 //   of its 67 TFLOP/s, 2.2 G. Shared memory and L1: 95 wavefronts, one a cycle of a multiprocessor. Instructions: about 645 of a
-//   warp for 32 frames each, at most four a cycle: 161 cycles. Measured on an H200: 1.03 G frames/s. benchmarks/results/README.md has
+//   warp for 32 frames each, at most four a cycle: 161 cycles. Measured on an H200: 1.03 G frames/s. benchmarks/results/gpu.md has
 //   the parts.
 #pragma once
 
