@@ -47,7 +47,9 @@ bool amx_granted() {
 }
 
 Isa supported() {
-#if defined(MMFAST_X86)
+#if defined(MMFAST_EMULATE_VECTORS)
+    return Isa::amx;
+#elif defined(MMFAST_X86)
     // These ask the operating system (XGETBV) as well as CPUID. They name every set that CMakeLists.txt turns on.
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -15,7 +15,7 @@
 namespace mmfast {
 inline namespace MMFAST_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(MMFAST_EMULATE_VECTORS)  // for tests: by what every machine has
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;

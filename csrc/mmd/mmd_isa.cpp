@@ -18,7 +18,11 @@ const TileKernels<float>& tiles() {
 
 template <>
 const TileKernels<double>& tiles() {
+#if defined(MMFAST_EMULATE_VECTORS)  // of floats alone
+    static const TileKernels<double> chosen = baseline::mmd_tiles_double();
+#else
     static const TileKernels<double> chosen = MMFAST_FOR_ISA(best_isa(), mmd, mmd_tiles_double)();
+#endif
     return chosen;
 }
 
