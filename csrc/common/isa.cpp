@@ -30,7 +30,7 @@ constexpr Isa kBuilt[] = {
 };
 
 // The matrix unit for bfloat16, which the operating system lends to a process that asks.
-bool amx_granted() {
+[[maybe_unused]] bool amx_granted() {
 #if defined(MMFAST_EMULATE_AMX)
     return true;
 #elif defined(MMFAST_ASK_FOR_AMX)
