@@ -88,7 +88,10 @@ def _compare(args: argparse.Namespace) -> int:
 def _aims(args: argparse.Namespace) -> int:
     from benchmarks import aims, compare
 
-    runs = {_name(path): aims.verdicts(compare.read(path)) for path in args.aims}
+    names = [_name(path) for path in args.aims]
+    if len(set(names)) < len(names):
+        names = args.aims
+    runs = {name: aims.verdicts(compare.read(path)) for name, path in zip(names, args.aims, strict=True)}
     print(aims.comparison(runs) if len(runs) > 1 else aims.table(*runs.values()))
     return 0
 

@@ -91,6 +91,11 @@ def test_command(tmp_path, capsys):
     assert header == ["case", "mode", "peers", "aim", "one", "two", "nothing"]
     assert line == ["fusion-pool-16384", "forward", "sdpa*, plain, flex", "1.5×", "30×", "**1×**", ""]
     assert met[4:] == ["1 of 1 met", "0 of 1 met", "0 of 0 met"]
+    alike = tmp_path / "else" / "two" / "rows.jsonl"
+    alike.parent.mkdir(parents=True)
+    alike.write_text((tmp_path / "one" / "rows.jsonl").read_text())
+    header, _, line, _ = cells(files[1], str(alike))  # two runs of one name
+    assert header[4:] == [files[1], str(alike)] and line[4:] == ["**1×**", "30×"]
 
 
 def test_results_page_shows_where_the_aims_stand():

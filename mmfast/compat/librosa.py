@@ -331,7 +331,7 @@ def _db(power: torch.Tensor, reference, amin: float, top_db: float | None, scope
         raise ValueError(f"top_db must be non-negative, got {top_db}")
     if scope not in _SCOPES:
         raise ValueError(f"top_db_scope must be one of {', '.join(map(repr, _SCOPES))}, got {scope!r}")
-    wide = power.to(torch.promote_types(power.dtype, torch.float32))  # half precision cannot hold amin
+    wide = power.to(_wide(power))  # half precision cannot hold amin
     reference = torch.as_tensor(reference, dtype=wide.dtype, device=wide.device)
     decibels = 10.0 * wide.clamp(min=amin).log10() - 10.0 * reference.clamp(min=amin).log10()
     if top_db is not None and decibels.numel():

@@ -15,9 +15,14 @@ from mmfast.fusion import triton as fused
 from mmfast.fusion._inputs import batch_of, prepare
 
 
-def _mask_or_bias(draw, *shape):
-    """Any part of its shape may be 1; rows without keys are as likely as full ones."""
-    shape = [n if draw.random() < 0.6 else 1 for n in shape]
+def _shape(draw, *shape):
+    """Any part of it may be 1."""
+    return [n if draw.random() < 0.6 else 1 for n in shape]
+
+
+def _mask(draw, *shape):
+    """Rows without keys are as likely as full ones."""
+    shape = _shape(draw, *shape)
     kind = draw.choice(["seldom", "often", "mostly", "values"])
     if kind == "values":
         return torch.randn(shape).masked_fill(torch.rand(shape) < 0.3, -torch.inf)
@@ -29,9 +34,9 @@ def _source(draw, batch, groups, heads, rows, dim, value_dim, fusion):
     own = draw.choice([1, batch])
     options = {}
     if draw.random() < 0.35:
-        options["mask"] = _mask_or_bias(draw, batch, heads, rows, keys)
+        options["mask"] = _mask(draw, batch, heads, rows, keys)
     if draw.random() < 0.2:
-        options["bias"] = torch.randn([n if draw.random() < 0.6 else 1 for n in (batch, heads, rows, keys)])
+        options["bias"] = torch.randn(_shape(draw, batch, heads, rows, keys))
     if draw.random() < 0.3:
         counts = [draw.choice([0, 1, keys // 2, keys]) for _ in range(batch)]
         options["lengths"] = torch.tensor(counts, dtype=draw.choice([torch.int32, torch.int64]))
