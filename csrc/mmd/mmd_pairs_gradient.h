@@ -106,7 +106,7 @@ public:
         Kept kept;
         block_.open(memory_.arrived);
         fetch(kept);
-        asked_ = passed_ = now_ = to_ = 0;
+        asked_ = passed_ = to_ = 0;
         now_ = kPullStages - 1;
         ask(kept);
         ask(kept);
