@@ -45,6 +45,14 @@ public:
         _tile_zero(2);
         _tile_zero(3);
     }
+    template <int kNumber>
+    MMFAST_INLINE void zero() {
+        static_assert(kNumber >= 0 && kNumber < 4);
+        if constexpr (kNumber == 0) _tile_zero(0);
+        else if constexpr (kNumber == 1) _tile_zero(1);
+        else if constexpr (kNumber == 2) _tile_zero(2);
+        else _tile_zero(3);
+    }
     // Rows `stride` bytes apart. The number of a tile is part of the instruction.
     template <int kNumber>
     MMFAST_INLINE void load(const void* from, int64_t stride) {
@@ -72,6 +80,13 @@ public:
         if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
         if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
     }
+    // Tile kSum += tile kLeft times tile kRight.
+    template <int kSum, int kLeft, int kRight>
+    MMFAST_INLINE void multiply() {
+        static_assert(kSum >= 0 && kSum < 4 && (kLeft == 4 || kLeft == 5) && (kRight == 6 || kRight == 7));
+        // What the intrinsic is, which wants its numbers as literals.
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+    }
 };
 
 #else
@@ -83,6 +98,10 @@ public:
 
     MMFAST_INLINE void fence() {}
     MMFAST_INLINE void zero() { std::memset(tiles_, 0, 4 * sizeof tiles_[0]); }
+    template <int kNumber>
+    MMFAST_INLINE void zero() {
+        std::memset(tiles_[kNumber], 0, sizeof tiles_[0]);
+    }
     template <int kNumber>
     MMFAST_INLINE void load(const void* from, int64_t stride) {
         static_assert(kNumber >= 0 && kNumber < 8);
@@ -99,6 +118,10 @@ public:
     MMFAST_INLINE void multiply_add() {
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) product(tiles_[2 * r + c], tiles_[4 + r], tiles_[6 + c]);
+    }
+    template <int kSum, int kLeft, int kRight>
+    MMFAST_INLINE void multiply() {
+        product(tiles_[kSum], tiles_[kLeft], tiles_[kRight]);
     }
 
 private:

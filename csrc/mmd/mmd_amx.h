@@ -2,12 +2,14 @@
 // x y = h h' + h l' + l h', summed in float32. Included by mmd_tile.cpp for the instruction set amx.
 //
 // Note: [Split products]
-//   What is left out, l l' and the rounding of l, is some 2^-18 of the product of the magnitudes and 2^-15 at worst, which
-//   shows in sums of one or two products: a squared distance of centred points is off by about 2^-17 of its norms over
-//   the root of the dimension. Kernels of the distance itself, whose error is largest where it is small, compute more of
-//   them again from differences (compare_again). Products of points as they are (Metric::dot) are split only where that is
-//   exact: bfloat16 has no l, and float16 is h + l, with l l' as well. Of infinity and NaN l is 0, so that they come out
-//   of h h'.
+//   What is left out, l l' and the rounding of l, is some 2^-18 of the product of the magnitudes and 2^-15 at worst: a squared
+//   distance of centred points is off by about 2^-17 of its norms over the root of the dimension, and the kernel's value at a
+//   pair by up to 8e-6 (measured; 80 x 96 points of 64 and of 768 dimensions), where 3e-6 is the aim. Over many pairs that
+//   averages out, so distances are split where only sums over pairs are wanted, of enough points (Sweep::passes); matrices,
+//   products, row sums and dependence measures have whole float32 products. Kernels of the distance itself, whose error is
+//   largest where it is small, compute more of them again from differences (compare_again). Products of points as they are
+//   (Metric::dot) are split only where that is exact: bfloat16 has no l, and float16 is h + l, with l l' as well. Of infinity
+//   and NaN l is 0, so that they come out of h h'.
 //
 // Note: [Cost of split products]
 //   16 cycles for 16 x 16 x 32 multiplications, three times: 5.3 times as many as two AVX-512 units do. A pair of vectors is split
@@ -87,51 +89,94 @@ MMFAST_INLINE void transpose(Words (&x)[16]) {
 
 // ---- Points --------------------------------------------------------------------------------------------------------
 
-// Dimensions [k, k + 32) of a row of points.
-MMFAST_INLINE Halves split(const float* row, int64_t k, int64_t stride) {
-    return split(k < stride ? Simd<float>::load(row + k) : Floats{},
-                 k + 16 < stride ? Simd<float>::load(row + k + 16) : Floats{});
+// The nearest numbers of 8 bits, ties away from zero, in the upper halves; lower halves are arbitrary. Of NaN it may be anything.
+MMFAST_INLINE Words rounded_half(Words x) {
+    return x + 0x8000u;
+}
+// What is left of x, for upper_halves(): 0 of infinity, NaN of NaN.
+MMFAST_INLINE Words rest_of(Floats x, Words high) {
+    const Floats rest = x - as_floats(high);
+#if defined(__AVX512F__)
+    const __m512i infinity_to_zero_nan_to_nan = _mm512_set1_epi32(0x00880033);
+    const Floats kept = (Floats)_mm512_fixupimm_ps((__m512)rest, (__m512)x, infinity_to_zero_nan_to_nan, 0);
+#else
+    const Floats infinity = Floats{} + __builtin_inff(), nan = Floats{} + __builtin_nanf("");
+    const Floats kept = x != x ? nan : x == infinity || x == -infinity ? Floats{} : rest;
+#endif
+    return rounded_half(Simd<float>::bits<Floats, Words>(kept));
+}
+// The upper halves of the words of two vectors, as pairs.
+MMFAST_INLINE Words upper_halves(Words first, Words second) {
+    return (first >> 16) | (second & kHighHalf);
 }
 
-// Rows [first, first + 16) of `to`: the high parts of the dimensions, then the low ones; zero for what is not there.
-inline void split_rows(int64_t first, int64_t count, int64_t dimension, const Points<float>& to) {
-    const int64_t depth = split_depth(dimension), step = split_row_stride(dimension), stride = to.stride;
-    for (int64_t i = first; i < first + 16; ++i) {
-        const float* const row = to.rows + (i < count ? i : 0) * stride;
-        uint16_t* const here = to.split_rows + i * step;
-        for (int64_t k = 0; k < depth; k += 32) {
-            const Halves x = i < count ? split(row, k, stride) : Halves{};
-            put(here + k, x.high);
-            put(here + depth + k, x.low);
-        }
-    }
-}
-
-// Points [first, first + 16), a point along the lanes: for each 32 dimensions the high parts and the low ones. What has no
-// point repeats the last one.
-inline void split_columns(int64_t first, int64_t count, int64_t dimension, const Points<float>& to) {
-    const int64_t depth = split_depth(dimension), stride = to.stride;
+// Points [first, first + 32) in the forms that are asked for. Pairs are 16 dimensions
+// apart where dimensions are summed up (rows, columns), and 16 points where points are (across, turned). A pair of tiles, high and
+// low, holds in its rows
+//   columns: the pairs of 32 dimensions, 16 points along;   across: the pairs of 32 points, 16 dimensions along;
+//   turned: 16 dimensions, the pairs of 32 points along.
+template <bool kRows, bool kColumns, bool kAcross, bool kTurned>
+void split_points(int64_t first, int64_t dimension, const Points<float>& to) {
+    const int64_t depth = split_depth(dimension), stride = to.stride, row = split_row_stride(dimension);
+    const float* const from = to.rows + first * stride;
     for (int64_t k = 0; k < depth; k += 32) {
-        Words high[16], low[16];
-        for (int64_t i = 0; i < 16; ++i) {
-            const Halves x = split(to.rows + (first + i < count ? first + i : count - 1) * stride, k, stride);
-            high[i] = x.high;
-            low[i] = x.low;
-        }
-        transpose(high);
-        transpose(low);
-        uint16_t* const tile = to.split_columns + first * 2 * depth + k / 32 * 2 * kPart;
+        Words columns[2][2][16], turned[2][2][16];  // [points or dimensions][high, low]
+        const bool both = k + 16 < stride;
+#pragma GCC unroll 2
         for (int64_t p = 0; p < 16; ++p) {
-            put(tile + p * 32, high[p]);
-            put(tile + kPart + p * 32, low[p]);
+            Words high[2][2], low[2][2];  // [point][dimensions]
+            for (int64_t i = 0; i < 2; ++i)
+                for (int64_t v = 0; v < 2; ++v) {
+                    const Floats x =
+                        v == 0 || both ? Simd<float>::load(from + (p + 16 * i) * stride + k + 16 * v) : Floats{};
+                    high[i][v] = rounded_half(Simd<float>::bits<Floats, Words>(x)) & kHighHalf;
+                    low[i][v] = rest_of(x, high[i][v]);
+                }
+            if (kRows || kColumns)
+                for (int64_t i = 0; i < 2; ++i) {
+                    const Words h = upper_halves(high[i][0], high[i][1]), l = upper_halves(low[i][0], low[i][1]);
+                    if (kRows) {
+                        put(to.split_rows + (first + p + 16 * i) * row + k, h);
+                        put(to.split_rows + (first + p + 16 * i) * row + depth + k, l);
+                    }
+                    if (kColumns) {
+                        columns[i][0][p] = h;
+                        columns[i][1][p] = l;
+                    }
+                }
+            if (kAcross || kTurned)
+                for (int64_t v = 0; v < 2; ++v) {
+                    const Words h = upper_halves(high[0][v], high[1][v]), l = upper_halves(low[0][v], low[1][v]);
+                    if (kAcross) {
+                        uint16_t* const tile = to.split_across + (first / 32 * (depth / 16) + k / 16 + v) * 2 * kPart;
+                        put(tile + p * 32, h);
+                        put(tile + kPart + p * 32, l);
+                    }
+                    if (kTurned) {
+                        turned[v][0][p] = h;
+                        turned[v][1][p] = l;
+                    }
+                }
+        }
+        const auto turn = [&](Words(&x)[2][16], uint16_t* tile) MMFAST_LAMBDA {
+            for (int64_t part = 0; part < 2; ++part) {
+                transpose(x[part]);
+                for (int64_t p = 0; p < 16; ++p) put(tile + part * kPart + p * 32, x[part][p]);
+            }
+        };
+        for (int64_t i = 0; i < 2; ++i) {
+            if (kColumns) turn(columns[i], to.split_columns + (first + 16 * i) * 2 * depth + k / 32 * 2 * kPart);
+            if (kTurned) turn(turned[i], to.split_turned + (first / 32 * (depth / 16) + k / 16 + i) * 2 * kPart);
         }
     }
 }
 
-// Points [first, first + 16) of `count`, or none of them where they only fill a block of the products.
-inline void split_points(int64_t first, int64_t count, int64_t dimension, const Points<float>& to) {
-    if (to.split_rows) split_rows(first, count, dimension, to);
-    if (to.split_columns) split_columns(first, count, dimension, to);
+// One form after the other: two at once take more registers than there are, and half as long again.
+inline void split_points(int64_t first, int64_t dimension, const Points<float>& to) {
+    if (to.split_rows) split_points<true, false, false, false>(first, dimension, to);
+    if (to.split_columns) split_points<false, true, false, false>(first, dimension, to);
+    if (to.split_across) split_points<false, false, true, false>(first, dimension, to);
+    if (to.split_turned) split_points<false, false, false, true>(first, dimension, to);
 }
 
 // ---- Products ------------------------------------------------------------------------------------------------------
@@ -216,56 +261,6 @@ inline void compare_split(bool starts, bool ends_distance, int64_t dimension, co
             const Floats norms = a.norms[first + i] + Simd<float>::load(b.norms + j);
             Simd<float>::store(at, Simd<float>::max(Floats{}, norms - 2.0f * Simd<float>::load(at)));  // a NaN stays
         }
-}
-
-// Note: [Values between products]
-//   The unit works beside the vectors, but a core looks ahead over 512 operations, a third of what the values of a tile take. So
-//   they are computed some rows after each step of the next tile's products: of 64 x 64 pairs products take 1500 cycles at
-//   D = 64 and 6100 at D = 256, the values of DAN's five Gaussians about 3800.
-inline double compare_sum(const Program<float>& p, int64_t dimension, const Points<float>& a, int64_t rows,
-                          const Points<float>& b) {
-    static_assert(kWide * 16 == kTile && kTile % kRowsInFloat == 0);
-    alignas(64) float z[2][kTile * kTile];
-    const int64_t steps = split_depth(dimension) / 32 * 4, each = (kTile + steps - 1) / steps;
-    float common = 0;
-    Accumulator<float> all;
-    Floats values{};
-    struct {
-        const float *z, *norms;
-        int64_t row;
-    } last{nullptr, nullptr, kTile};
-    const auto distances = [&](int64_t row, Floats(&zs)[kWide]) MMFAST_LAMBDA {
-        for (int u = 0; u < kWide; ++u) {
-            const Floats norms = last.norms[row] + Simd<float>::load(b.norms + 16 * u);
-            zs[u] = Simd<float>::max(Floats{}, norms - 2.0f * Simd<float>::load(last.z + row * kTile + 16 * u));
-        }
-    };
-    const auto add_rows = [&](int64_t count) MMFAST_LAMBDA {
-        const int64_t end = last.row + count < kTile ? last.row + count : kTile;
-        for (; last.row < end; ++last.row) {
-            Floats zs[kWide], ks[kWide], hs[kWide];
-            distances(last.row, zs);
-            evaluate_doubling<float, kWide, false>(p.chain[0], common, zs, ks, hs);
-            for (int u = 0; u < kWide; ++u) values += ks[u];
-            if (last.row % kRowsInFloat < kRowsInFloat - 1) continue;
-            all.add(Wider<float>(values));
-            values = Floats{};
-        }
-    };
-    MatrixUnit unit;
-    for (int64_t i = 0; i < rows; i += kTile) {
-        float* const here = z[i / kTile % 2];
-        multiply_split(unit, true, dimension, a, i, kTile, b, kTile, here, [&]() MMFAST_LAMBDA { add_rows(each); });
-        last = {here, a.norms + i, 0};
-        if (i > 0) continue;
-        alignas(64) float first[kTile];
-        Floats zs[kWide];
-        distances(0, zs);
-        for (int u = 0; u < kWide; ++u) Simd<float>::store(first + 16 * u, zs[u]);
-        common = common_value<float, true>(p, first);
-    }
-    add_rows(kTile);
-    return all.total() + double(common) * double(rows * kTile);
 }
 
 // The left factor of product(): high and low parts, kTile to a row; zero beyond `rows` and `depth`.

@@ -397,7 +397,7 @@ private:
 template <class T>
 void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set& y, const T* wx, const T* wy,
                    const double* coefs, bool all_sums, double* sums, const Gradients<T>& gradients) {
-    Sweep<T> sweep(batch, Pairs::within_and_between, {{kernel, &x, &y, gradients}});
+    Sweep<T> sweep(batch, Pairs::within_and_between, {{kernel, &x, &y, gradients}}, true);
     const bool wanted[3] = {all_sums || coefs[0] != 0, all_sums || coefs[1] != 0, all_sums || coefs[2] != 0};
     const bool flat = !gradients.x && !gradients.y && !gradients.weights_x && !gradients.weights_y;
     const auto rounds = sweep.rounds(wanted, flat);

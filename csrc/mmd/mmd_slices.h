@@ -106,6 +106,7 @@ template <class T>
 void Sweep<T>::multiply_slices(int64_t batch, const Block& a, const Block& b, char* s) const {
     const Slices& p = slices_;
     const auto& t = tiles<T>();
+    const auto product = splits_ ? t.product_averaged : t.product;
     const int64_t stride = kSlice<T> + kLine<T>, dimension = groups_[0].kernel.layers[0].dimension;
     const bool diagonal = a.index == b.index, to_a = gradient(0, a.side), to_b = gradient(0, b.side);
     T *const a_gradient = at(s, p.a_gradient), *const b_gradient = at(s, p.b_gradient);
@@ -121,11 +122,11 @@ void Sweep<T>::multiply_slices(int64_t batch, const Block& a, const Block& b, ch
                 const int64_t rows = std::min(kTile, a.count - r);
                 const T* const w = slice_z(s, r, j);
                 if (to_a)
-                    t.product(false, rows, columns, width, w, b_rows + j * stride, stride, a_gradient + r * stride,
-                              stride);
+                    product(false, rows, columns, width, w, b_rows + j * stride, stride, a_gradient + r * stride,
+                            stride);
                 if (to_b && !(diagonal && r == j))
-                    t.product(true, columns, rows, width, w, a_rows + r * stride, stride, b_gradient + j * stride,
-                              stride);
+                    product(true, columns, rows, width, w, a_rows + r * stride, stride, b_gradient + j * stride,
+                            stride);
             }
         }
         put_gradient(0, 0, b.side, batch, b.first, b.count, b_gradient, b_rows, stride, row_sums(s, 0, 1), first,

@@ -45,6 +45,9 @@ constexpr int64_t kMostLayers = 8;
 // Points of more dimensions are taken slice by slice where gradients are wanted (mmd_slices.h).
 constexpr int64_t kWide = 384;
 
+// Points of both samples from which on the errors of split products average out.
+constexpr int64_t kManyPoints = 256;
+
 // One kernel of a sweep and what it is evaluated on.
 template <class T>
 struct Group {
@@ -78,7 +81,10 @@ struct Tile {
 template <class T>
 class Sweep {
 public:
-    Sweep(int64_t batch, Pairs pairs, std::vector<Group<T>> groups) : batch_(batch), pairs_(pairs), groups_(groups) {
+    // `averaged`: of the values only sums over many pairs are wanted.
+    Sweep(int64_t batch, Pairs pairs, std::vector<Group<T>> groups, bool averaged = false)
+        : batch_(batch), pairs_(pairs), groups_(groups) {
+        splits_ = averaged && groups_[0].x->count + (groups_[0].y ? groups_[0].y->count : 0) >= kManyPoints;
         for (const auto& g : groups_) {
             programs_.emplace_back();
             column_.emplace_back();
@@ -94,12 +100,13 @@ public:
         }
         simple_ = groups_.size() == 1 && programs_[0].size() == 1 && !parameters_;
         sliced_ = simple_ && takes_slices();
+        const Layer& layer = groups_[0].kernel.layers[0];
+        const Program<T>& program = programs_[0][0];
+        strips_ = simple_ && !sliced_ && tiles<T>().strip_sums && program.doubles && program.chain[0].exponent < 0 &&
+                  layer.metric == Metric::l2 && passes(layer, groups_[0].x->type);
         make_blocks();
         make_centres();
         lay_out();
-        const Layer& layer = groups_[0].kernel.layers[0];
-        strips_ = simple_ && !gradients_ && tiles<T>().compare_sum && programs_[0][0].doubles &&
-                  layer.metric == Metric::l2 && passes(layer, groups_[0].x->type);
     }
 
     int64_t blocks() const { return int64_t(blocks_.size()); }
@@ -163,6 +170,7 @@ public:
 private:
     struct Part {  // offsets in a thread's scratch, of one layer
         size_t a_rows, a_norms, a_split, b_rows, b_panels, b_norms, b_split, z, k, h, a_gradient, b_gradient;
+        size_t a_turned, a_lanes, b_across, b_sums;  // of strips with gradients
         int64_t stride;
         int passes;  // of split products, or 0
     };
@@ -275,11 +283,11 @@ private:
             product_[q] = layers.size() > 1 ? take(kTile * kTile) : 0;
             for (const Layer& l : layers) {
                 Part p{};
-                p.stride = padded<T>(l.dimension);
+                p.passes = passes(l, groups_[q].x->type);
+                p.stride = padded<T>(p.passes ? split_depth(l.dimension) : l.dimension);
                 p.a_rows = take(block_size_ * p.stride);
                 p.a_norms = take(block_size_);
                 p.b_rows = take(kTile * p.stride);
-                p.passes = passes(l, groups_[q].x->type);
                 p.a_split = p.passes ? take(block_size_ * split_row_stride(l.dimension) / 2) : 0;
                 p.b_split = p.passes ? take(kTile * split_depth(l.dimension)) : 0;
                 p.b_panels = p.passes ? 0 : take(kTile * p.stride);
@@ -289,6 +297,12 @@ private:
                 p.h = differentiates() ? take(kTile * kTile) : 0;
                 p.a_gradient = gradients_ ? take(block_size_ * p.stride) : 0;
                 p.b_gradient = gradients_ ? take(kTile * p.stride) : 0;
+                if (strips_ && gradients_) {
+                    p.a_turned = take(block_size_ * split_depth(l.dimension));
+                    p.a_lanes = take(block_size_ * 16);
+                    p.b_across = take(kTile * split_depth(l.dimension));
+                    p.b_sums = take(kTile * split_depth(l.dimension));
+                }
                 parts_.back().push_back(p);
             }
             g_[q] = take(kTile * kTile);
@@ -296,9 +310,9 @@ private:
     }
 
     // How the products of a layer are split for the matrix unit, see Note: [Split products]; 0 where they are not.
-    static int passes(const Layer& l, ScalarType type) {
+    int passes(const Layer& l, ScalarType type) const {
         if (!tiles<T>().splits || l.metric == Metric::l1) return 0;
-        if (l.metric == Metric::l2) return l.dimension > kFewDimensions ? 3 : 0;
+        if (l.metric == Metric::l2) return splits_ && l.dimension > kFewDimensions ? 3 : 0;
         return type == ScalarType::bfloat16 ? 1 : type == ScalarType::float16 ? 4 : 0;
     }
 
@@ -314,12 +328,14 @@ private:
     Points<T> a_points(const Part& p, char* s) const {
         Points<T> a{at(s, p.a_rows), nullptr, at(s, p.a_norms), p.stride};
         if (p.passes) a.split_rows = reinterpret_cast<uint16_t*>(s + p.a_split);
+        if (p.a_turned) a.split_turned = reinterpret_cast<uint16_t*>(s + p.a_turned);
         a.passes = p.passes;
         return a;
     }
     Points<T> b_points(const Part& p, char* s) const {
         Points<T> b{at(s, p.b_rows), p.passes ? nullptr : at(s, p.b_panels), at(s, p.b_norms), p.stride};
         if (p.passes) b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
+        if (p.b_across) b.split_across = reinterpret_cast<uint16_t*>(s + p.b_across);
         return b;
     }
     // A tile's points from a panel on; not for split columns.
@@ -346,7 +362,9 @@ private:
         for_layers([&](size_t q, size_t l, const Part& p) {
             tiles<T>().pack(source(batch, q, l, a.side), a.first, a.count, centre(batch, q, l, kind), a_points(p, s));
             if (!gradients_) return;
-            std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+            // A strip of all rows sets what the next ones add to.
+            if (!strips_ || diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+            if (strips_) std::memset(at(s, p.a_lanes), 0, (a.count + kTile - 1) / kTile * kTile * 16 * sizeof(T));
             std::fill_n(row_sums(s, q, l), a.count, 0.0);
         });
         Tile<T> tile{};
@@ -368,22 +386,16 @@ private:
             for_layers([&](size_t q, size_t l, const Part& p) {
                 tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind),
                                 b_points(p, s));
-                if (gradients_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
+                if (gradients_ && !strips_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
             double column_sums[2 * kMostLayers][kTile] = {};
             int64_t i = 0;
             T factor = 0;
-            if (strips_ && tile.columns == kTile) {
-                tile.i0 = a.first;
-                tile.rows = std::min(a.count / kTile * kTile, diagonal ? j : a.count);
-                tile.diagonal = false;
-                if (tile.rows > 0 && reducer.is_sum(tile, factor)) {
-                    const Part& p = parts_[0][0];
-                    const int64_t dimension = groups_[0].kernel.layers[0].dimension;
-                    reducer.add(tile, tiles<T>().compare_sum(programs_[0][0], dimension, a_points(p, s), tile.rows,
-                                                             b_points(p, s)));
-                    i = tile.rows;
-                }
+            if (strips_ && take_strip(tile, a, b, j, s, column_sums[0], reducer)) i = a.count;
+            else if (strips_ && gradients_) {
+                const Part& p = parts_[0][0];
+                if (j == 0 && !diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+                std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             }
             for (; i < a.count && !(diagonal && i > j); i += kTile) {
                 tile.i0 = a.first + i;
@@ -405,10 +417,49 @@ private:
         }
         if (gradients_)
             for_layers([&](size_t q, size_t l, const Part& p) {
+                if (strips_) add_lanes(a.count, at(s, p.a_lanes), row_sums(s, q, l));
                 put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, s).rows, p.stride,
                              row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
             });
         reducer.end(tile, a.count);
+    }
+
+    static void add_lanes(int64_t rows, const T* lanes, double* sums) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t l = 0; l < 16; ++l) sums[i] += double(lanes[i * 16 + l]);
+    }
+
+    // All rows of a with a tile of b at once; false where they have to be taken tile by tile.
+    template <class R>
+    bool take_strip(Tile<T>& tile, const Block& a, const Block& b, int64_t j, char* s, double* column_sums,
+                    R& reducer) const {
+        const auto& t = tiles<T>();
+        const Part& p = parts_[0][0];
+        const int64_t dimension = groups_[0].kernel.layers[0].dimension;
+        const bool diagonal = a.index == b.index;
+        tile.i0 = a.first;
+        tile.rows = diagonal ? std::min(a.count, j + kTile) : a.count;
+        tile.diagonal = false;
+        StripGradients<T> to{};
+        double sum = 0;
+        if (!reducer.is_sum(tile, to.factor)) return false;
+        if (gradients_) {
+            to.row_lanes = at(s, p.a_lanes);
+            to.column_sums = column_sums;
+            to.stride = p.stride;
+            to.first = j == 0 && !diagonal;
+            if (gradient(0, a.side)) to.rows = at(s, p.a_gradient);
+            if (gradient(0, b.side)) {
+                to.columns = at(s, p.b_sums);
+                if (diagonal && j == 0) std::memset(to.columns, 0, split_depth(dimension) * kTile * sizeof(T));
+            }
+        }
+        if (!t.strip_sums(programs_[0][0], dimension, a_points(p, s), tile.rows, b_points(p, s), tile.columns,
+                          diagonal ? j : -1, gradients_ ? &to : nullptr, &sum))
+            return false;
+        reducer.add(tile, sum);
+        if (to.columns) t.turn_sums(tile.columns, dimension, to.columns, at(s, p.b_gradient), p.stride);
+        return true;
     }
 
     template <class F>
@@ -523,9 +574,10 @@ private:
             return t.differences(tile.rows, tile.columns, groups_[q].kernel.layers[l].dimension, w, from_a,
                                  b_points(p, s), to_a, to_b);
         if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
-        if (gradient(q, tile.a)) t.product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);
+        const auto product = splits_ ? t.product_averaged : t.product;
+        if (gradient(q, tile.a)) product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);
         if (gradient(q, tile.b) && !tile.diagonal)
-            t.product(true, tile.columns, tile.rows, width, w, from_a, p.stride, to_b, p.stride);
+            product(true, tile.columns, tile.rows, width, w, from_a, p.stride, to_b, p.stride);
     }
 
     int64_t first_term(size_t q, size_t l) const {
@@ -580,7 +632,8 @@ private:
     bool gradients_ = false, parameters_ = false;
     bool simple_ = false;  // one kernel of one layer, whose parameters have no gradients
     bool sliced_ = false;  // its points are taken slice by slice
-    bool strips_ = false;  // its values may be added up by compare_sum()
+    bool splits_ = false;  // distances may be computed from split products
+    bool strips_ = false;  // its values may be added up by strip_sums()
 
     // Of mmd_slices.h.
     struct Slices {  // offsets in a thread's scratch

@@ -7,12 +7,13 @@
 //   once: 16 KiB in float, which stays in the first cache and costs 2 instructions a vector; for that each step is written
 //   once and serves every reduction.
 #include <cstdint>
+#include <cstring>
 
 #include "common/simd.h"
 #include "mmd/mmd_tile.h"
 #include "mmd/mmd_values.h"
 #if defined(MMFAST_AMX_TILES)
-#include "mmd/mmd_amx.h"
+#include "mmd/mmd_amx_strip.h"
 #endif
 
 namespace mmfast {
@@ -74,12 +75,16 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
             to.norms[i] = pack_row(data + (first + i) * from.row_stride, from.column_stride, kAhead * from.row_stride,
                                    from.dimension, centre, to.stride, to.rows + i * to.stride);
 #if defined(MMFAST_AMX_TILES)
-            if (i % 16 == 15) split_points(i - 15, count, from.dimension, to);  // before they leave the first cache
+            if (i % 32 == 31) split_points(i - 31, from.dimension, to);  // before they leave the first cache
 #endif
         }
     });
 #if defined(MMFAST_AMX_TILES)
-    for (int64_t i = count / 16 * 16; i < (count + 31) / 32 * 32; i += 16) split_points(i, count, from.dimension, to);
+    if ((to.split_rows || to.split_columns) && count % kTile) {  // whole tiles, zero where there is no point
+        const int64_t all = (count + kTile - 1) / kTile * kTile;
+        std::memset(to.rows + count * to.stride, 0, size_t(all - count) * to.stride * sizeof(T));
+        for (int64_t i = count / 32 * 32; i < all; i += 32) split_points(i, from.dimension, to);
+    }
 #endif
     if (to.panels || to.split_columns)
         for (int64_t i = count; i < kTile; ++i) to.norms[i] = to.norms[count - 1];
@@ -177,9 +182,6 @@ template <class T>
 void product(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b, int64_t b_stride,
              T* c, int64_t c_stride) {
     constexpr int64_t N = Simd<T>::lanes;
-#if defined(MMFAST_AMX_TILES)
-    if (width >= 2 * N) return product_split(transposed, rows, depth, width, a, b, b_stride, c, c_stride);
-#endif
     int64_t at = 0;
     for (; at + kStrip * N <= width; at += kStrip * N) {
         if (transposed) product_strip<T, true, kStrip>(rows, depth, a, b + at, b_stride, c + at, c_stride);
@@ -379,18 +381,29 @@ void signs(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a,
 }
 
 template <class T>
+void product_averaged(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b,
+                      int64_t b_stride, T* c, int64_t c_stride) {
+#if defined(MMFAST_AMX_TILES)
+    if (width >= 2 * Simd<T>::lanes) return product_split(transposed, rows, depth, width, a, b, b_stride, c, c_stride);
+#endif
+    product(transposed, rows, depth, width, a, b, b_stride, c, c_stride);
+}
+
+template <class T>
 MMFAST_INLINE TileKernels<T> tiles_of() {
 #if defined(MMFAST_AMX_TILES)
     constexpr bool splits = true;
-    constexpr auto compare_sum = mmd::MMFAST_ISA::compare_sum;
+    constexpr auto strip_sums = mmd::MMFAST_ISA::strip_sums;
+    constexpr auto turn_sums = mmd::MMFAST_ISA::turn_sums;
 #else
     constexpr bool splits = false;
-    constexpr auto compare_sum = nullptr;
+    constexpr auto strip_sums = nullptr, turn_sums = nullptr;
 #endif
-    return {Simd<T>::lanes,   splits,      pack<T>,         compare<T>,  add_rows<T>,   squares_about<T>,
-            compare_slice<T>, evaluate<T>, evaluate_sum<T>, compare_sum, parameters<T>, reduce<T>,
-            add_sums<T>,      inner<T>,    combine<T>,      multiply<T>, scale<T>,      product<T>,
-            differences<T>,   put<T>,      signs<T>};
+    return {Simd<T>::lanes,   splits,           pack<T>,     compare<T>,      add_rows<T>,
+            squares_about<T>, compare_slice<T>, evaluate<T>, evaluate_sum<T>, strip_sums,
+            turn_sums,        parameters<T>,    reduce<T>,   add_sums<T>,     inner<T>,
+            combine<T>,       multiply<T>,      scale<T>,    product<T>,      product_averaged<T>,
+            differences<T>,   put<T>,           signs<T>};
 }
 
 }  // namespace

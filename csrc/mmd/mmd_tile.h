@@ -51,6 +51,8 @@ struct Points {
     // For the matrix unit (mmd_amx.h), else null: parts of bfloat16, of rows on the left and of columns on the right.
     uint16_t *split_rows = nullptr, *split_columns = nullptr;
     int passes = 0;  // products of parts: 1 is high high, 3 all but low low, 4 all
+    // The same parts as factors of weights, of columns (across) and of rows (turned); see mmd_amx_strip.h.
+    uint16_t *split_across = nullptr, *split_turned = nullptr;
 };
 
 // bfloat16 values of a part of a row; from a row of both parts to the next: lines of the cache that do not coincide.
@@ -71,6 +73,19 @@ struct Source {
     const void* data;
     ScalarType type;
     int64_t row_stride, column_stride, dimension;
+};
+
+// Where a strip's derivatives by the squared distances go: times `factor`, their sums by rows (one for each of 16 lanes) and
+// columns, the sums of each row of a with the points of b, and of each column of b with those of a, [dimension][kTile].
+template <class T>
+struct StripGradients {
+    T factor;
+    T* row_lanes;         // += [rows][16], with room for whole tiles
+    double* column_sums;  // +=
+    T* rows;              // `stride` apart, with room for whole tiles and 32 dimensions; or null
+    int64_t stride;
+    bool first;  // nothing is in `rows` yet
+    T* columns;  // or null; zero where there is no pair
 };
 
 template <class T>
@@ -96,10 +111,15 @@ struct TileKernels {
     // row_sums[i] and column_sums[j] unless null.
     double (*evaluate_sum)(const Program<T>& program, int64_t rows, bool slopes, T factor, T* z, double* row_sums,
                            double* column_sums);
-    // What compare() and evaluate_sum() without slopes give for the first `rows` of a and all of b's, in whole tiles of split
-    // points, of a program that only doubles. Null where nothing is gained by it.
-    double (*compare_sum)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
-                          const Points<T>& b);
+    // The sum of the kernel's values for the first `rows` of a and the `columns` of b, split points, of a program that only doubles,
+    // and with `gradients` what derivatives add to them. The tile of a that begins at row `diagonal` holds the points of b: each of
+    // its pairs counts once, a point with itself not. False, and nothing done, where digits would be lost. Null where nothing is
+    // gained by it.
+    bool (*strip_sums)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
+                       const Points<T>& b, int64_t columns, int64_t diagonal, const StripGradients<T>* gradients,
+                       double* sum);
+    // rows[j][:] = sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
+    void (*turn_sums)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
     // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij and
@@ -117,6 +137,9 @@ struct TileKernels {
     // c[i][:] += sum_k a_ik b[k][:] (a_ki if transposed), `width` values a row, a whole number of vectors.
     void (*product)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b,
                     int64_t b_stride, T* c, int64_t c_stride);
+    // The same where errors of some 2^-17 of each term average out.
+    void (*product_averaged)(bool transposed, int64_t rows, int64_t depth, int64_t width, const T* a, const T* b,
+                             int64_t b_stride, T* c, int64_t c_stride);
     // a_gradient[i][:] -= sum_j w_ij (a_i - b_j), b_gradient[j][:] += sum_i w_ij (a_i - b_j), for few dimensions. The rows
     // of both gradients are b.stride apart.
     void (*differences)(int64_t rows, int64_t columns, int64_t dimension, const T* w, const T* a, const Points<T>& b,

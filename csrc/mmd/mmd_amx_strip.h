@@ -1,0 +1,408 @@
+// Whole strips of pairs on the matrix unit: the points of a block with a tile's columns, values and gradients, of one chain of
+// Gaussians each the square of the one before. Part of mmd_amx.h's code for the instruction set amx.
+//
+// Note: [Products, then values]
+//   A product of two tiles takes 16 cycles of the port that half of all vector instructions want as well, and shuffles and
+//   comparisons want no other. Measured on an Emerald Rapids: 12 products and 64 multiply-adds take 196 cycles, 12 products
+//   and 384 take 730, where one after the other would be 384. So they do not alternate: products of some tiles, then their
+//   values, then what these add to the gradients; each turn costs about 900 cycles, so that a few tiles go together. What does overlap is loads and stores of sums: a block of 16 x 32 leaves its two
+//   tiles while the next one's products go into two others, without which storing costs a fifth at 64 dimensions.
+//   Floors a pair: 3 D / 512 cycles for each product of D dimensions in three parts, of which values take one and gradients
+//   two more; values of five Gaussians 19 instructions for 16 pairs, with derivatives 34, at two a cycle.
+//
+// Note: [Sums of powers]
+//   The value of a chain is the sum of w_i t^(2^i), t of its widest Gaussian. Each power is added up by itself, and the sums
+//   are weighted at the end: a square and its addition are one multiply-add. Sums of up to 32 values are in float before they
+//   go on in double. That loses digits of kernels that are nearly constant; these are left to the other code (see common_value).
+//
+// Note: [Weights as factors]
+//   A derivative w is the left factor in sum_j w_ij b_j, a row of which meets 32 columns in a step, and the right one in
+//   sum_i a_i w_ij: nothing is transposed but the points of a, once a block, and the sums for b, once a tile. The pairs that
+//   the unit multiplies together are 16 apart, columns in the first case and rows in the second, so that words of both are
+//   made of vectors as they are.
+#pragma once
+
+#include "mmd/mmd_amx.h"
+
+namespace mmfast {
+namespace mmd {
+namespace MMFAST_ISA {
+namespace {
+
+struct Nothing {};
+
+constexpr int kMostPowers = 5;  // a chain takes four squarings at most
+constexpr float kNearlyConstant = 0.75f;
+
+// Results below the normal numbers, and operands, are zeros: they would cost 150 cycles each.
+class FlushTinyNumbers {
+#if defined(__AVX512F__)
+public:
+    FlushTinyNumbers() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
+    ~FlushTinyNumbers() { _mm_setcsr(before_); }
+    FlushTinyNumbers(const FlushTinyNumbers&) = delete;
+
+private:
+    unsigned before_;
+#else
+public:
+    FlushTinyNumbers() {}
+#endif
+};
+
+// 2^x for x <= 0 and NaN, within 1 ulp, where tiny numbers are flushed. No instruction that waits for one port alone.
+template <int kCount>
+MMFAST_INLINE void exp2_below(Floats (&x)[kCount]) {
+#if defined(__AVX512F__)
+    Floats f[kCount], y[kCount];
+    for (int i = 0; i < kCount; ++i)
+        f[i] = (Floats)_mm512_reduce_ps((__m512)x[i], 0x09);  // x less the integer below it
+    for (int i = 0; i < kCount; ++i) y[i] = f[i] * 2.161292068e-04f + 1.246784464e-03f;
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 9.675451554e-03f;
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 5.548528209e-02f;
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 2.402293086e-01f;
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 6.931470633e-01f;
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 1.0f;
+    for (int i = 0; i < kCount; ++i) x[i] = (Floats)_mm512_scalef_ps((__m512)y[i], (__m512)x[i]);  // by 2^floor(x)
+#else
+    exp2_each<kCount>(x);
+#endif
+}
+
+// ---- Blocks of sums --------------------------------------------------------------------------------------------------
+
+// Rows of a left factor: `bytes` apart, the low parts `low` values behind the high ones, the next 32 dimensions `step`, the
+// next 16 rows `next` values on.
+struct Left {
+    const uint16_t* at;
+    int64_t next, low, step, bytes;
+};
+// 16 columns of a right factor in tiles, high and low: the next 32 dimensions `step`, the next 16 columns `next` values on.
+struct Right {
+    const uint16_t* at;
+    int64_t next, step;
+};
+
+// Sums of 16 x 32 products. The last block is in memory after finish().
+class Blocks {
+public:
+    // 32 rows, of `steps` x 32 dimensions; added to what is there, or not.
+    MMFAST_INLINE void two(bool adds, int64_t steps, const Left& a, const Right& b, float* to, int64_t stride) {
+        one<0>(adds, steps, a.at, a, b, to, stride);
+        one<2>(adds, steps, a.at + a.next, a, b, to + 16 * stride, stride);
+    }
+    MMFAST_INLINE void finish() {
+        if (last_) store<2>();
+        last_ = nullptr;
+        unit_.fence();
+    }
+    MMFAST_INLINE void fence() { unit_.fence(); }
+
+private:
+    template <int kTile>
+    MMFAST_INLINE void store() {
+        unit_.template store<kTile>(last_, last_bytes_);
+        unit_.template store<kTile + 1>(last_ + 16, last_bytes_);
+    }
+    template <int C>
+    MMFAST_INLINE void step(const uint16_t* left, int64_t bytes, int64_t low, const uint16_t* right, int64_t next) {
+        unit_.template load<4>(left, bytes);
+        unit_.template load<6>(right, kTileBytes);
+        unit_.template multiply<C, 4, 6>();
+        unit_.template load<5>(left + low, bytes);
+        unit_.template multiply<C, 5, 6>();
+        unit_.template load<7>(right + next, kTileBytes);
+        unit_.template multiply<C + 1, 4, 7>();
+        unit_.template multiply<C + 1, 5, 7>();
+        unit_.template load<6>(right + kPart, kTileBytes);
+        unit_.template multiply<C, 4, 6>();
+        unit_.template load<7>(right + next + kPart, kTileBytes);
+        unit_.template multiply<C + 1, 4, 7>();
+    }
+    template <int C>
+    MMFAST_INLINE void one(bool adds, int64_t steps, const uint16_t* left, const Left& a, const Right& b, float* to,
+                           int64_t stride) {
+        if (adds) {
+            unit_.template load<C>(to, 4 * stride);
+            unit_.template load<C + 1>(to + 16, 4 * stride);
+        } else {
+            unit_.template zero<C>();
+            unit_.template zero<C + 1>();
+        }
+        const uint16_t* right = b.at;
+        step<C>(left, a.bytes, a.low, right, b.next);
+        if (C == 2 || last_) store<2 - C>();
+        last_ = to;
+        last_bytes_ = 4 * stride;
+        for (int64_t k = 1; k < steps; ++k) {
+            left += a.step;
+            right += b.step;
+            step<C>(left, a.bytes, a.low, right, b.next);
+        }
+    }
+
+    MatrixUnit unit_;
+    float* last_ = nullptr;
+    int64_t last_bytes_ = 0;
+};
+
+// z[32][64] = the products of 32 points of a, from `first` on, and the tile's of b.
+MMFAST_INLINE void multiply_points(Blocks& blocks, int64_t dimension, const Points<float>& a, int64_t first,
+                                   const Points<float>& b, float* z) {
+    const int64_t depth = split_depth(dimension), row = split_row_stride(dimension), group = 32 * depth;
+    const Left left{a.split_rows + first * row, 16 * row, depth, 32, 2 * row};
+    for (int64_t j = 0; j < kTile; j += 32)
+        blocks.two(false, depth / 32, left, {b.split_columns + j / 16 * group, group, 2 * kPart}, z + j, kTile);
+}
+
+// ---- Values ----------------------------------------------------------------------------------------------------------
+
+// Rows whose products are computed before their values.
+constexpr int64_t kPhase = 256, kGradientPhase = 128;
+
+// Weights as a left factor, [16 rows][32 columns][high, low], and as a right one, [32 rows][16 columns][high, low].
+struct Weights {
+    alignas(64) uint16_t left[2 * kGradientPhase * kTile], right[2 * kGradientPhase * kTile];
+};
+
+struct Scaled {
+    float of_products;  // the exponent of 2 is this times the product of two points,
+    alignas(64) float rows[kPhase],
+        columns[kTile];  // and these for their norms; minus infinity where there is no point
+};
+
+// A NaN becomes the one whose lower half is 0, which rounded_half() keeps.
+inline void scale_norms(float exponent, const float* norms, int64_t count, int64_t all, float* to) {
+    for (int64_t i = 0; i < all; ++i) {
+        const float x = i < count ? exponent * norms[i] : -__builtin_inff();
+        to[i] = x == x ? x : __builtin_nanf("");
+    }
+}
+
+// t = the widest Gaussian of rows and columns of a tile.
+template <int kRows, int kColumns>
+MMFAST_INLINE void widest(const Scaled& s, const float* z, int64_t i, int64_t rows_apart, int64_t j,
+                          Floats (&t)[kRows * kColumns]) {
+    for (int r = 0; r < kRows; ++r)
+        for (int u = 0; u < kColumns; ++u) {
+            const Floats norms = s.rows[i + r * rows_apart] + Simd<float>::load(s.columns + j + 16 * u);
+            const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
+            t[r * kColumns + u] = Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
+        }
+    exp2_below(t);
+}
+
+template <int C>
+struct PowerSums {
+    Accumulator<float> total[C];
+    MMFAST_INLINE void add(const Floats (&some)[C]) {
+        for (int c = 0; c < C; ++c) total[c].add(Wider<float>(some[c]));
+    }
+    double weighted(const Chain<float>& chain) const {
+        double sum = 0;
+        for (int c = 0; c < C; ++c) sum += double(chain.weight[c]) * total[c].total();
+        return sum;
+    }
+};
+
+constexpr int64_t kRowsOfPowers = 8;  // whose powers are added up before the sums go on in double: 32 to a lane
+
+template <int C>
+MMFAST_INLINE void add_powers(const Scaled& s, const float* z, int64_t first, int64_t rows, PowerSums<C>& sums) {
+    for (int64_t i = first; i < first + rows; i += kRowsOfPowers) {
+        Floats some[C] = {};
+        for (int64_t r = i; r < i + kRowsOfPowers; ++r) {
+            Floats t[kWide];
+            widest<1, kWide>(s, z, r, 0, 0, t);
+            for (int u = 0; u < kWide; ++u) some[0] += t[u];
+            for (int c = 1; c < C; ++c)
+                for (int u = 0; u < kWide; ++u) {
+                    some[c] += t[u] * t[u];
+                    if (c + 1 < C) t[u] *= t[u];
+                }
+        }
+        sums.add(some);
+    }
+}
+
+// As add_powers; derivatives by the squared distances as factors, and their sums by rows (of each lane) and columns.
+template <int C>
+MMFAST_INLINE void differentiate(const Scaled& s, const Chain<float>& chain, float factor, const float* z,
+                                 int64_t first, int64_t rows, PowerSums<C>& sums, Weights& w, float* row_lanes,
+                                 double* column_sums) {
+    float slope[C];
+    for (int c = 0; c < C; ++c) slope[c] = factor * chain.slope[c];
+    Floats columns[kTile / 16] = {};
+    for (int64_t g = first; g < first + rows; g += 32)
+        for (int64_t p = 0; p < 16; p += kRowsOfPowers / 2) {
+            Floats some[C] = {};
+            for (int64_t i = g + p; i < g + p + kRowsOfPowers / 2; ++i) {
+                Floats row[2] = {Simd<float>::load(row_lanes + i * 16), Simd<float>::load(row_lanes + (i + 16) * 16)};
+#pragma GCC unroll 2
+                for (int64_t q = 0; q < 2; ++q) {
+                    Floats t[4], h[4];  // two rows, 16 apart, of two vectors
+                    widest<2, 2>(s, z, i, 16, 32 * q, t);
+                    for (int u = 0; u < 4; ++u) {
+                        some[0] += t[u];
+                        h[u] = slope[0] * t[u];
+                    }
+                    for (int c = 1; c < C; ++c)
+                        for (int u = 0; u < 4; ++u) {
+                            t[u] *= t[u];
+                            some[c] += t[u];
+                            h[u] += slope[c] * t[u];
+                        }
+                    for (int r = 0; r < 2; ++r) row[r] += h[2 * r] + h[2 * r + 1];
+                    columns[2 * q] += h[0] + h[2];
+                    columns[2 * q + 1] += h[1] + h[3];
+                    Words high[4], low[4];
+                    for (int u = 0; u < 4; ++u) {
+                        high[u] = rounded_half(Simd<float>::bits<Floats, Words>(h[u])) & kHighHalf;
+                        low[u] = rounded_half(Simd<float>::bits<Floats, Words>(h[u] - as_floats(high[u])));
+                    }
+                    for (int r = 0; r < 2; ++r) {
+                        uint16_t* const left = w.left + ((g / 16 + r) * 2 + q) * 2 * kPart + (i - g) * 32;
+                        put(left, upper_halves(high[2 * r], high[2 * r + 1]));
+                        put(left + kPart, upper_halves(low[2 * r], low[2 * r + 1]));
+                    }
+                    for (int u = 0; u < 2; ++u) {
+                        uint16_t* const right = w.right + (g / 32 * 4 + 2 * q + u) * 2 * kPart + (i - g) * 32;
+                        put(right, upper_halves(high[u], high[u + 2]));
+                        put(right + kPart, upper_halves(low[u], low[u + 2]));
+                    }
+                }
+                for (int r = 0; r < 2; ++r) Simd<float>::store(row_lanes + (i + 16 * r) * 16, row[r]);
+            }
+            sums.add(some);
+        }
+    add_to<float>(columns, column_sums);
+}
+
+// ---- Strips ----------------------------------------------------------------------------------------------------------
+
+struct Strip {
+    const Program<float>& program;
+    int64_t dimension, rows, columns;
+    const Points<float>&a, &b;
+    int64_t diagonal;  // the row of a that is b's first column, or -1
+    const StripGradients<float>* gradients;
+};
+
+// Whether digits would be lost, by the first row and its columns.
+template <int C>
+bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
+    const Chain<float>& chain = strip.program.chain[0];
+    float least = 1, value = 0, all = 0;
+    for (int64_t j = 0; j < strip.columns; j += 16) {
+        Floats t[1];
+        widest<1, 1>(s, z, 0, 0, j, t);
+        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = t[0][l] < least ? t[0][l] : least;
+    }
+    for (int c = 0; c < C; ++c, least *= least) {
+        value += chain.weight[c] * least;
+        all += chain.weight[c];
+    }
+    return __builtin_fabsf(value) > kNearlyConstant * __builtin_fabsf(all);
+}
+
+// The products of weights with points: rows [i, i + rows) with those of b, the first `pairs` of them as columns.
+MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weights& w, int64_t i, int64_t rows,
+                                 int64_t pairs) {
+    const StripGradients<float>& to = *strip.gradients;
+    const int64_t depth = split_depth(strip.dimension), group = depth / 16 * 2 * kPart;  // of 32 points
+    if (to.rows)
+        for (int64_t r = 0; r < rows; r += 32) {
+            const Left left{w.left + r / 16 * 4 * kPart, 4 * kPart, kPart, 2 * kPart, kTileBytes};
+            for (int64_t d = 0; d < depth; d += 32)
+                blocks.two(!to.first, 2, left, {strip.b.split_across + d / 16 * 2 * kPart, 2 * kPart, group},
+                           to.rows + (i + r) * to.stride + d, to.stride);
+        }
+    if (!to.columns || !pairs) return;
+    for (int64_t d = 0; d < depth; d += 32) {
+        const Left left{strip.a.split_turned + i / 32 * group + d / 16 * 2 * kPart, 2 * kPart, kPart, group,
+                        kTileBytes};
+        for (int64_t j = 0; j < kTile; j += 32)
+            blocks.two(i > 0, pairs / 32, left, {w.right + j / 16 * 2 * kPart, 2 * kPart, 8 * kPart},
+                       to.columns + d * kTile + j, kTile);
+    }
+}
+
+template <int C, bool kGradients>
+bool strip_of(const Strip& strip, double* sum) {
+    constexpr int64_t kRows = kGradients ? kGradientPhase : kPhase;
+    const Chain<float>& chain = strip.program.chain[0];
+    const float exponent = chain.exponent * 1.4426950408889634f;
+    const StripGradients<float>* const to = strip.gradients;
+    const FlushTinyNumbers flush;
+    Blocks blocks;
+    alignas(64) float z[kRows * kTile];
+    alignas(64) double column_sums[kTile] = {};
+    [[maybe_unused]] std::conditional_t<kGradients, Weights, Nothing> w;
+    Scaled s;
+    s.of_products = -2.0f * exponent;
+    scale_norms(exponent, strip.b.norms, strip.columns, kTile, s.columns);
+    PowerSums<C> sums, of_diagonal;
+    for (int64_t i = 0; i < strip.rows; i += kRows) {
+        const int64_t left = strip.rows - i, rows = left < kRows ? left : kRows, all = (rows + 31) / 32 * 32;
+        // The tile of b's own points is the last one; a point with itself is no pair.
+        const bool diagonal = strip.diagonal >= i && strip.diagonal < i + kRows;
+        const int64_t pairs = diagonal ? strip.diagonal - i : all;
+        for (int64_t r = 0; r < all; r += 32)
+            multiply_points(blocks, strip.dimension, strip.a, i + r, strip.b, z + r * kTile);
+        blocks.finish();
+        scale_norms(exponent, strip.a.norms + i, rows, all, s.rows);
+        if (i == 0 && nearly_constant<C>(strip, s, z)) return false;
+        for (int64_t r = pairs; r < rows; ++r) z[r * kTile + r - pairs] = -__builtin_inff();
+        if constexpr (kGradients) {
+            double no_sums[kTile] = {};
+            float* const lanes = to->row_lanes + i * 16;
+            if (pairs) differentiate<C>(s, chain, to->factor, z, 0, pairs, sums, w, lanes, column_sums);
+            if (diagonal) differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums);
+            blocks.fence();
+            add_gradients(blocks, strip, w, i, all, pairs);
+        } else {
+            add_powers<C>(s, z, 0, pairs, sums);
+            add_powers<C>(s, z, pairs, all - pairs, of_diagonal);
+        }
+    }
+    blocks.finish();
+    if constexpr (kGradients)
+        for (int64_t j = 0; j < strip.columns; ++j) to->column_sums[j] += column_sums[j];
+    *sum = sums.weighted(chain) + of_diagonal.weighted(chain) / 2;
+    return true;
+}
+
+template <int C>
+bool strip_of(const Strip& strip, double* sum) {
+    return strip.gradients ? strip_of<C, true>(strip, sum) : strip_of<C, false>(strip, sum);
+}
+
+inline bool strip_sums(const Program<float>& program, int64_t dimension, const Points<float>& a, int64_t rows,
+                       const Points<float>& b, int64_t columns, int64_t diagonal,
+                       const StripGradients<float>* gradients, double* sum) {
+    const Strip strip{program, dimension, rows, columns, a, b, diagonal, gradients};
+    switch (program.chain[0].count) {
+        case 1: return strip_of<1>(strip, sum);
+        case 2: return strip_of<2>(strip, sum);
+        case 3: return strip_of<3>(strip, sum);
+        case 4: return strip_of<4>(strip, sum);
+        case kMostPowers: return strip_of<kMostPowers>(strip, sum);
+        default: return false;
+    }
+}
+
+// rows[j][:] = the sums of a strip for its columns, [dimension][kTile].
+inline void turn_sums(int64_t columns, int64_t dimension, const float* sums, float* rows, int64_t stride) {
+    for (int64_t k = 0; k < dimension; k += 16)
+        for (int64_t j = 0; j < columns; j += 16) {
+            Floats x[16];
+            for (int64_t d = 0; d < 16; ++d) x[d] = Simd<float>::load(sums + (k + d) * kTile + j);
+            Simd<float>::transpose(x);
+            for (int64_t l = 0; l < 16 && j + l < columns; ++l) Simd<float>::store(rows + (j + l) * stride + k, x[l]);
+        }
+}
+
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace mmd
+}  // namespace mmfast
