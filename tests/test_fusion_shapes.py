@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import mmfast
 from mmfast.fusion import Source
+from numerics import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.native
 
@@ -134,6 +135,25 @@ def test_several_panels(dtype, heads, rows, dims, causal):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 80, 8192, 32), (1, 1, 200, 3000, 64), (1, 2, 130, 2000, 48)])
+def test_shares_of_the_keys_of_a_narrow_last_panel(shape, dtype):
+    """Few panels: threads share the keys, and what they give is merged."""
+    batch, heads, rows, keys, dim = shape
+    query = torch.randn(batch, heads, rows, dim).to(dtype)
+    key, value = torch.randn(2, batch, heads, keys, dim).to(dtype).unbind()
+    gold = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    threads = torch.get_num_threads()
+    try:
+        for n in (2, 8):
+            torch.set_num_threads(n)
+            out = mmfast.cross_attention(query, [(key, value)], backend="cpu")
+            eager = F.scaled_dot_product_attention(query, key, value)
+            assert_no_worse_than_eager(out, eager, gold, floor=1e-14 if dtype == torch.float64 else None)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("rows", [65, 134])
