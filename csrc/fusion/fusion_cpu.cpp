@@ -71,15 +71,18 @@ bool compact(const Problem& p) {
 // Of fewer queries or features the tiles of the matrix unit would hold little else than zeros.
 constexpr int64_t kMatrixRows = 16, kMatrixFeatures = 16;
 
-// Whether the matrix unit serves: see fusion_matrix.cpp.
+// What the matrix unit does: nothing, keys that all stay in the second cache, or more of them: see fusion_matrix.cpp.
+enum class Matrix { no, resident, streamed };
+
 template <class T>
-bool on_matrix_unit(const Problem& p) {
+Matrix on_matrix_unit(const Problem& p) {
     const auto fits = [](const View& x) { return x.type == ScalarType::bfloat16 && x.column == 1; };
     bool result = sizeof(T) == 4 && matrix_kernels().panel && fits(p.query) &&
                   std::min(p.dim, p.value_dim) >= kMatrixFeatures && shared_heads(p) * p.rows >= kMatrixRows;
     const int64_t keys = all_keys(p);
     for (int j = 0; j < p.count; ++j) result = result && fits(p.sources[j].key) && fits(p.sources[j].value);
-    return result && keys >= kMatrixRows && keys <= kResidentKeys;
+    if (!result || keys < kMatrixRows) return Matrix::no;
+    return keys <= kResidentKeys ? Matrix::resident : p.decoupled ? Matrix::no : Matrix::streamed;
 }
 
 int64_t divide_up(int64_t n, int64_t by) {
@@ -133,7 +136,8 @@ template <class T>
 void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (p.batch * p.heads * p.rows == 0) return;
     const TileKernels<T>& k = kernels<T>();
-    const bool matrix = on_matrix_unit<T>(p);
+    const Matrix by = on_matrix_unit<T>(p);
+    const bool matrix = by != Matrix::no, streamed = by == Matrix::streamed;
     const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
     const int64_t panels = divide_up(fold * p.rows, panel_size), groups = p.batch * folds;
@@ -153,7 +157,7 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t size = (p.value_dim + 2) * panel_size;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
-    const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
+    const bool shared = !matrix && !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
     const Order order = few ? Order::few : single || shared ? Order::wide : Order::panels;
     int64_t heads = single   ? heads_together<T>(p, folds, 1, splits, 0)
                     : shared ? folds
@@ -174,10 +178,16 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
         }
         heads = divide_up(folds, divide_up(folds, heads));
     }
+    if (streamed) {
+        heads = 1;
+        run = std::clamp<int64_t>(groups * panels * splits / wanted_items(), 1, std::min(panels, kWideRows / panel_size));
+        run = divide_up(panels, divide_up(panels, run));
+    }
     const int64_t parts = divide_up(folds, heads), runs = divide_up(panels, run);
     const int64_t heads_kept = run > 1 || single || shared ? heads : 1;
-    const size_t bytes = size_t(matrix ? matrix_kernels().forward_scratch(p, heads_kept)
-                                       : k.forward_scratch(p, heads_kept, run, order)) *
+    const size_t bytes = size_t(streamed ? matrix_kernels().forward_long_scratch(p, run)
+                                : matrix ? matrix_kernels().forward_scratch(p, heads_kept)
+                                         : k.forward_scratch(p, heads_kept, run, order)) *
                          sizeof(T);
     deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
              [&](int64_t i, char* scratch) {
@@ -194,7 +204,8 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
                                  ((batch * folds + first) * panels + panel) * splits + split};
                  if (item.heads <= 0) return;
                  if constexpr (sizeof(T) == 4) {
-                     if (matrix) return matrix_kernels().forward(job, item, reinterpret_cast<T*>(scratch));
+                     const MatrixKernels& m = matrix_kernels();
+                     if (matrix) return (streamed ? m.forward_long : m.forward)(job, item, reinterpret_cast<T*>(scratch));
                  }
                  k.forward(job, item, reinterpret_cast<T*>(scratch));
              });
@@ -287,7 +298,7 @@ template <class T>
 void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, const View& out, const T* lse,
                   const Gradients<T>& gradients) {
     const TileKernels<T>& k = kernels<T>();
-    const bool matrix = on_matrix_unit<T>(p) && grad_out.type == ScalarType::bfloat16 && grad_out.column == 1;
+    const bool matrix = on_matrix_unit<T>(p) == Matrix::resident && grad_out.type == ScalarType::bfloat16 && grad_out.column == 1;
     const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
     const int64_t panels = divide_up(fold * p.rows, panel_size);

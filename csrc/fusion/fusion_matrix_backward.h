@@ -290,7 +290,7 @@ void backward(const BackwardJob<float>& job, const BackwardItem& item, float* sc
     BackwardBuffers all;
     lay_out(p, together ? item.heads : 1, scratch, all);
     Places places;
-    set_places(p, item.batch, places);
+    set_places(p, item.batch, true, 0, tiled_keys(p, item.batch, true), places);
     MatrixUnit unit;
     Ahead ahead;
     Rows rows{};

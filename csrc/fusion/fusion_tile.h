@@ -96,6 +96,8 @@ struct MatrixKernels {
     int64_t panel;
     int64_t (*forward_scratch)(const Problem&, int64_t heads);
     void (*forward)(const ForwardJob<float>&, const Item&, float* scratch);
+    int64_t (*forward_long_scratch)(const Problem&, int64_t panels);
+    void (*forward_long)(const ForwardJob<float>&, const Item&, float* scratch);  // of one softmax, any number of keys
     int64_t (*backward_scratch)(const Problem&, int64_t heads);
     void (*backward)(const BackwardJob<float>&, const BackwardItem&, float* scratch);
 };

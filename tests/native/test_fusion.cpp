@@ -170,11 +170,12 @@ struct Case {
 };
 
 // Small, with a source of many keys, of these with few queries only, whose features are in the lanes, or as the matrix unit
-// takes them.
-enum class Size { small, large, few, matrix };
+// takes them: few keys, or many.
+enum class Size { small, large, few, matrix, streamed };
 
 Case random_case(Random& random, ScalarType type, Size size) {
-    const bool large = size != Size::small, few = size == Size::few, matrix = size == Size::matrix;
+    const bool large = size != Size::small, few = size == Size::few, streamed = size == Size::streamed;
+    const bool matrix = size == Size::matrix || streamed;
     Case c;
     c.type = type;
     Problem& p = c.p;
@@ -186,7 +187,7 @@ Case random_case(Random& random, ScalarType type, Size size) {
     p.dim = random.between(1, large ? 70 : 20);
     p.value_dim = random.chance(0.5) ? p.dim : random.between(1, large ? 70 : 20);
     p.causal = random.chance(0.25) && !few;
-    p.decoupled = random.chance(0.4) && !few;
+    p.decoupled = random.chance(0.4) && !few && !streamed;
     p.scale = random.chance(0.8) ? 1 / std::sqrt(double(p.dim)) : -0.3;
     p.count = int(random.between(1, 4));
     if (matrix) {
@@ -201,8 +202,8 @@ Case random_case(Random& random, ScalarType type, Size size) {
     for (int j = 0; j < p.count; ++j) {
         Source& s = p.sources[j];
         TestSource& t = c.sources.emplace_back();
-        s.keys = large && !p.decoupled && !matrix && j == 0 ? random.between(500, 1300)
-                                                            : random.between(0, large ? 120 : 12);
+        s.keys = large && !p.decoupled && (!matrix || streamed) && j == 0 ? random.between(500, 1300)
+                                                                          : random.between(0, large ? 120 : 12);
         do s.heads = random.between(1, p.heads);
         while (p.heads % s.heads);
         if (random.chance(0.5)) s.heads = p.heads;
@@ -385,12 +386,12 @@ int main() {
     std::printf("fusion kernels of %s\n", isa_name(best_isa()));
     constexpr ScalarType kTypes[] = {ScalarType::float32, ScalarType::float64, ScalarType::bfloat16,
                                      ScalarType::float16};
-    constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's"};
-    for (const Size size : {Size::small, Size::large, Size::few, Size::matrix})
+    constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's", "matrix unit's long"};
+    for (const Size size : {Size::small, Size::large, Size::few, Size::matrix, Size::streamed})
         for (int n = 0; n < (size == Size::small ? 400 : size == Size::matrix ? 96 : 24); ++n) {
             current = "case " + std::to_string(n) + " of the " + kNames[int(size)] + " ones";
             Random random(uint64_t(n + 1000 * int(size)));
-            const Case c = random_case(random, size == Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
+            const Case c = random_case(random, size >= Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
             if (c.type == ScalarType::float64) run<double>(c);
             else run<float>(c);
         }
