@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_no_worse_than_eager
 
 import mmfast
 from mmfast.fusion import Source
-from numerics import assert_no_worse_than_eager
 
 pytestmark = pytest.mark.native
 

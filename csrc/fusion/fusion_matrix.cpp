@@ -19,6 +19,7 @@
 #include "fusion/fusion_matrix_backward.h"
 #include "fusion/fusion_matrix_long.h"
 #include "fusion/fusion_matrix_panel.h"
+#include "fusion/fusion_matrix_weights.h"
 #include "fusion/fusion_softmax.h"
 
 namespace mmfast {
@@ -266,6 +267,8 @@ void matrix_kernels_float(MatrixKernels& kernels) {
     kernels.forward_long = forward_long;
     kernels.backward_scratch = backward_scratch;
     kernels.backward = backward;
+    kernels.weights_scratch = weights_scratch;
+    kernels.weights = weights;
 }
 
 }  // namespace MMFAST_ISA

@@ -18,8 +18,8 @@ namespace fusion {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kLongBlock = 128;     // keys
-constexpr float kSlack = 8;             // in units of ln 2
+constexpr int64_t kLongBlock = 128;  // keys
+constexpr float kSlack = 8;          // in units of ln 2
 constexpr int64_t kLongStride = row_stride(kLongBlock);
 
 // Of the rows of a panel.
@@ -36,6 +36,7 @@ struct LongPanel {
 // A block of keys, arranged.
 struct LongBlock {
     Places places;
+    int64_t from, to;         // as for_tiles() counts
     uint32_t *keys, *values;  // [pair of features][key], [pair of keys][feature]
 };
 
@@ -84,24 +85,11 @@ void begin_panel(const ForwardJob<float>& job, const Item& item, int64_t i, cons
     panel.stale[0] = panel.stale[1] = false;
 }
 
-// Keys or values of a block: where they lie if nothing is to be filled up with zeros, or copied.
-Left block_rows(const Problem& p, bool values, int64_t batch, int64_t head, const Places& places, uint16_t* buffer) {
-    const int64_t width = values ? p.value_dim : p.dim;
-    for (int j = 0; j < p.count && width % kTwoTiles == 0; ++j) {
-        const View& x = values ? p.sources[j].value : p.sources[j].key;
-        if (places.count[j] == places.total)
-            return {static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]), nullptr,
-                    x.row};
-    }
-    copy_keys(p, values, batch, head, places, buffer);
-    return {buffer, nullptr, half_stride(padded(width))};
-}
-
 void arrange(const Problem& p, int64_t batch, int64_t head, const LongBuffers& b, LongBlock& block) {
     const Places& places = block.places;
-    const Left keys = block_rows(p, false, batch, head, places, b.rows);
+    const Left keys = key_rows(p, false, batch, head, places, b.rows);
     pair_columns(keys.high, keys.stride, padded(p.dim), places.total, block.keys, kLongStride);
-    const Left values = block_rows(p, true, batch, head, places, b.rows);
+    const Left values = key_rows(p, true, batch, head, places, b.rows);
     pair_rows(values.high, values.stride, to_tiles(p.value_dim), places.total, block.values, b.value_stride);
 }
 
@@ -232,19 +220,29 @@ void conclude(const ForwardJob<float>& job, const Item& item, const LongPanel& p
 // The panels of an item and one head.
 void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Item& item, LongBuffers& b, Ahead& ahead) {
     const Problem& p = *job.problem;
-    for (int64_t i = 0; i < item.panels; ++i) begin_panel(job, item, i, b);
+    int64_t last = 0;  // row
+    for (int64_t i = 0; i < item.panels; ++i) {
+        begin_panel(job, item, i, b);
+        last = larger(last, b.panels[i].rows.last);
+    }
     const int64_t total = tiled_keys(p, item.batch, true) / kTile;
     const int64_t lo = total * item.split / item.splits * kTile, hi = total * (item.split + 1) / item.splits * kTile;
     Weighing weighing(p, item.batch);
     const auto weigh = [&](int64_t from, int64_t to) { weighing.weigh(from, to); };
-    // Where the next unit is.
+    // Where the next unit is. A block is arranged only for the sake of one at least: see LongBuffers::blocks.
     int64_t block = lo, panel = 0, count = 0;
     int half = 0;
     const auto next = [&](LongUnit& to) {
         while (block < hi) {
             if (panel == 0 && half == 0) {
                 const int64_t end = smaller(block + kLongBlock, hi);
+                if (p.causal && !seen(p, item.batch, block, end, last)) {
+                    block = end;
+                    continue;
+                }
                 LongBlock& now = b.blocks[count++ % 3];
+                now.from = block;
+                now.to = end;
                 set_places(p, item.batch, true, block, end, now.places);
                 arrange(p, item.batch, item.head, b, now);
                 block_ahead(p, item.batch, item.head, end, smaller(end + kLongBlock, hi), ahead);
@@ -259,7 +257,7 @@ void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Ite
                 panel = 0;
                 block += kLongBlock;
             }
-            if (!p.causal || seen(p, to.block->places, to.panel->rows.last)) return true;
+            if (!p.causal || seen(p, item.batch, to.block->from, to.block->to, to.panel->rows.last)) return true;
         }
         return false;
     };

@@ -33,7 +33,8 @@ private:
 // Where the keys of the sources lie, or some of them: each source begins a tile.
 struct Places {
     int64_t first[kMostSources + 1], count[kMostSources];
-    int64_t key[kMostSources], all[kMostSources];  // the first of the source; how many there are, those beyond its length too
+    int64_t key[kMostSources],
+        all[kMostSources];  // the first of the source; how many there are, those beyond its length too
     int64_t total;
     int8_t source[kMostTiles];                   // of a tile
     alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
@@ -78,9 +79,9 @@ void set_places(const Problem& p, int64_t batch, bool existing, int64_t from, in
 }
 
 // Whether a query up to the row `last` sees any of them by the causal rule.
-bool seen(const Problem& p, const Places& places, int64_t last) {
+bool seen(const Problem& p, int64_t batch, int64_t from, int64_t to, int64_t last) {
     bool result = false;
-    for (int j = 0; j < p.count; ++j) result = result || (places.count[j] && places.key[j] <= last);
+    for_tiles(p, batch, true, from, to, [&](int, int64_t first, int64_t) { result = result || first <= last; });
     return result;
 }
 
@@ -95,10 +96,24 @@ void copy_keys(const Problem& p, bool values, int64_t batch, int64_t head, const
     const int64_t count = values ? p.value_dim : p.dim, width = padded(count), stride = half_stride(width);
     for (int j = 0; j < p.count; ++j) {
         const View& x = values ? p.sources[j].value : p.sources[j].key;
-        const uint16_t* const from = static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]);
+        const uint16_t* const from =
+            static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]);
         for (int64_t k = 0; k < places.first[j + 1] - places.first[j]; ++k, to += stride)
             copy_row(k < places.count[j] ? from + k * x.row : nullptr, k < places.count[j] ? count : 0, width, to);
     }
+}
+
+// Keys or values of one head: where they lie if nothing is to be filled up with zeros, or copied.
+Left key_rows(const Problem& p, bool values, int64_t batch, int64_t head, const Places& places, uint16_t* buffer) {
+    const int64_t width = values ? p.value_dim : p.dim;
+    for (int j = 0; j < p.count && width % kTwoTiles == 0; ++j) {
+        const View& x = values ? p.sources[j].value : p.sources[j].key;
+        if (places.count[j] == places.total)
+            return {static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]), nullptr,
+                    x.row};
+    }
+    copy_keys(p, values, batch, head, places, buffer);
+    return {buffer, nullptr, half_stride(padded(width))};
 }
 
 // The queries `rows` of x, and of zeros behind them, up to `lanes`: where they lie or in `buffer`.
