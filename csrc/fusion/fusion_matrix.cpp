@@ -1,5 +1,5 @@
-// Attention of bfloat16 on the matrix unit: of keys that all stay in the second cache. For the instruction set amx only; what it
-// does not take, the kernels of avx512 do.
+// Attention of bfloat16 on the matrix unit: of keys that all stay in the second cache here, of more of them in
+// fusion_matrix_long.h. For the instruction set amx only; what it does not take, the kernels of avx512 do.
 //
 // Note: [Attention on the matrix unit]
 //   Rows of tiles are queries, unlike everywhere else: then queries, gradients of outputs and outputs are read and written as

@@ -1,4 +1,10 @@
 // The backward pass on the matrix unit. For fusion_matrix.cpp.
+//
+// Note: [Pieces on the matrix unit]
+//   More keys than kResidentKeys come in pieces, each with all panels of queries before the next: sums of the gradients of its
+//   keys and values stay in the second cache, those of the queries are added up in float32 in memory. Delta is then taken from
+//   the output, so that P and dS of a row are made in one pass over its scores. Pieces of 128 or 256 keys, which the first
+//   cache would hold for half a panel, are no faster than those of 512: they read and write the gradients of queries more often.
 #pragma once
 
 #include "fusion/fusion_gradients.h"

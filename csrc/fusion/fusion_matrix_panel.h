@@ -36,6 +36,7 @@ struct Places {
     int64_t key[kMostSources],
         all[kMostSources];  // the first of the source; how many there are, those beyond its length too
     int64_t total;
+    bool full;                                   // no tile holds anything but keys
     int8_t source[kMostTiles];                   // of a tile
     alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
 };
@@ -66,11 +67,13 @@ void set_places(const Problem& p, int64_t batch, bool existing, int64_t from, in
         places.all[j] = count;
     });
     places.first[0] = 0;
+    places.full = true;
     for (int j = 0; j < p.count; ++j) {
         const int64_t count = larger(0, smaller(places.all[j], p.sources[j].length(batch) - places.key[j]));
         const int64_t first = places.first[j], next = first + to_tiles(count);
         places.count[j] = count;
         places.first[j + 1] = next;
+        places.full = places.full && next == first + count;
         for (int64_t k = first; k < next; k += kTile) places.source[k / kTile] = int8_t(j);
         for (int64_t k = first; k < first + count; k += kLanes) Simd<float>::store(places.none + k, Floats{});
         for (int64_t k = first + count; k < next; ++k) places.none[k] = -infinity<float>();
@@ -184,7 +187,8 @@ template <class F>
 void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
                      const uint32_t* keys, const Places& places, float* scores, int64_t stride, F&& between) {
     multiply(unit, count, padded(p.dim), places.total, {queries.high + from * queries.stride, nullptr, queries.stride},
-             {keys, nullptr, stride}, {scores + from * stride, stride, plain(p) ? places.none : nullptr, 0}, between);
+             {keys, nullptr, stride},
+             {scores + from * stride, stride, plain(p) && !places.full ? places.none : nullptr, 0}, between);
 }
 
 // Lane i is f over the lanes of x[i], of `kLanes` vectors.

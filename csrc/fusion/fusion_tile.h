@@ -95,7 +95,7 @@ struct TileKernels {
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
 };
 
-// Of bfloat16, and keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
+// Of bfloat16; `forward` of keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
 struct MatrixKernels {
     int64_t panel;
     int64_t (*forward_scratch)(const Problem&, int64_t heads);
