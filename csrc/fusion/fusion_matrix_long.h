@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kLongBlock = 128;  // keys
 constexpr float kSlack = 8;          // in units of ln 2
 constexpr int64_t kLongStride = row_stride(kLongBlock);
+static_assert(kLongBlock % kTwoTiles == 0);
 
 // Of the rows of a panel.
 struct LongPanel {

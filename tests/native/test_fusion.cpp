@@ -303,10 +303,8 @@ void run(const Case& c) {
     for (int j = 0; j < p.count && !p.decoupled; ++j) {
         weights.push_back(std::make_unique<Result>(Sizes{p.batch, p.heads, p.rows, p.sources[j].keys}, c.type));
         means.push_back(std::make_unique<Result>(Sizes{p.batch, 1, p.rows, p.sources[j].keys}, c.type));
-        for (Result* result : {weights[j].get(), means[j].get()}) {
-            const Sizes& n = result->sizes;
-            std::memset(result->bytes.data(), 0, size_t(n[0] * n[1] * n[2] * n[3]) * size_of(c.type));
-        }
+        for (const auto* result : {weights[j].get(), means[j].get()})
+            std::fill_n(result->bytes.data(), result->bytes.size(), static_cast<unsigned char>(0));
         of_weights[j] = weights[j]->target();
         of_means[j] = means[j]->target();
     }
