@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_no_worse_than_eager
 
 import mmfast
 from mmfast.fusion import Source
@@ -134,6 +135,72 @@ def test_several_panels(dtype, heads, rows, dims, causal):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 80, 8192, 32), (1, 1, 200, 3000, 64), (1, 2, 130, 2000, 48)])
+def test_shares_of_the_keys_of_a_narrow_last_panel(shape, dtype):
+    """Few panels: threads share the keys, and what they give is merged."""
+    batch, heads, rows, keys, dim = shape
+    query = torch.randn(batch, heads, rows, dim).to(dtype)
+    key, value = torch.randn(2, batch, heads, keys, dim).to(dtype).unbind()
+    gold = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    threads = torch.get_num_threads()
+    try:
+        for n in (2, 8):
+            torch.set_num_threads(n)
+            out = mmfast.cross_attention(query, [(key, value)], backend="cpu")
+            eager = F.scaled_dot_product_attention(query, key, value)
+            assert_no_worse_than_eager(out, eager, gold, floor=1e-14 if dtype == torch.float64 else None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+LONG = {
+    "joint": ((2, 4, 4, 100, (77, 600, 33), 64), {}),
+    "grouped heads": ((2, 6, 2, 40, (700,), 40), {}),
+    "causal": ((1, 2, 2, 300, (1500,), 64), {"causal": True}),
+    "lengths": ((3, 2, 2, 50, (700, 20), 32), {"lengths": [0, 333, 700]}),
+    "mask": ((2, 2, 2, 70, (900,), 64), {"masked": True}),
+    "many queries": ((1, 1, 1, 16384, (530,), 32), {}),
+    "few queries": ((1, 2, 2, 16, (20000,), 32), {}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_keys_of_half_precision(name):
+    """Output, gradients and mean weights beside the reference in bfloat16, by one thread and by several."""
+    (batch, heads, key_heads, rows, keys, dim), options = LONG[name]
+    query, grad = torch.randn(2, batch, heads, rows, dim).bfloat16().unbind()
+    pairs = [torch.randn(2, batch, key_heads, n, dim).bfloat16().unbind() for n in keys]
+    mask = torch.rand(batch, 1, rows, keys[0]) < 0.7 if "masked" in options else None
+    lengths = torch.tensor(options["lengths"]) if "lengths" in options else None
+
+    def results(engine, dtype):
+        given = [x.detach().to(dtype).requires_grad_() for x in (query, *(x for pair in pairs for x in pair))]
+        sources = [Source(k, v) for k, v in zip(given[1::2], given[2::2], strict=True)]
+        sources[0] = sources[0]._replace(mask=mask, lengths=lengths)
+        causal = "causal" in options
+        out = mmfast.cross_attention(given[0], sources, is_causal=causal, backend=engine)
+        weights = () if rows > 1000 else _mean_weights(given[0], sources, causal, engine)
+        return [out, *torch.autograd.grad(out, given, grad.to(dtype)), *weights]
+
+    gold, eager = results("reference", torch.float64), results("reference", torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            ours = results("cpu", torch.bfloat16)
+            for i, each in enumerate(zip(ours, eager, gold, strict=True)):
+                assert_no_worse_than_eager(*each, factor=1.5, floor=1e-5, what=f"result {i}")
+            assert all(map(torch.equal, ours, results("cpu", torch.bfloat16)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _mean_weights(query, sources, causal, engine):
+    with torch.no_grad():
+        return mmfast.cross_attention(query, sources, is_causal=causal, return_weights="mean", backend=engine)[1]
 
 
 @pytest.mark.parametrize("rows", [65, 134])

@@ -56,6 +56,13 @@ int64_t all_keys(const Problem& p) {
     return total;
 }
 
+// With each source's filled up to whole tiles.
+int64_t tiled_keys(const Problem& p) {
+    int64_t total = 0;
+    for (int j = 0; j < p.count; ++j) total += up_to_multiple(p.sources[j].keys, kTileKeys);
+    return total;
+}
+
 // Whether all keys and values are read where they lie, each head's rows next to each other: copies give nothing then.
 template <class T>
 bool compact(const Problem& p) {
@@ -71,15 +78,18 @@ bool compact(const Problem& p) {
 // Of fewer queries or features the tiles of the matrix unit would hold little else than zeros.
 constexpr int64_t kMatrixRows = 16, kMatrixFeatures = 16;
 
-// Whether the matrix unit serves: see fusion_matrix.cpp.
+// What the matrix unit does: nothing, keys that all stay in the second cache, or more of them: see fusion_matrix.cpp.
+enum class Matrix { no, resident, streamed };
+
 template <class T>
-bool on_matrix_unit(const Problem& p) {
+Matrix on_matrix_unit(const Problem& p) {
     const auto fits = [](const View& x) { return x.type == ScalarType::bfloat16 && x.column == 1; };
     bool result = sizeof(T) == 4 && matrix_kernels().panel && fits(p.query) &&
                   std::min(p.dim, p.value_dim) >= kMatrixFeatures && shared_heads(p) * p.rows >= kMatrixRows;
     const int64_t keys = all_keys(p);
     for (int j = 0; j < p.count; ++j) result = result && fits(p.sources[j].key) && fits(p.sources[j].value);
-    return result && keys >= kMatrixRows && keys <= kResidentKeys;
+    if (!result || keys < kMatrixRows) return Matrix::no;
+    return keys <= kResidentKeys ? Matrix::resident : p.decoupled ? Matrix::no : Matrix::streamed;
 }
 
 int64_t divide_up(int64_t n, int64_t by) {
@@ -133,7 +143,8 @@ template <class T>
 void forward_cpu(const Problem& p, const Target& out, T* lse) {
     if (p.batch * p.heads * p.rows == 0) return;
     const TileKernels<T>& k = kernels<T>();
-    const bool matrix = on_matrix_unit<T>(p);
+    const Matrix by = on_matrix_unit<T>(p);
+    const bool matrix = by != Matrix::no, streamed = by == Matrix::streamed;
     const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
     const int64_t panels = divide_up(fold * p.rows, panel_size), groups = p.batch * folds;
@@ -153,7 +164,8 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
     const int64_t size = (p.value_dim + 2) * panel_size;
     const Scratch partial(splits > 1 ? size_t(groups * panels * splits * size) * sizeof(T) : 64);
     if (splits > 1) job.partial = reinterpret_cast<T*>(partial.data());
-    const bool shared = !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
+    const bool shared =
+        !matrix && !single && panels > 1 && !p.decoupled && keys > kResidentKeys && splits == 1 && !compact<T>(p);
     const Order order = few ? Order::few : single || shared ? Order::wide : Order::panels;
     int64_t heads = single   ? heads_together<T>(p, folds, 1, splits, 0)
                     : shared ? folds
@@ -174,10 +186,17 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
         }
         heads = divide_up(folds, divide_up(folds, heads));
     }
+    if (streamed) {
+        heads = 1;
+        run =
+            std::clamp<int64_t>(groups * panels * splits / wanted_items(), 1, std::min(panels, kWideRows / panel_size));
+        run = divide_up(panels, divide_up(panels, run));
+    }
     const int64_t parts = divide_up(folds, heads), runs = divide_up(panels, run);
     const int64_t heads_kept = run > 1 || single || shared ? heads : 1;
-    const size_t bytes = size_t(matrix ? matrix_kernels().forward_scratch(p, heads_kept)
-                                       : k.forward_scratch(p, heads_kept, run, order)) *
+    const size_t bytes = size_t(streamed ? matrix_kernels().forward_long_scratch(p, run)
+                                : matrix ? matrix_kernels().forward_scratch(p, heads_kept)
+                                         : k.forward_scratch(p, heads_kept, run, order)) *
                          sizeof(T);
     deal_out(p.batch * parts * runs * splits, cost * double(heads * run) / double(splits), bytes,
              [&](int64_t i, char* scratch) {
@@ -194,7 +213,9 @@ void forward_cpu(const Problem& p, const Target& out, T* lse) {
                                  ((batch * folds + first) * panels + panel) * splits + split};
                  if (item.heads <= 0) return;
                  if constexpr (sizeof(T) == 4) {
-                     if (matrix) return matrix_kernels().forward(job, item, reinterpret_cast<T*>(scratch));
+                     const MatrixKernels& m = matrix_kernels();
+                     if (matrix)
+                         return (streamed ? m.forward_long : m.forward)(job, item, reinterpret_cast<T*>(scratch));
                  }
                  k.forward(job, item, reinterpret_cast<T*>(scratch));
              });
@@ -287,11 +308,18 @@ template <class T>
 void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, const View& out, const T* lse,
                   const Gradients<T>& gradients) {
     const TileKernels<T>& k = kernels<T>();
-    const bool matrix = on_matrix_unit<T>(p) && grad_out.type == ScalarType::bfloat16 && grad_out.column == 1;
+    const Matrix by = on_matrix_unit<T>(p);
+    const bool matrix = by != Matrix::no && grad_out.type == ScalarType::bfloat16 && grad_out.column == 1 &&
+                        (by == Matrix::resident || out.column == 1);
     const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t fold = shared_heads(p), folds = p.heads / fold, keys = all_keys(p);
     const int64_t panels = divide_up(fold * p.rows, panel_size);
-    const int64_t pieces = std::max<int64_t>(1, divide_up(keys, kResidentKeys));
+    // What pieces are taken from.
+    const int64_t places = matrix ? tiled_keys(p) : keys;
+    const bool streamed = matrix && by == Matrix::streamed;
+    const int64_t pieces =
+        std::max<int64_t>(1, streamed ? divide_up(places, kPieceKeys) : divide_up(keys, kResidentKeys));
+    const int64_t piece_places = up_to_multiple(divide_up(places, pieces), 2 * kTileKeys);  // on the matrix unit
     bool own_keys = true;  // no two folds of heads have keys in common
     for (int j = 0; j < p.count; ++j) own_keys = own_keys && p.heads / p.sources[j].heads == fold;
     // Delta is taken from the output there: from a rounded one only where nothing else can be done.
@@ -331,7 +359,8 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         job.value[j] = by_value.back().accumulator();
     }
     const size_t bytes =
-        size_t(matrix ? matrix_kernels().backward_scratch(p, heads) : k.backward_scratch(p, heads, few)) * sizeof(T);
+        size_t(matrix ? matrix_kernels().backward_scratch(p, heads, piece_places) : k.backward_scratch(p, heads, few)) *
+        sizeof(T);
     const int64_t per_share = divide_up(panels, query_shares), pieces_per_share = divide_up(pieces, key_shares);
     const double cost =
         cost_of<T>(panel_size, keys, 4 * (p.dim + p.value_dim)) * double(per_share) / double(key_shares);
@@ -357,8 +386,12 @@ void backward_cpu(const Problem& p, const View& grad_out, const T* grad_lse, con
         }
         for (int64_t piece = key_share * pieces_per_share; piece < std::min(pieces, (key_share + 1) * pieces_per_share);
              ++piece) {
-            item.first = keys * piece / pieces;
-            item.last = keys * (piece + 1) / pieces;
+            const auto start = [&](int64_t nth) {
+                return matrix ? std::min(places, piece_places * nth) : keys * nth / pieces;
+            };
+            item.first = start(piece);
+            item.last = start(piece + 1);
+            item.whole = pieces == 1;
             if constexpr (sizeof(T) == 4) {
                 if (matrix) {
                     matrix_kernels().backward(job, item, reinterpret_cast<T*>(scratch));
@@ -378,12 +411,23 @@ void weights_cpu(const Problem& p, const T* lse, bool mean, const Target* weight
     const TileKernels<T>& k = kernels<T>();
     WeightsJob<T> job{&p, lse, {}};
     std::copy_n(weights, p.count, job.weights);
-    const int64_t panels = divide_up(p.rows, k.panel), heads = mean ? p.heads : 1,
+    const bool matrix = on_matrix_unit<T>(p) != Matrix::no && p.rows >= kMatrixRows;
+    const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
+    const int64_t panels = divide_up(p.rows, panel_size), heads = mean ? p.heads : 1,
                   groups = p.batch * p.heads / std::max<int64_t>(1, heads);
-    const double cost = cost_of<T>(std::min(k.panel, p.rows), all_keys(p), p.dim + 16) * double(heads);
-    deal_out(groups * panels, cost, size_t(k.weights_scratch(p)) * sizeof(T), [&](int64_t i, char* scratch) {
-        const int64_t group = i / panels;
-        const WeightsItem item{mean ? group : group / p.heads, mean ? 0 : group % p.heads, heads, i % panels};
+    // Neighbouring panels, for which keys are arranged once.
+    int64_t run = matrix ? std::clamp<int64_t>(groups * panels / wanted_items(), 1, std::max<int64_t>(1, panels)) : 1;
+    run = std::max<int64_t>(1, divide_up(panels, std::max<int64_t>(1, divide_up(panels, run))));
+    const int64_t runs = divide_up(panels, run);
+    const double cost = cost_of<T>(std::min(panel_size, p.rows), all_keys(p), p.dim + 16) * double(heads) * double(run);
+    const size_t bytes = size_t(matrix ? matrix_kernels().weights_scratch(p, heads) : k.weights_scratch(p)) * sizeof(T);
+    deal_out(groups * runs, cost, bytes, [&](int64_t i, char* scratch) {
+        const int64_t group = i / runs, panel = i % runs * run;
+        const WeightsItem item{mean ? group : group / p.heads, mean ? 0 : group % p.heads, heads, panel,
+                               std::min(run, panels - panel)};
+        if constexpr (sizeof(T) == 4) {
+            if (matrix) return matrix_kernels().weights(job, item, reinterpret_cast<T*>(scratch));
+        }
         k.weights(job, item, reinterpret_cast<T*>(scratch));
     });
 }

@@ -193,7 +193,7 @@ void conclude(const ForwardJob<T>& job, const Item& item, const Rows& rows, cons
         unpack_columns<T>(out, p.value_dim, factor, item.batch, rows, job.out, 0, false);
         return;
     }
-    T* const to = job.partial + item.slot * (p.value_dim + 2) * W;
+    T* const to = partial_of(job, item.slot);
     for (int64_t i = 0; i < p.value_dim * W; i += N) Simd<T>::store(to + i, Simd<T>::load(out + i));
     store_running<T, S>(running, to + p.value_dim * W);
 }
@@ -482,7 +482,7 @@ void forward_few(const ForwardJob<T>& job, const Item& item, T* scratch) {
                               unpack_rows<T>(out, width, p.value_dim, factor, item.batch, rows, job.out, 0, false);
                               return;
                           }
-                          T* const to = job.partial + now.slot * (p.value_dim + 2) * W;
+                          T* const to = partial_of(job, now.slot);
                           for (int64_t k = 0; k < p.value_dim; ++k)
                               for (int64_t r = 0; r < W; ++r) to[k * W + r] = r < rows.n ? out[r * width + k] : T(0);
                           store_running<T, S>(running, to + p.value_dim * W);
@@ -551,8 +551,8 @@ void merge_panel(const ForwardJob<T>& job, const Item& item, const Rows& rows, T
     constexpr int N = Simd<T>::lanes;
     constexpr int64_t W = S * Simd<T>::lanes;
     const Problem& p = *job.problem;
-    const int64_t size = (p.value_dim + 2) * W;
-    const T* const first = job.partial + item.slot * size;
+    const int64_t size = partial_size<T>(p);
+    const T* const first = partial_of(job, item.slot);
     alignas(64) T factor[W];
     Running<T, S> running;
     for (int v = 0; v < S; ++v) {

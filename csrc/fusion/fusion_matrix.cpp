@@ -1,5 +1,5 @@
-// Attention of bfloat16 on the matrix unit: of keys that all stay in the second cache. For the instruction set amx only; what it
-// does not take, the kernels of avx512 do.
+// Attention of bfloat16 on the matrix unit: of keys that all stay in the second cache here, of more of them in
+// fusion_matrix_long.h. For the instruction set amx only; what it does not take, the kernels of avx512 do.
 //
 // Note: [Attention on the matrix unit]
 //   Rows of tiles are queries, unlike everywhere else: then queries, gradients of outputs and outputs are read and written as
@@ -17,7 +17,9 @@
 //   the matrix unit work at the same time, and P has left for the first cache, as loads of tiles need it, long before it is
 //   multiplied. Halves take the place of what they are made from, so that what a half is busy with stays in the first cache.
 #include "fusion/fusion_matrix_backward.h"
+#include "fusion/fusion_matrix_long.h"
 #include "fusion/fusion_matrix_panel.h"
+#include "fusion/fusion_matrix_weights.h"
 #include "fusion/fusion_softmax.h"
 
 namespace mmfast {
@@ -226,7 +228,7 @@ void forward(const ForwardJob<float>& job, const Item& item, float* scratch) {
     ForwardBuffers b;
     lay_out(p, together ? item.heads : 1, scratch, b);
     Places places;
-    set_places(p, item.batch, places);
+    set_places(p, item.batch, true, 0, tiled_keys(p, item.batch, true), places);
     MatrixUnit unit;
     Ahead ahead;
     const auto keep = [&](int64_t h, int64_t at) {
@@ -261,8 +263,12 @@ void matrix_kernels_float(MatrixKernels& kernels) {
     kernels.panel = kRows;
     kernels.forward_scratch = forward_scratch;
     kernels.forward = forward;
+    kernels.forward_long_scratch = forward_long_scratch;
+    kernels.forward_long = forward_long;
     kernels.backward_scratch = backward_scratch;
     kernels.backward = backward;
+    kernels.weights_scratch = weights_scratch;
+    kernels.weights = weights;
 }
 
 }  // namespace MMFAST_ISA

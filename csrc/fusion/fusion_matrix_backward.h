@@ -1,4 +1,10 @@
 // The backward pass on the matrix unit. For fusion_matrix.cpp.
+//
+// Note: [Pieces on the matrix unit]
+//   More keys than kResidentKeys come in pieces, each with all panels of queries before the next: sums of the gradients of its
+//   keys and values stay in the second cache, those of the queries are added up in float32 in memory. Delta is then taken from
+//   the output, so that P and dS of a row are made in one pass over its scores. Pieces of 128 or 256 keys, which the first
+//   cache would hold for half a panel, are no faster than those of 512: they read and write the gradients of queries more often.
 #pragma once
 
 #include "fusion/fusion_gradients.h"
@@ -34,8 +40,8 @@ struct BackwardBuffers {
 
 constexpr int64_t kQueryStride = half_stride(kRows);
 
-int64_t lay_out(const Problem& p, int64_t heads, float* scratch, BackwardBuffers& b) {
-    const int64_t n = most_keys(p), dim = padded(p.dim), value_dim = padded(p.value_dim);
+int64_t lay_out(const Problem& p, int64_t heads, int64_t keys, float* scratch, BackwardBuffers& b) {
+    const int64_t n = padded(keys), dim = padded(p.dim), value_dim = padded(p.value_dim);
     Pieces pieces(scratch);
     b.key_stride = row_stride(n);
     b.pair_stride = row_stride(n / 2);
@@ -62,9 +68,9 @@ int64_t lay_out(const Problem& p, int64_t heads, float* scratch, BackwardBuffers
     return pieces.taken();
 }
 
-int64_t backward_scratch(const Problem& p, int64_t heads) {
+int64_t backward_scratch(const Problem& p, int64_t heads, int64_t keys) {
     BackwardBuffers b;
-    return lay_out(p, heads, nullptr, b);
+    return lay_out(p, heads, keys, nullptr, b);
 }
 
 // Whether a gradient of any source's keys, or values, is wanted.
@@ -86,10 +92,11 @@ struct ScoreGradients {
     alignas(64) float slope[kMostSources][kRows];
     alignas(64) float offset[kMostSources][kRows];
     Floats deltas[kMostSources][kLanes], totals[kMostSources][kLanes];  // of rows under way
+    bool whole;  // all keys: delta is a mean over them, as set_delta() says; else it is taken from the output
 
-    ScoreGradients(const BackwardJob<float>& job, const Places& at, const BackwardBuffers& buffers, float by)
+    ScoreGradients(const BackwardJob<float>& job, const Places& at, const BackwardBuffers& buffers, float by, bool all)
         : p(*job.problem), places(at), b(buffers), factor(by), by_query(job.query.target.data),
-          by_key(any_wanted(job.key, p.count)), by_value(any_wanted(job.value, p.count)) {}
+          by_key(any_wanted(job.key, p.count)), by_value(any_wanted(job.value, p.count)), whole(all) {}
 
     // P in place of the scores, and delta.
     void weigh(int64_t from, int64_t to) {
@@ -123,23 +130,50 @@ struct ScoreGradients {
         }
     }
 
+    // Of one softmax whose delta is known: both at once.
+    void finish(int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r += 2) differentiate_pair<false, true>(r);
+    }
+    void set_delta_of_output(const BackwardJob<float>& job, int64_t batch, const Rows& rows, const Left& grads) {
+        dispatch<float>(job.out.type, [&](auto* kind) MMFAST_LAMBDA {
+            using From = std::remove_pointer_t<decltype(kind)>;
+            for (int64_t r = 0; r < rows.n; r += kLanes) {
+                Floats sum[kLanes];
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    sum[i] = Floats{};
+                    const int64_t row = smaller(r + i, rows.n - 1);
+                    const auto* const grad = reinterpret_cast<const BFloat16*>(grads.high + row * grads.stride);
+                    const From* const out =
+                        static_cast<const From*>(job.out.data) + job.out.at(batch, rows.head[row], rows.row[row]);
+                    for (int64_t k = 0; k < p.value_dim; k += kLanes)
+                        sum[i] += load_as<float>(grad + k, p.value_dim - k) * load_as<float>(out + k, p.value_dim - k);
+                }
+                set_offset(r, 0, fold(sum, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; }));
+            }
+        });
+        for (int64_t r = up_to_multiple(rows.n, kLanes); r < kRows; r += kLanes) set_offset(r, 0, Floats{});
+    }
+
 private:
     // delta as set_delta() says.
     void add_up(int64_t r, int m) {
         const auto plus = [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; };
         const Floats total = fold(totals[m], plus), sum = fold(deltas[m], plus);
-        const Floats delta = total == 0 ? Floats{} : sum / total;
+        set_offset(r, m, total == 0 ? Floats{} : sum / total);
+    }
+    void set_offset(int64_t r, int m, Floats delta) {
         const Floats gate = Simd<float>::load(of[m].gate + r), grad_lse = Simd<float>::load(of[m].grad_lse + r);
         Simd<float>::store(of[m].delta + r, delta);
         Simd<float>::store(slope[m] + r, gate * float(p.scale));
         Simd<float>::store(offset[m] + r, (grad_lse - gate * delta) * float(p.scale));
     }
-    template <bool kGated>
+    template <bool kGated, bool kFused = false>
     void differentiate_pair(int64_t r) {
         const int64_t stride = b.key_stride, pair_stride = b.pair_stride;
         float *const weights = b.p + r * stride, *const dp = b.dp + r * stride;
         uint32_t *const row_high = b.ds_row_high + r * pair_stride, *const row_low = b.ds_row_low + r * pair_stride;
         const bool query = by_query, key = by_key, value = by_value;
+        const float by = factor;
         for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) MMFAST_LAMBDA {
             // Of two rows, whose halves are put side by side; those of dS are given back.
             struct Two {
@@ -152,7 +186,11 @@ private:
                     uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
                     put_pairs(words, words + stride, upper, lower);
                 };
-                const Floats e[] = {row(weights, 0), row(weights, 1)};
+                const auto weight = [&](int i) MMFAST_LAMBDA {
+                    const Floats x = row(weights, i);
+                    return kFused ? mmfast::exp2(x * by - Simd<float>::splat(of[0].lse[r + i])) : x;
+                };
+                const Floats e[] = {weight(0), weight(1)};
                 const auto ds = [&](int i) MMFAST_LAMBDA {
                     return split<false>(e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]));
                 };
@@ -181,8 +219,9 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total, depth = padded(total);
     const Left queries = panel_rows(p.query, item.batch, rows, p.dim, lanes, b.query_rows);
     const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, lanes, b.grad_rows);
-    ScoreGradients of(job, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f);
+    ScoreGradients of(job, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f, item.whole);
     for (int m = 0; m < p.softmaxes(); ++m) set_lanes<float, kPanelWidth>(job, item.batch, rows, m, of.of[m]);
+    if (!item.whole) of.set_delta_of_output(job, item.batch, rows, grads);
     const auto scores = [&](int64_t from, auto&& between) {
         multiply_scores(unit, p, from, half, queries, b.keys, places, b.p, b.key_stride, between);
         multiply(unit, half, value_dim, total, {grads.high + from * grads.stride, nullptr, grads.stride},
@@ -202,24 +241,31 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
         multiply(unit, to_tiles(width), lanes, total, {columns, nullptr, kQueryStride},
                  {words, words + b.key_stride, 2 * b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
     };
-    const auto weigh = [&](int64_t from, int64_t to) { of.weigh(from, to); };
+    const auto weigh = [&](int64_t from, int64_t to) {
+        if (item.whole) of.weigh(2 * from, 2 * to);
+        else of.finish(2 * from, 2 * to);
+    };
     const int64_t calls = product_calls(half, dim, total) + product_calls(half, value_dim, total);
-    ahead.spread(calls);
+    ahead.spread(larger(calls, 1));
     scores(0, ahead);
-    Spread first(half, half < lanes ? calls : 1, weigh);
+    Spread first(half / 2, half < lanes ? calls : 1, weigh);
     if (half < lanes) scores(half, first);
     first.rest();
-    of.differentiate(0, half);
+    if (item.whole) of.differentiate(0, half);
     const auto finish_second = [&](int64_t from, int64_t to) {
         // The sums of a group of rows are complete when its last row is.
         for (int64_t i = from; i < to; ++i) {
+            if (!item.whole) {
+                of.finish(half + 2 * i, half + 2 * i + 2);
+                continue;
+            }
             const int64_t group = half + i * kLanes;
             of.weigh(group, group + kLanes);
             of.differentiate(group, group + kLanes);
         }
     };
     const int64_t query_calls = product_calls(half, depth, to_tiles(p.dim));
-    Spread second((lanes - half) / kLanes, query_calls, finish_second);
+    Spread second((lanes - half) / (item.whole ? kLanes : 2), query_calls, finish_second);
     if (of.by_query) by_query(0, second);
     second.rest();
     // What the sums need, and what is left to write, beside products that need neither.
@@ -249,11 +295,11 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
 
 void begin_head(const Problem& p, const BackwardItem& item, const Places& places, const BackwardBuffers& b) {
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total;
-    copy_keys(p, true, item.batch, item.head, places, b.rows);
-    pair_columns(b.rows, half_stride(value_dim), value_dim, total, b.values, b.key_stride);
-    copy_keys(p, false, item.batch, item.head, places, b.rows);
-    pair_columns(b.rows, half_stride(dim), dim, total, b.keys, b.key_stride);
-    pair_rows(b.rows, half_stride(dim), to_tiles(p.dim), total, b.key_pairs, b.dim_stride);
+    const Left values = key_rows(p, true, item.batch, item.head, places, b.rows);
+    pair_columns(values.high, values.stride, value_dim, total, b.values, b.key_stride);
+    const Left keys = key_rows(p, false, item.batch, item.head, places, b.rows);
+    pair_columns(keys.high, keys.stride, dim, total, b.keys, b.key_stride);
+    pair_rows(keys.high, keys.stride, to_tiles(p.dim), total, b.key_pairs, b.dim_stride);
     clear(b.dk, b.dk_size);
     clear(b.dv, b.dv_size);
 }
@@ -272,10 +318,11 @@ void end_head(const BackwardJob<float>& job, const BackwardItem& item, const Pla
                     Simd<float>::transpose(x);
                     for (int64_t i = 0; i < kLanes; ++i) Simd<float>::store(b.block + (l + i) * stride + e, x[i]);
                 }
-            flush<float>(to, run, item.batch, head, k, smaller(kTile, there - k), width, b.block, stride);
+            flush<float>(to, run, item.batch, head, places.key[j] + k, smaller(kTile, there - k), width, b.block,
+                         stride);
         }
         clear(b.block, stride);
-        flush<float>(to, run, item.batch, head, there, p.sources[j].keys - there, width, b.block, 0);
+        flush<float>(to, run, item.batch, head, places.key[j] + there, places.all[j] - there, width, b.block, 0);
     };
     for (int j = 0; j < p.count; ++j) {
         end(j, job.key[j], item.key_run[j], p.dim, b.dk);
@@ -283,14 +330,14 @@ void end_head(const BackwardJob<float>& job, const BackwardItem& item, const Pla
     }
 }
 
-// As backward() of fusion_backward.cpp, of all keys.
+// As backward() of fusion_backward.cpp.
 void backward(const BackwardJob<float>& job, const BackwardItem& item, float* scratch) {
     const Problem& p = *job.problem;
     const bool together = item.panels > 1;
     BackwardBuffers all;
-    lay_out(p, together ? item.heads : 1, scratch, all);
+    lay_out(p, together ? item.heads : 1, item.last - item.first, scratch, all);
     Places places;
-    set_places(p, item.batch, places);
+    set_places(p, item.batch, false, item.first, item.last, places);
     MatrixUnit unit;
     Ahead ahead;
     Rows rows{};
@@ -304,10 +351,15 @@ void backward(const BackwardJob<float>& job, const BackwardItem& item, float* sc
         if (next < item.panels) {
             head(following % item.heads);
             set_rows<float>(p, job.fold, now.head, item.panel + next, rows);
-            rows_ahead(job, now, rows, true, ahead);
+            rows_ahead(job, now, rows, item.whole, ahead);
         }
         const BackwardBuffers b = head(h);
         set_rows<float>(p, job.fold, now.head, item.panel + i, rows);
+        // Nothing to add: no key, or none that these queries see.
+        bool nothing = true;
+        for (int j = 0; j < p.count; ++j)
+            nothing = nothing && (!places.count[j] || (p.causal && places.key[j] > rows.last));
+        if (nothing && (job.query.add || !job.query.target.data) && !job.grad_gates) return;
         backward_panel(unit, job, now, rows, places, b, ahead);
     };
     if (together) {

@@ -30,26 +30,62 @@ private:
     int64_t at_ = 0;
 };
 
-// Where the keys of the sources lie: each source begins a tile.
+// Where the keys of the sources lie, or some of them: each source begins a tile.
 struct Places {
     int64_t first[kMostSources + 1], count[kMostSources];
+    int64_t key[kMostSources],
+        all[kMostSources];  // the first of the source; how many there are, those beyond its length too
     int64_t total;
+    bool full;                                   // no tile holds anything but keys
     int8_t source[kMostTiles];                   // of a tile
     alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
 };
 
-void set_places(const Problem& p, int64_t batch, Places& places) {
-    places.first[0] = 0;
+// Keys with each source's filled up to whole tiles; only those within its length, or all.
+int64_t tiled_keys(const Problem& p, int64_t batch, bool existing) {
+    int64_t total = 0;
+    for (int j = 0; j < p.count; ++j) total += to_tiles(existing ? p.sources[j].length(batch) : p.sources[j].keys);
+    return total;
+}
+
+// f(source, first key, number) of what lies from the place `from` to `to` when they are counted as tiled_keys() does.
+template <class F>
+void for_tiles(const Problem& p, int64_t batch, bool existing, int64_t from, int64_t to, const F& f) {
+    int64_t start = 0;
     for (int j = 0; j < p.count; ++j) {
-        const int64_t first = places.first[j], count = p.sources[j].length(batch), next = first + to_tiles(count);
+        const int64_t keys = existing ? p.sources[j].length(batch) : p.sources[j].keys;
+        const int64_t first = larger(from - start, 0), last = smaller(to - start, keys);
+        if (first < last) f(j, first, last - first);
+        start += to_tiles(keys);
+    }
+}
+
+void set_places(const Problem& p, int64_t batch, bool existing, int64_t from, int64_t to, Places& places) {
+    for (int j = 0; j < p.count; ++j) places.key[j] = places.all[j] = 0;
+    for_tiles(p, batch, existing, from, to, [&](int j, int64_t first, int64_t count) {
+        places.key[j] = first;
+        places.all[j] = count;
+    });
+    places.first[0] = 0;
+    places.full = true;
+    for (int j = 0; j < p.count; ++j) {
+        const int64_t count = larger(0, smaller(places.all[j], p.sources[j].length(batch) - places.key[j]));
+        const int64_t first = places.first[j], next = first + to_tiles(count);
         places.count[j] = count;
         places.first[j + 1] = next;
-        for (int64_t k = first; k < next; ++k) {
-            places.none[k] = k - first < count ? 0.0f : -infinity<float>();
-            places.source[k / kTile] = int8_t(j);
-        }
+        places.full = places.full && next == first + count;
+        for (int64_t k = first; k < next; k += kTile) places.source[k / kTile] = int8_t(j);
+        for (int64_t k = first; k < first + count; k += kLanes) Simd<float>::store(places.none + k, Floats{});
+        for (int64_t k = first + count; k < next; ++k) places.none[k] = -infinity<float>();
     }
     places.total = places.first[p.count];
+}
+
+// Whether a query up to the row `last` sees any of them by the causal rule.
+bool seen(const Problem& p, int64_t batch, int64_t from, int64_t to, int64_t last) {
+    bool result = false;
+    for_tiles(p, batch, true, from, to, [&](int, int64_t first, int64_t) { result = result || first <= last; });
+    return result;
 }
 
 int64_t most_keys(const Problem& p) {
@@ -63,10 +99,24 @@ void copy_keys(const Problem& p, bool values, int64_t batch, int64_t head, const
     const int64_t count = values ? p.value_dim : p.dim, width = padded(count), stride = half_stride(width);
     for (int j = 0; j < p.count; ++j) {
         const View& x = values ? p.sources[j].value : p.sources[j].key;
-        const uint16_t* const from = static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), 0);
+        const uint16_t* const from =
+            static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]);
         for (int64_t k = 0; k < places.first[j + 1] - places.first[j]; ++k, to += stride)
             copy_row(k < places.count[j] ? from + k * x.row : nullptr, k < places.count[j] ? count : 0, width, to);
     }
+}
+
+// Keys or values of one head: where they lie if nothing is to be filled up with zeros, or copied.
+Left key_rows(const Problem& p, bool values, int64_t batch, int64_t head, const Places& places, uint16_t* buffer) {
+    const int64_t width = values ? p.value_dim : p.dim;
+    for (int j = 0; j < p.count && width % kTwoTiles == 0; ++j) {
+        const View& x = values ? p.sources[j].value : p.sources[j].key;
+        if (places.count[j] == places.total)
+            return {static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]), nullptr,
+                    x.row};
+    }
+    copy_keys(p, values, batch, head, places, buffer);
+    return {buffer, nullptr, half_stride(padded(width))};
 }
 
 // The queries `rows` of x, and of zeros behind them, up to `lanes`: where they lie or in `buffer`.
@@ -87,12 +137,13 @@ bool plain(const Problem& p) {
 }
 
 // Masks, to the scores of rows from .. to - 1 of one source.
-void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t from, int64_t to, int64_t count, float* scores,
-              int64_t stride) {
+void add_mask(const View& mask, int64_t batch, const Rows& rows, int64_t from, int64_t to, int64_t key, int64_t count,
+              float* scores, int64_t stride) {
     dispatch_mask(mask, [&](auto* kind) MMFAST_LAMBDA {
         using From = std::remove_pointer_t<decltype(kind)>;
         for (int64_t r = from; r < to; ++r) {
-            const From* const row = static_cast<const From*>(mask.data) + mask.at(batch, rows.head[r], rows.row[r]);
+            const From* const row =
+                static_cast<const From*>(mask.data) + mask.at(batch, rows.head[r], rows.row[r]) + key * mask.column;
             for (int64_t k = 0; k < count; k += kLanes) {
                 Floats added;
                 if (mask.column == 1) {
@@ -124,9 +175,10 @@ void finish_scores(const Problem& p, int64_t batch, const Rows& rows, int64_t fr
     for (int j = 0; j < p.count; ++j) {
         float* const first = scores + places.first[j];
         for (const View& mask : p.sources[j].added)
-            if (mask.data) add_mask(mask, batch, rows, from, to, places.count[j], first, stride);
+            if (mask.data) add_mask(mask, batch, rows, from, to, places.key[j], places.count[j], first, stride);
         for (int64_t r = from; p.causal && r < to; ++r)
-            for (int64_t k = rows.row[r] + 1; k < places.count[j]; ++k) first[r * stride + k] = -infinity<float>();
+            for (int64_t k = larger(0, rows.row[r] + 1 - places.key[j]); k < places.count[j]; ++k)
+                first[r * stride + k] = -infinity<float>();
     }
 }
 
@@ -135,7 +187,8 @@ template <class F>
 void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
                      const uint32_t* keys, const Places& places, float* scores, int64_t stride, F&& between) {
     multiply(unit, count, padded(p.dim), places.total, {queries.high + from * queries.stride, nullptr, queries.stride},
-             {keys, nullptr, stride}, {scores + from * stride, stride, plain(p) ? places.none : nullptr, 0}, between);
+             {keys, nullptr, stride},
+             {scores + from * stride, stride, plain(p) && !places.full ? places.none : nullptr, 0}, between);
 }
 
 // Lane i is f over the lanes of x[i], of `kLanes` vectors.

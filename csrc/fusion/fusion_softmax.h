@@ -51,6 +51,16 @@ MMFAST_INLINE void finish(const ForwardJob<T>& job, const Item& item, const Rows
     scatter(p, lse, item.batch, rows, job.lse + softmax * p.batch * p.heads * p.rows);
 }
 
+// From one partial result to the next: that of whole panels, as narrow as the last one may be.
+template <class T>
+MMFAST_INLINE int64_t partial_size(const Problem& p) {
+    return (p.value_dim + 2) * kPanel<T>;
+}
+template <class T>
+MMFAST_INLINE T* partial_of(const ForwardJob<T>& job, int64_t slot) {
+    return job.partial + slot * partial_size<T>(*job.problem);
+}
+
 template <class T, int S>
 MMFAST_INLINE void reset(Running<T, S>& running) {
     for (int v = 0; v < S; ++v) {

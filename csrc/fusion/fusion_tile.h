@@ -28,6 +28,8 @@ enum class Order { panels, wide, few };
 constexpr int64_t kFewRows = 8;      // at most, for Order::few
 constexpr int64_t kSingleRows = 64;  // at most, for keys read once and where they lie
 constexpr int64_t kWideKeys = 64;    // of a block, for Order::wide
+constexpr int64_t kPieceKeys = 512;  // of a piece at most, on the matrix unit
+constexpr int64_t kTileKeys = 16;    // of a tile there
 constexpr int64_t kWideRows = 512;   // of an item at most, for Order::wide
 
 struct Item {
@@ -62,7 +64,9 @@ struct BackwardItem {
     int64_t heads;  // number of folds; more than one only if no source has its keys in common with another of them
     int64_t panel, panels;  // first and number
     bool few;               // features in the lanes; then of one softmax, with one panel
-    int64_t first, last;    // keys, counted through all sources
+    int64_t first,
+        last;    // keys, counted through all sources; on the matrix unit each source's filled up to whole tiles
+    bool whole;  // all of them
     int64_t query_run, key_run[kMostSources], value_run[kMostSources];
 };
 
@@ -75,7 +79,7 @@ struct WeightsJob {
 
 struct WeightsItem {
     int64_t batch, head, heads;  // of several heads, from the first on, the mean
-    int64_t panel;
+    int64_t panel, panels;       // first and number; more than one on the matrix unit only
 };
 
 template <class T>
@@ -91,13 +95,18 @@ struct TileKernels {
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
 };
 
-// Of bfloat16, and keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
+// Of bfloat16; `forward` of keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
 struct MatrixKernels {
     int64_t panel;
     int64_t (*forward_scratch)(const Problem&, int64_t heads);
     void (*forward)(const ForwardJob<float>&, const Item&, float* scratch);
-    int64_t (*backward_scratch)(const Problem&, int64_t heads);
+    int64_t (*forward_long_scratch)(const Problem&, int64_t panels);
+    void (*forward_long)(const ForwardJob<float>&, const Item&, float* scratch);  // of one softmax, any number of keys
+    int64_t (*backward_scratch)(const Problem&, int64_t heads,
+                                int64_t keys);  // of a piece, as BackwardItem counts them
     void (*backward)(const BackwardJob<float>&, const BackwardItem&, float* scratch);
+    int64_t (*weights_scratch)(const Problem&, int64_t heads);
+    void (*weights)(const WeightsJob<float>&, const WeightsItem&, float* scratch);
 };
 
 // Those of this machine: fusion_isa.cpp.

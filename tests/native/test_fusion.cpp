@@ -34,14 +34,14 @@ double epsilon(ScalarType type) {
 
 using Sizes = std::array<int64_t, 4>;
 
-// A tensor in memory that ends with it, in any order of its axes; its values as they were rounded.
+// A tensor in memory that ends with it, in any order of its axes, or of all but the last; its values as they were rounded.
 class Tensor {
 public:
     Sizes sizes;
     std::vector<double> values;
 
     template <class F>
-    Tensor(Random& random, const Sizes& of, ScalarType type, bool boolean, const F& value)
+    Tensor(Random& random, const Sizes& of, ScalarType type, bool boolean, const F& value, bool whole_rows = false)
         : sizes(of), type_(type), boolean_(boolean) {
         for (int64_t d = 3, step = 1; d >= 0; --d) {
             step_[d] = sizes[d] == 1 ? 0 : step;
@@ -49,8 +49,8 @@ public:
         }
         std::array<int, 4> order{0, 1, 2, 3};
         for (int i = 3; i > 0 && random.chance(0.7); --i) std::swap(order[i - 1], order[random.below(i)]);
-        if (random.chance(0.2)) std::swap(order[3], order[random.below(4)]);
-        int64_t size = random.chance(0.15) ? 2 : 1;
+        if (random.chance(0.2) && !whole_rows) std::swap(order[3], order[random.below(4)]);
+        int64_t size = random.chance(0.15) && !whole_rows ? 2 : 1;
         for (int i = 3; i >= 0; --i) {
             stride_[order[i]] = size;
             size *= sizes[order[i]];
@@ -170,11 +170,12 @@ struct Case {
 };
 
 // Small, with a source of many keys, of these with few queries only, whose features are in the lanes, or as the matrix unit
-// takes them.
-enum class Size { small, large, few, matrix };
+// takes them: few keys, or many.
+enum class Size { small, large, few, matrix, streamed };
 
 Case random_case(Random& random, ScalarType type, Size size) {
-    const bool large = size != Size::small, few = size == Size::few, matrix = size == Size::matrix;
+    const bool large = size != Size::small, few = size == Size::few, streamed = size == Size::streamed;
+    const bool matrix = size == Size::matrix || streamed;
     Case c;
     c.type = type;
     Problem& p = c.p;
@@ -186,7 +187,7 @@ Case random_case(Random& random, ScalarType type, Size size) {
     p.dim = random.between(1, large ? 70 : 20);
     p.value_dim = random.chance(0.5) ? p.dim : random.between(1, large ? 70 : 20);
     p.causal = random.chance(0.25) && !few;
-    p.decoupled = random.chance(0.4) && !few;
+    p.decoupled = random.chance(0.4) && !few && !streamed;
     p.scale = random.chance(0.8) ? 1 / std::sqrt(double(p.dim)) : -0.3;
     p.count = int(random.between(1, 4));
     if (matrix) {
@@ -196,18 +197,22 @@ Case random_case(Random& random, ScalarType type, Size size) {
         p.dim = features();
         p.value_dim = features();
     }
-    c.query = std::make_unique<Tensor>(random, Sizes{shared(), p.heads, p.rows, p.dim}, type, false, normal);
+    const bool whole_rows = matrix && random.chance(0.9);
+    const auto tensor = [&](const Sizes& sizes) {
+        return std::make_unique<Tensor>(random, sizes, type, false, normal, whole_rows);
+    };
+    c.query = tensor({shared(), p.heads, p.rows, p.dim});
     p.query = c.query->view();
     for (int j = 0; j < p.count; ++j) {
         Source& s = p.sources[j];
         TestSource& t = c.sources.emplace_back();
-        s.keys = large && !p.decoupled && !matrix && j == 0 ? random.between(500, 1300)
-                                                            : random.between(0, large ? 120 : 12);
+        s.keys = large && !p.decoupled && (!matrix || streamed) && j == 0 ? random.between(500, 1300)
+                                                                          : random.between(0, large ? 120 : 12);
         do s.heads = random.between(1, p.heads);
         while (p.heads % s.heads);
         if (random.chance(0.5)) s.heads = p.heads;
-        t.key = std::make_unique<Tensor>(random, Sizes{shared(), s.heads, s.keys, p.dim}, type, false, normal);
-        t.value = std::make_unique<Tensor>(random, Sizes{shared(), s.heads, s.keys, p.value_dim}, type, false, normal);
+        t.key = tensor({shared(), s.heads, s.keys, p.dim});
+        t.value = tensor({shared(), s.heads, s.keys, p.value_dim});
         s.key = t.key->view();
         s.value = t.value->view();
         for (int m = 0; m < 2; ++m) {
@@ -237,7 +242,7 @@ Case random_case(Random& random, ScalarType type, Size size) {
             s.gate = t.gate->view();
         }
     }
-    c.grad_out = std::make_unique<Tensor>(random, Sizes{p.batch, p.heads, p.rows, p.value_dim}, type, false, normal);
+    c.grad_out = tensor({p.batch, p.heads, p.rows, p.value_dim});
     c.with_grad_lse = random.chance(0.5);
     return c;
 }
@@ -292,11 +297,30 @@ void run(const Case& c) {
     const Target o = out.target();
     const View of_out{o.data, o.type, false, o.batch, o.head, o.row, 1};
     backward_cpu<T>(p, c.grad_out->view(), c.with_grad_lse ? grad_lse.data() : nullptr, of_out, lse.data(), gradients);
+    // Attention weights, of one softmax: of each head, and their mean.
+    std::vector<std::unique_ptr<Result>> weights, means;
+    std::array<Target, kMostSources> of_weights, of_means;
+    for (int j = 0; j < p.count && !p.decoupled; ++j) {
+        weights.push_back(std::make_unique<Result>(Sizes{p.batch, p.heads, p.rows, p.sources[j].keys}, c.type));
+        means.push_back(std::make_unique<Result>(Sizes{p.batch, 1, p.rows, p.sources[j].keys}, c.type));
+        for (const auto* result : {weights[j].get(), means[j].get()})
+            std::fill_n(result->bytes.data(), result->bytes.size(), static_cast<unsigned char>(0));
+        of_weights[j] = weights[j]->target();
+        of_means[j] = means[j]->target();
+    }
+    if (!p.decoupled) {
+        Problem of_keys = p;  // as fusion::weigh
+        of_keys.value_dim = p.dim;
+        for (int j = 0; j < p.count; ++j) of_keys.sources[j].value = p.sources[j].key;
+        weights_cpu<T>(of_keys, lse.data(), false, of_weights.data());
+        weights_cpu<T>(of_keys, lse.data(), true, of_means.data());
+    }
 
     // What the definition gives.
     std::vector<Sum> dq(c.query->values.size());
-    std::vector<std::vector<Sum>> dk, dv;
+    std::vector<std::vector<Sum>> dk, dv, mean;
     for (int j = 0; j < p.count; ++j) {
+        mean.emplace_back(p.batch * p.rows * p.sources[j].keys);
         dk.emplace_back(c.sources[j].key->values.size());
         dv.emplace_back(c.sources[j].value->values.size());
     }
@@ -329,6 +353,12 @@ void run(const Case& c) {
                 for (int64_t k = 0; k < p.sources[j].keys; ++k) {
                     double& w = scores[j][k];
                     if (total) w /= total;
+                    if (!p.decoupled) {
+                        const int64_t keys = p.sources[j].keys;
+                        const Sum one{w, w * (16 + 16 * size)};
+                        compare((*weights[j])[r * keys + k], one, compute, store, "weight", r * keys + k);
+                        mean[j][(b * p.rows + i) * keys + k].add(w / double(p.heads), one.size / double(p.heads));
+                    }
                     Sum& d = dp[j].emplace_back();
                     for (int64_t e = 0; e < p.value_dim; ++e) {
                         const double v = c.sources[j].value->at(b, kv, k, e), g = c.grad_out->at(b, h, i, e);
@@ -375,6 +405,7 @@ void run(const Case& c) {
     for (int j = 0; j < p.count; ++j) {
         all(*by_keys[j], dk[j], "gradient of a key");
         all(*by_values[j], dv[j], "gradient of a value");
+        if (!p.decoupled) all(*means[j], mean[j], "mean weight");
     }
 }
 
@@ -385,12 +416,12 @@ int main() {
     std::printf("fusion kernels of %s\n", isa_name(best_isa()));
     constexpr ScalarType kTypes[] = {ScalarType::float32, ScalarType::float64, ScalarType::bfloat16,
                                      ScalarType::float16};
-    constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's"};
-    for (const Size size : {Size::small, Size::large, Size::few, Size::matrix})
+    constexpr const char* kNames[] = {"small", "large", "few", "matrix unit's", "matrix unit's long"};
+    for (const Size size : {Size::small, Size::large, Size::few, Size::matrix, Size::streamed})
         for (int n = 0; n < (size == Size::small ? 400 : size == Size::matrix ? 96 : 24); ++n) {
             current = "case " + std::to_string(n) + " of the " + kNames[int(size)] + " ones";
             Random random(uint64_t(n + 1000 * int(size)));
-            const Case c = random_case(random, size == Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
+            const Case c = random_case(random, size >= Size::matrix ? ScalarType::bfloat16 : kTypes[n % 4], size);
             if (c.type == ScalarType::float64) run<double>(c);
             else run<float>(c);
         }
