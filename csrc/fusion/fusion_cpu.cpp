@@ -82,6 +82,16 @@ bool on_matrix_unit(const Problem& p) {
     return result && keys >= kMatrixRows && keys <= kResidentKeys;
 }
 
+// The same of weights, for which it does not matter how many keys there are.
+template <class T>
+bool weighs_on_matrix_unit(const Problem& p) {
+    const auto fits = [](const View& x) { return x.type == ScalarType::bfloat16 && x.column == 1; };
+    bool result =
+        sizeof(T) == 4 && matrix_weights().panel && fits(p.query) && p.dim >= kMatrixFeatures && p.rows >= kMatrixRows;
+    for (int j = 0; j < p.count; ++j) result = result && fits(p.sources[j].key);
+    return result;
+}
+
 int64_t divide_up(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
@@ -378,16 +388,57 @@ void weights_cpu(const Problem& p, const T* lse, bool mean, const Target* weight
     const TileKernels<T>& k = kernels<T>();
     WeightsJob<T> job{&p, lse, {}};
     std::copy_n(weights, p.count, job.weights);
-    const int64_t panels = divide_up(p.rows, k.panel), heads = mean ? p.heads : 1,
+    const bool matrix = weighs_on_matrix_unit<T>(p);
+    const int64_t panel_size = matrix ? matrix_weights().panel : k.panel;
+    const int64_t panels = divide_up(p.rows, panel_size), heads = mean ? p.heads : 1,
                   groups = p.batch * p.heads / std::max<int64_t>(1, heads);
-    const double cost = cost_of<T>(std::min(k.panel, p.rows), all_keys(p), p.dim + 16) * double(heads);
-    deal_out(groups * panels, cost, size_t(k.weights_scratch(p)) * sizeof(T), [&](int64_t i, char* scratch) {
+    const double cost = cost_of<T>(std::min(panel_size, p.rows), all_keys(p), p.dim + 16) * double(heads);
+    const size_t bytes = size_t(matrix ? matrix_weights().scratch(p) : k.weights_scratch(p)) * sizeof(T);
+    deal_out(groups * panels, cost, bytes, [&](int64_t i, char* scratch) {
         const int64_t group = i / panels;
         const WeightsItem item{mean ? group : group / p.heads, mean ? 0 : group % p.heads, heads, i % panels};
+        if constexpr (sizeof(T) == 4) {
+            if (matrix) return matrix_weights().weights(job, item, reinterpret_cast<T*>(scratch));
+        }
         k.weights(job, item, reinterpret_cast<T*>(scratch));
     });
 }
 
+// What the exponentials of a panel and their sums may take of the second cache: that of a panel of 64 queries and 1500 keys
+// fits into 1 MiB.
+int64_t weighing_bytes() {
+    return second_cache() / 4 * 3;
+}
+
+template <class T>
+bool weighs_at_once(const Problem& p, bool mean) {
+    const int64_t panel = kernels<T>().panel;
+    const int64_t items = p.batch * (mean ? 1 : p.heads) * divide_up(p.rows, panel);
+    // Where heads share keys, or few queries read them, the kernels of forward_cpu that know it are the faster.
+    return p.heads > 0 && !p.decoupled && p.rows > kFewRows && shared_heads(p) == 1 && !weighs_on_matrix_unit<T>(p) &&
+           2 * all_keys(p) * panel * int64_t(sizeof(T)) <= weighing_bytes() &&
+           (max_threads() == 1 || items >= wanted_items());
+}
+
+template <class T>
+void forward_weighing_cpu(const Problem& p, const Target& out, T* lse, bool mean, const Target* weights) {
+    const TileKernels<T>& k = kernels<T>();
+    const int64_t panels = divide_up(p.rows, k.panel), heads = mean ? p.heads : 1, parts = p.heads / heads;
+    const ForwardJob<T> job{&p, 1, panels, out, lse, nullptr};
+    WeightsJob<T> by{&p, nullptr, {}};
+    std::copy_n(weights, p.count, by.weights);
+    const double cost = cost_of<T>(std::min(k.panel, p.rows), all_keys(p), p.dim + p.value_dim + 32) * double(heads);
+    deal_out(p.batch * parts * panels, cost, size_t(k.weighing_scratch(p)) * sizeof(T), [&](int64_t i, char* scratch) {
+        const int64_t part = i / panels % parts, batch = i / panels / parts;
+        const Item item{batch, part * heads, heads, i % panels, 1, Order::panels, 0, 1, 0};
+        k.forward_weighing(job, by, item, reinterpret_cast<T*>(scratch));
+    });
+}
+
+template bool weighs_at_once<float>(const Problem&, bool);
+template bool weighs_at_once<double>(const Problem&, bool);
+template void forward_weighing_cpu(const Problem&, const Target&, float*, bool, const Target*);
+template void forward_weighing_cpu(const Problem&, const Target&, double*, bool, const Target*);
 template void forward_cpu(const Problem&, const Target&, float*);
 template void forward_cpu(const Problem&, const Target&, double*);
 template void weights_cpu(const Problem&, const float*, bool, const Target*);

@@ -20,5 +20,16 @@ const MatrixKernels& matrix_kernels() {
     return chosen;
 }
 
+const MatrixWeights& matrix_weights() {
+    static const MatrixWeights chosen = [] {
+        MatrixWeights result{};
+#if defined(MMFAST_AMX)
+        if (best_isa() >= Isa::MMFAST_MATRIX_FROM) amx::matrix_weights_float(result);
+#endif
+        return result;
+    }();
+    return chosen;
+}
+
 }  // namespace fusion
 }  // namespace mmfast

@@ -89,6 +89,9 @@ struct TileKernels {
     void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
     int64_t (*weights_scratch)(const Problem&);
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
+    // Output and weights of one panel of one head, or of all heads and their mean: see fusion_weighing.h.
+    int64_t (*weighing_scratch)(const Problem&);
+    void (*forward_weighing)(const ForwardJob<T>&, const WeightsJob<T>&, const Item&, T* scratch);
 };
 
 // Of bfloat16, and keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
@@ -100,12 +103,21 @@ struct MatrixKernels {
     void (*backward)(const BackwardJob<float>&, const BackwardItem&, float* scratch);
 };
 
+// Weights of bfloat16: see fusion_weights_matrix.cpp. The same way.
+struct MatrixWeights {
+    int64_t panel;
+    int64_t (*scratch)(const Problem&);
+    void (*weights)(const WeightsJob<float>&, const WeightsItem&, float* scratch);
+};
+
 // Those of this machine: fusion_isa.cpp.
 const MatrixKernels& matrix_kernels();
+const MatrixWeights& matrix_weights();
 
 namespace amx {
 void matrix_kernels_float(MatrixKernels& kernels);
-}
+void matrix_weights_float(MatrixWeights& kernels);
+}  // namespace amx
 
 #define MMFAST_DECLARE_TILES(isa)                               \
     namespace isa {                                             \
