@@ -110,7 +110,7 @@ def test_many_dimensions(shape, dtype, mmd_native):
     exact = dtype == torch.float64
     if exact:
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=0)
-    else:  # A single small difference of large sums may be off by three times as much as is usual, whatever computes it.
+    else:  # one small difference of large sums may be off by three times as much as is usual, whatever computes it
         errors = torch.zeros(16, 2, dtype=torch.float64)
         for draw in errors:
             x1, y1 = (torch.randn(n, shape[2]) * s for n, s in zip(shape[:2], (1, 1.2), strict=True))

@@ -463,6 +463,31 @@ MMFAST_INLINE void exp2_each(Simd<float>::V* x) {
     }
 #endif
 }
+// The same with no table, whose entries' rounding is the same for all x that are close to each other: for what is summed up over
+// many such. Nor a shuffle or, but for the limit, a comparison, which wait for one port.
+template <int kCount, bool kLimited = true>
+MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {
+#if defined(__AVX512F__)
+    using V = Simd<float>::V;
+    constexpr float kFactors[] = {1.246784464e-03f, 9.675451554e-03f, 5.548528209e-02f,
+                                  2.402293086e-01f, 6.931470633e-01f, 1.0f};
+    V f[kCount], y[kCount];
+    for (int i = 0; i < kCount; ++i) f[i] = (V)_mm512_reduce_ps((__m512)x[i], 0x09);  // x less the integer below it
+    for (int i = 0; i < kCount; ++i) y[i] = f[i] * 2.161292068e-04f + kFactors[0];
+    for (int k = 1; k < 6; ++k)
+        for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kFactors[k];
+    for (int i = 0; i < kCount; ++i) {
+        if constexpr (kLimited) {
+            const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+            x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)y[i], (__m512)x[i]);  // by 2 to the integer below x
+        } else {
+            x[i] = (V)_mm512_scalef_ps((__m512)y[i], (__m512)x[i]);
+        }
+    }
+#else
+    exp2_each<kCount>(x);
+#endif
+}
 MMFAST_INLINE Simd<float>::V exp2(Simd<float>::V x) {
     exp2_each<1>(&x);
     return x;

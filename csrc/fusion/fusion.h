@@ -21,6 +21,12 @@ void forward_cpu(const Problem& problem, const Target& out, T* lse);
 template <class T>
 void weights_cpu(const Problem& problem, const T* lse, bool mean, const Target* weights);
 
+// Whether forward_weighing_cpu, which is both at once, takes less time than the two.
+template <class T>
+bool weighs_at_once(const Problem& problem, bool mean);
+template <class T>
+void forward_weighing_cpu(const Problem& problem, const Target& out, T* lse, bool mean, const Target* weights);
+
 // Gradients, null where none is wanted; each has the sizes of what it belongs to (batch 1 where that is shared).
 template <class T>
 struct Gradients {

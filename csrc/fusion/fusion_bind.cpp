@@ -70,8 +70,8 @@ void fill(vector<Tensor>& result, const py::object& by) {
 // subclasses, mmfast.fusion.op does.
 struct Attend : torch::autograd::Function<Attend> {
     static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList followed, const Arguments& a,
-                                  const Parts& parts) {
-        const auto [out, lse] = fusion::attend(a);
+                                  const Parts& parts, fusion::Weighed* weighed) {
+        const auto [out, lse] = fusion::attend(a, weighed);
         vector<Tensor> saved = followed.vec();
         saved.insert(saved.end(), parts.extras.begin(), parts.extras.end());
         saved.insert(saved.end(), {out, lse});
@@ -109,7 +109,7 @@ struct Attend : torch::autograd::Function<Attend> {
         }
         const Tensor &out = saved[extra], &lse = saved[extra + 1];
 
-        vector<Tensor> result(count + 2);  // forward had two arguments more
+        vector<Tensor> result(count + 3);  // forward had three arguments more
         if (!grads[0].defined() && !grads[1].defined()) return result;
         vector<bool> need;
         for (size_t i = 0; i < 1 + 2 * n; ++i) need.push_back(ctx->needs_input_grad(i));
@@ -150,28 +150,29 @@ bool is_followed(const Arguments& a) {
 }
 
 // The output and the log-sum-exp, which autograd follows if it follows what they are of.
-vector<Tensor> attend_followed(const Arguments& a) {
+vector<Tensor> attend_followed(const Arguments& a, fusion::Weighed* weighed) {
     if (is_followed(a)) {
         const Parts parts(a);
-        return Attend::apply(at::TensorList(followed_in(a, parts)), a, parts);
+        return Attend::apply(at::TensorList(followed_in(a, parts)), a, parts, weighed);
     }
-    const auto [out, lse] = fusion::attend(a);
+    const auto [out, lse] = fusion::attend(a, weighed);
     return {out, lse};
 }
 
 // Weights of one softmax. Their derivatives are mmfast.fusion.op's.
 struct Weigh : torch::autograd::Function<Weigh> {
     static vector<Tensor> forward(torch::autograd::AutogradContext* ctx, at::TensorList followed, const Arguments& a,
-                                  const Parts& parts, bool mean) {
+                                  const Parts& parts, fusion::Weighed* weighed) {
         vector<Tensor> saved = followed.vec();
         saved.insert(saved.end(), parts.extras.begin(), parts.extras.end());
         ctx->save_for_backward(std::move(saved));
         ctx->set_materialize_grads(false);
         ctx->saved_data["parts"] = parts.flags;
-        ctx->saved_data["mean"] = mean;
+        ctx->saved_data["mean"] = weighed->mean;
         ctx->saved_data["causal"] = a.causal;
         ctx->saved_data["scale"] = a.scale;
-        return fusion::weigh(a, followed.back(), mean);
+        return weighed->weights.empty() ? fusion::weigh(a, followed.back(), weighed->mean)
+                                        : std::move(weighed->weights);
     }
 
     static vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const vector<Tensor>& grads) {
@@ -188,8 +189,8 @@ struct Weigh : torch::autograd::Function<Weigh> {
     }
 };
 
-// Weights of each source, from the log-sum-exp of each softmax.
-vector<Tensor> weigh_followed(const Arguments& a, const Tensor& lse, bool mean) {
+// Weights of each source: those that there are, or else from the log-sum-exp of each softmax.
+vector<Tensor> weigh_followed(const Arguments& a, const Tensor& lse, fusion::Weighed& weighed) {
     const int64_t batch = fusion::broadcast_batch(a);
     const Tensor query = a.query.size(0) == batch ? a.query : a.query.expand({batch, -1, -1, -1});
     const size_t together = a.decoupled ? 1 : a.keys.size();
@@ -214,9 +215,9 @@ vector<Tensor> weigh_followed(const Arguments& a, const Tensor& lse, bool mean) 
             vector<Tensor> followed{query};
             followed.insert(followed.end(), one.keys.begin(), one.keys.end());
             followed.push_back(its);
-            weights = Weigh::apply(at::TensorList(followed), one, Parts(one), mean);
+            weights = Weigh::apply(at::TensorList(followed), one, Parts(one), &weighed);
         } else {
-            weights = fusion::weigh(one, its, mean);
+            weights = weighed.weights.empty() ? fusion::weigh(one, its, weighed.mean) : std::move(weighed.weights);
         }
         result.insert(result.end(), weights.begin(), weights.end());
     }
@@ -374,13 +375,13 @@ PyObject* attend_on_cpu(const Asked& asked, bool lse, bool weights) {
         if (!(is_source(source) ? add_source(a, source) : add_pair(a, source))) return nullptr;
     }
     if (!is_for_kernels(a)) return nullptr;
-    const bool mean = PyUnicode_Check(asked.weights);
+    fusion::Weighed weighed{bool(PyUnicode_Check(asked.weights)), {}};
     vector<Tensor> results, each;
     {
         const py::gil_scoped_release release;
-        results = attend_followed(a);
+        results = attend_followed(a, weights ? &weighed : nullptr);
         if ((weights || results[0].requires_grad()) && is_far(a, results[1])) results.clear();
-        else if (weights) each = weigh_followed(a, results[1], mean);
+        else if (weights) each = weigh_followed(a, results[1], weighed);
     }
     if (results.empty()) return nullptr;
     py::object their;
@@ -517,8 +518,8 @@ void bind_fusion(py::module_& m) {
     py::class_<Arguments>(m, "FusionArguments").def(py::init(&arguments));
     if (PyModule_AddFunctions(m.ptr(), methods)) throw py::error_already_set();
     m.def("fusion_make_sources", &make_sources_here);
-    m.def("fusion_attend", &attend_followed, Release());
-    m.def("fusion_forward", &fusion::attend, Release());
+    m.def("fusion_attend", [](const Arguments& a) { return attend_followed(a, nullptr); }, Release());
+    m.def("fusion_forward", [](const Arguments& a) { return fusion::attend(a); }, Release());
     m.def("fusion_backward", &differentiate, Release());
     m.def("fusion_weights", &fusion::weigh, Release());
     bind_fusion_replay(m);

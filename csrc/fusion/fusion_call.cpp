@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
 
 #include <array>
 
@@ -135,7 +134,26 @@ int64_t broadcast_batch(const Arguments& a) {
     return batch;
 }
 
-std::pair<Tensor, Tensor> attend(const Arguments& a) {
+namespace {
+
+// Weights of each source of a call, zero where not all are written.
+vector<Tensor> empty_weights(const Problem& p, const at::TensorOptions& options, bool mean, Target* targets) {
+    vector<Tensor> result;
+    for (int j = 0; j < p.count; ++j) {
+        // Not a view, as `heads_inside`.
+        const int64_t keys = p.sources[j].keys;
+        result.push_back(mean ? at::empty({p.batch, p.rows, keys}, options)
+                              : at::empty({p.batch, p.heads, p.rows, keys}, options));
+        prefer_large_pages(result.back().data_ptr(), result.back().nbytes());
+        if (p.causal || p.sources[j].lengths || p.heads == 0) result.back().zero_();
+        targets[j] = target_of(mean ? result.back().unsqueeze(1) : result.back());
+    }
+    return result;
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> attend(const Arguments& a, Weighed* weighed) {
     const Call call(a);
     const Problem& p = call.problem;
     const Tensor out = heads_inside({p.batch, p.heads, p.rows, p.value_dim}, a.query.options());
@@ -143,7 +161,11 @@ std::pair<Tensor, Tensor> attend(const Arguments& a) {
         at::empty({p.softmaxes(), p.batch, p.heads, p.rows}, a.query.options().dtype(compute_type(a.query)));
     for_type(compute_type(a.query), [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
-        forward_cpu<T>(p, target_of(out), lse.data_ptr<T>());
+        if (!weighed || !weighs_at_once<T>(p, weighed->mean))
+            return forward_cpu<T>(p, target_of(out), lse.data_ptr<T>());
+        std::array<Target, kMostSources> targets;
+        weighed->weights = empty_weights(p, a.query.options(), weighed->mean, targets.data());
+        forward_weighing_cpu<T>(p, target_of(out), lse.data_ptr<T>(), weighed->mean, targets.data());
     });
     return {out, lse};
 }
@@ -200,15 +222,8 @@ vector<Tensor> weigh(const Arguments& a, const Tensor& lse, bool mean) {
     TORCH_CHECK_VALUE(
         saved.scalar_type() == compute_type(a.query) && saved.sizes() == at::IntArrayRef({p.batch, p.heads, p.rows}),
         "the log-sum-exp does not fit");
-    vector<Tensor> result;
     std::array<Target, kMostSources> targets;
-    for (int j = 0; j < p.count; ++j) {
-        // Not a view, as `heads_inside`.
-        const int64_t keys = p.sources[j].keys;
-        result.push_back(mean ? at::zeros({p.batch, p.rows, keys}, a.query.options())
-                              : at::zeros({p.batch, p.heads, p.rows, keys}, a.query.options()));
-        targets[j] = target_of(mean ? result.back().unsqueeze(1) : result.back());
-    }
+    const vector<Tensor> result = empty_weights(p, a.query.options(), mean, targets.data());
     for_type(compute_type(a.query), [&](auto* kind) {
         using T = std::remove_pointer_t<decltype(kind)>;
         weights_cpu<T>(p, saved.const_data_ptr<T>(), mean, targets.data());

@@ -23,8 +23,14 @@ struct Arguments {
 // The batch size of query, keys and values together: the first that is not 1.
 int64_t broadcast_batch(const Arguments& a);
 
+// Weights as of `weigh`, if they come with the output at once; else none.
+struct Weighed {
+    bool mean;
+    std::vector<at::Tensor> weights;
+};
+
 // The output and the log-sum-exp, (softmaxes, batch, heads, rows).
-std::pair<at::Tensor, at::Tensor> attend(const Arguments& a);
+std::pair<at::Tensor, at::Tensor> attend(const Arguments& a, Weighed* weighed = nullptr);
 
 struct Derivatives {
     at::Tensor query;

@@ -92,6 +92,11 @@ Matrix on_matrix_unit(const Problem& p) {
     return keys <= kResidentKeys ? Matrix::resident : p.decoupled ? Matrix::no : Matrix::streamed;
 }
 
+template <class T>
+bool weighs_on_matrix_unit(const Problem& p) {
+    return on_matrix_unit<T>(p) != Matrix::no && p.rows >= kMatrixRows;
+}
+
 int64_t divide_up(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
@@ -411,7 +416,7 @@ void weights_cpu(const Problem& p, const T* lse, bool mean, const Target* weight
     const TileKernels<T>& k = kernels<T>();
     WeightsJob<T> job{&p, lse, {}};
     std::copy_n(weights, p.count, job.weights);
-    const bool matrix = on_matrix_unit<T>(p) != Matrix::no && p.rows >= kMatrixRows;
+    const bool matrix = weighs_on_matrix_unit<T>(p);
     const int64_t panel_size = matrix ? matrix_kernels().panel : k.panel;
     const int64_t panels = divide_up(p.rows, panel_size), heads = mean ? p.heads : 1,
                   groups = p.batch * p.heads / std::max<int64_t>(1, heads);
@@ -432,6 +437,41 @@ void weights_cpu(const Problem& p, const T* lse, bool mean, const Target* weight
     });
 }
 
+// What the exponentials of a panel and their sums may take of the second cache: that of a panel of 64 queries and 1500 keys
+// fits into 1 MiB.
+int64_t weighing_bytes() {
+    return second_cache() / 4 * 3;
+}
+
+template <class T>
+bool weighs_at_once(const Problem& p, bool mean) {
+    const int64_t panel = kernels<T>().panel;
+    const int64_t items = p.batch * (mean ? 1 : p.heads) * divide_up(p.rows, panel);
+    // Where heads share keys, or few queries read them, the kernels of forward_cpu that know it are the faster.
+    return p.heads > 0 && !p.decoupled && p.rows > kFewRows && shared_heads(p) == 1 && !weighs_on_matrix_unit<T>(p) &&
+           2 * all_keys(p) * panel * int64_t(sizeof(T)) <= weighing_bytes() &&
+           (max_threads() == 1 || items >= wanted_items());
+}
+
+template <class T>
+void forward_weighing_cpu(const Problem& p, const Target& out, T* lse, bool mean, const Target* weights) {
+    const TileKernels<T>& k = kernels<T>();
+    const int64_t panels = divide_up(p.rows, k.panel), heads = mean ? p.heads : 1, parts = p.heads / heads;
+    const ForwardJob<T> job{&p, 1, panels, out, lse, nullptr};
+    WeightsJob<T> by{&p, nullptr, {}};
+    std::copy_n(weights, p.count, by.weights);
+    const double cost = cost_of<T>(std::min(k.panel, p.rows), all_keys(p), p.dim + p.value_dim + 32) * double(heads);
+    deal_out(p.batch * parts * panels, cost, size_t(k.weighing_scratch(p)) * sizeof(T), [&](int64_t i, char* scratch) {
+        const int64_t part = i / panels % parts, batch = i / panels / parts;
+        const Item item{batch, part * heads, heads, i % panels, 1, Order::panels, 0, 1, 0};
+        k.forward_weighing(job, by, item, reinterpret_cast<T*>(scratch));
+    });
+}
+
+template bool weighs_at_once<float>(const Problem&, bool);
+template bool weighs_at_once<double>(const Problem&, bool);
+template void forward_weighing_cpu(const Problem&, const Target&, float*, bool, const Target*);
+template void forward_weighing_cpu(const Problem&, const Target&, double*, bool, const Target*);
 template void forward_cpu(const Problem&, const Target&, float*);
 template void forward_cpu(const Problem&, const Target&, double*);
 template void weights_cpu(const Problem&, const float*, bool, const Target*);

@@ -135,14 +135,15 @@ void backward_few(const BackwardJob<T>& job, const BackwardItem& item, T* scratc
         const int64_t head = key_head(p, j, item.head + h * job.fold);
         dispatch<T>(source.key.type, [&](auto* kind) MMFAST_LAMBDA {
             using From = std::remove_pointer_t<decltype(kind)>;
-            const auto at = [&](const View& x) {
-                fetch_rows<T, From>(x, item.batch, head, seg.first + N, keys.length[j],
-                                    &x == &source.key ? p.dim : p.value_dim);
-                return static_cast<const From*>(x.data) + x.at(item.batch, head, seg.first);
+            const bool more = seg.first + N < keys.length[j];
+            const auto scores_of = [&](const View& x, int64_t width, const T* rows_of, T* to) MMFAST_LAMBDA {
+                const From* const at = static_cast<const From*>(x.data) + x.at(item.batch, head, seg.first);
+                const Following<From> ahead{more ? at + N * x.row : at, more ? x.row : 0};
+                few_scores<T, R>(width, x, at, 0, seg.count, rows_of, to, ahead);
+                return at;
             };
-            const From *const key = at(source.key), *const value = at(source.value);
-            few_scores<T, R>(p.dim, source.key, key, 0, seg.count, s.queries, tile);
-            few_scores<T, R>(p.value_dim, source.value, value, 0, seg.count, s.grad_rows, slopes);
+            const From* const key = scores_of(source.key, p.dim, s.queries, tile);
+            scores_of(source.value, p.value_dim, s.grad_rows, slopes);
             few_masks<T>(p, item.batch, rows, seg, tile);
             few_score_gradients<T>(rows.n, seg.count, s, tile, slopes);
             if (job.query.target.data) few_output<T, R>(p.dim, source.key, key, 0, seg.count, slopes, s.dq);

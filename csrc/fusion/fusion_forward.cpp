@@ -587,12 +587,26 @@ void merge(const ForwardJob<T>& job, const Item& item, T* scratch) {
     for_width<T>(rows.n, [&]<int S>() MMFAST_LAMBDA { merge_panel<T, S>(job, item, rows, scratch); });
 }
 
+}  // namespace
+}  // namespace MMFAST_ISA
+}  // namespace fusion
+}  // namespace mmfast
+
+#include "fusion/fusion_weighing.h"
+
+namespace mmfast {
+namespace fusion {
+namespace MMFAST_ISA {
+namespace {
+
 template <class T>
 MMFAST_INLINE void set_kernels(TileKernels<T>& kernels) {
     kernels.panel = kPanel<T>;
     kernels.forward_scratch = scratch_size<T>;
     kernels.forward = forward<T>;
     kernels.merge = merge<T>;
+    kernels.weighing_scratch = weighing_scratch<T>;
+    kernels.forward_weighing = forward_weighing<T>;
 }
 
 }  // namespace

@@ -93,6 +93,9 @@ struct TileKernels {
     void (*backward)(const BackwardJob<T>&, const BackwardItem&, T* scratch);
     int64_t (*weights_scratch)(const Problem&);
     void (*weights)(const WeightsJob<T>&, const WeightsItem&, T* scratch);
+    // Output and weights of one panel of one head, or of all heads and their mean: see fusion_weighing.h.
+    int64_t (*weighing_scratch)(const Problem&);
+    void (*forward_weighing)(const ForwardJob<T>&, const WeightsJob<T>&, const Item&, T* scratch);
 };
 
 // Of bfloat16; `forward` of keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
@@ -114,7 +117,7 @@ const MatrixKernels& matrix_kernels();
 
 namespace amx {
 void matrix_kernels_float(MatrixKernels& kernels);
-}
+}  // namespace amx
 
 #define MMFAST_DECLARE_TILES(isa)                               \
     namespace isa {                                             \

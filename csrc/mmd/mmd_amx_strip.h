@@ -50,25 +50,6 @@ public:
 #endif
 };
 
-// 2^x for x <= 0 and NaN, within 1 ulp, where tiny numbers are flushed. No instruction that waits for one port alone.
-template <int kCount>
-MMFAST_INLINE void exp2_below(Floats (&x)[kCount]) {
-#if defined(__AVX512F__)
-    Floats f[kCount], y[kCount];
-    for (int i = 0; i < kCount; ++i)
-        f[i] = (Floats)_mm512_reduce_ps((__m512)x[i], 0x09);  // x less the integer below it
-    for (int i = 0; i < kCount; ++i) y[i] = f[i] * 2.161292068e-04f + 1.246784464e-03f;
-    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 9.675451554e-03f;
-    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 5.548528209e-02f;
-    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 2.402293086e-01f;
-    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 6.931470633e-01f;
-    for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + 1.0f;
-    for (int i = 0; i < kCount; ++i) x[i] = (Floats)_mm512_scalef_ps((__m512)y[i], (__m512)x[i]);  // by 2^floor(x)
-#else
-    exp2_each<kCount>(x);
-#endif
-}
-
 // ---- Blocks of sums --------------------------------------------------------------------------------------------------
 
 // Rows of a left factor: `bytes` apart, the low parts `low` values behind the high ones, the next 32 dimensions `step`, the
@@ -189,7 +170,7 @@ MMFAST_INLINE void widest(const Scaled& s, const float* z, int64_t i, int64_t ro
             const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
             t[r * kColumns + u] = Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
         }
-    exp2_below(t);
+    exp2_without_table<kRows * kColumns, false>(t);
 }
 
 template <int C>

@@ -107,7 +107,8 @@ MMFAST_INLINE void evaluate_chain(const Chain<T>& c, const Vec<T> (&z)[U], Vec<T
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
     for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
-    exp2_each<U>(t);
+    if constexpr (sizeof(T) == 4) exp2_without_table<U>(t);
+    else exp2_each<U>(t);
     for (int i = 0; i < c.count; ++i) {
         for (int q = c.squarings[i]; q > 0; --q)
             for (int u = 0; u < U; ++u) t[u] *= t[u];
@@ -123,7 +124,8 @@ MMFAST_INLINE void evaluate_doubling(const Chain<T>& c, T shift, const Vec<T> (&
     Vec<T> t[U];
     const T exponent = c.exponent * T(1.4426950408889634);
     for (int u = 0; u < U; ++u) t[u] = exponent * z[u];
-    exp2_each<U>(t);
+    if constexpr (sizeof(T) == 4) exp2_without_table<U>(t);
+    else exp2_each<U>(t);
     for (int u = 0; u < U; ++u) {
         k[u] = c.weight[0] * t[u] - shift;
         if (kSlope) h[u] = c.slope[0] * t[u];

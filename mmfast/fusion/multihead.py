@@ -193,8 +193,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             if query is key:
                 q, k, v = linear(query, self.in_proj_weight, bias).chunk(3, -1)
             else:
-                q = linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
-                k, v = linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:]).chunk(2, -1)
+                # Split, since gradients of slices are filled up with zeros and added.
+                of_q, of_kv = self.in_proj_weight.split((e, 2 * e))
+                by_q, by_kv = (None, None) if bias is None else bias.split((e, 2 * e))
+                q = linear(query, of_q, by_q)
+                k, v = linear(key, of_kv, by_kv).chunk(2, -1)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.chunk(3)

@@ -197,6 +197,11 @@ Case random_case(Random& random, ScalarType type, Size size) {
         p.dim = features();
         p.value_dim = features();
     }
+    if (few) {  // of bfloat16 every second feature of two vectors is taken at a time
+        const auto features = [&](int64_t n) { return random.chance(0.4) ? 32 * random.between(1, 4) : n; };
+        p.dim = features(p.dim);
+        p.value_dim = features(p.value_dim);
+    }
     const bool whole_rows = matrix && random.chance(0.9);
     const auto tensor = [&](const Sizes& sizes) {
         return std::make_unique<Tensor>(random, sizes, type, false, normal, whole_rows);
@@ -264,6 +269,13 @@ double score(const Case& c, int j, int64_t b, int64_t h, int64_t i, int64_t k, d
     return sum.v;
 }
 
+// Those of each source.
+struct Weights {
+    bool mean;
+    std::vector<std::unique_ptr<Result>> is;
+    std::vector<std::vector<Sum>> should;
+};
+
 template <class T>
 void run(const Case& c) {
     const Problem& p = c.p;
@@ -272,8 +284,11 @@ void run(const Case& c) {
     // On the matrix unit probabilities and gradients of scores have 16 bits.
     const bool halves = matrix_kernels().panel && c.type == ScalarType::bfloat16;
     const double compute = sizeof(T) == 8 ? 0x1p-53 : halves ? 0x1p-21 : 0x1p-24, store = epsilon(c.type);
+    const double single = sizeof(T) == 8 ? compute : 0x1p-24;
     const ScalarType compute_type = scalar_type_of<T>();
     // What the kernels give.
+    Result its_out({p.batch, p.heads, p.rows, p.value_dim}, c.type);
+    Buffer<T> its_lse(rows, 0);
     Result out({p.batch, p.heads, p.rows, p.value_dim}, c.type);
     Buffer<T> lse(softmaxes * rows, 0), grad_lse(softmaxes * rows, 0);
     forward_cpu<T>(p, out.target(), lse.data());
@@ -297,30 +312,32 @@ void run(const Case& c) {
     const Target o = out.target();
     const View of_out{o.data, o.type, false, o.batch, o.head, o.row, 1};
     backward_cpu<T>(p, c.grad_out->view(), c.with_grad_lse ? grad_lse.data() : nullptr, of_out, lse.data(), gradients);
-    // Attention weights, of one softmax: of each head, and their mean.
-    std::vector<std::unique_ptr<Result>> weights, means;
-    std::array<Target, kMostSources> of_weights, of_means;
-    for (int j = 0; j < p.count && !p.decoupled; ++j) {
-        weights.push_back(std::make_unique<Result>(Sizes{p.batch, p.heads, p.rows, p.sources[j].keys}, c.type));
-        means.push_back(std::make_unique<Result>(Sizes{p.batch, 1, p.rows, p.sources[j].keys}, c.type));
-        for (const auto* result : {weights[j].get(), means[j].get()})
-            std::fill_n(result->bytes.data(), result->bytes.size(), static_cast<unsigned char>(0));
-        of_weights[j] = weights[j]->target();
-        of_means[j] = means[j]->target();
-    }
-    if (!p.decoupled) {
-        Problem of_keys = p;  // as fusion::weigh
-        of_keys.value_dim = p.dim;
-        for (int j = 0; j < p.count; ++j) of_keys.sources[j].value = p.sources[j].key;
-        weights_cpu<T>(of_keys, lse.data(), false, of_weights.data());
-        weights_cpu<T>(of_keys, lse.data(), true, of_means.data());
+    // Weights of each head, and their means, of one softmax, from the log-sum-exp and together with it; zero before where not all
+    // are written.
+    Weights weights[4];
+    Problem of_keys = p;  // as fusion::weigh
+    of_keys.value_dim = p.dim;
+    for (int j = 0; j < p.count; ++j) of_keys.sources[j].value = p.sources[j].key;
+    for (int way = 0; way < 4 && !p.decoupled; ++way) {
+        Weights& w = weights[way];
+        w.mean = way % 2;
+        Target targets[kMostSources];
+        for (int j = 0; j < p.count; ++j) {
+            const Sizes sizes{p.batch, w.mean ? 1 : p.heads, p.rows, p.sources[j].keys};
+            Result& result = *w.is.emplace_back(std::make_unique<Result>(sizes, c.type));
+            const int64_t count = sizes[0] * sizes[1] * sizes[2] * sizes[3];
+            w.should.emplace_back(count);
+            if (p.causal || p.sources[j].lengths) std::memset(result.bytes.data(), 0, count * size_of(c.type));
+            targets[j] = result.target();
+        }
+        if (way < 2) weights_cpu<T>(of_keys, lse.data(), w.mean, targets);
+        else forward_weighing_cpu<T>(p, its_out.target(), its_lse.data(), w.mean, targets);
     }
 
     // What the definition gives.
     std::vector<Sum> dq(c.query->values.size());
-    std::vector<std::vector<Sum>> dk, dv, mean;
+    std::vector<std::vector<Sum>> dk, dv;
     for (int j = 0; j < p.count; ++j) {
-        mean.emplace_back(p.batch * p.rows * p.sources[j].keys);
         dk.emplace_back(c.sources[j].key->values.size());
         dv.emplace_back(c.sources[j].value->values.size());
     }
@@ -343,8 +360,10 @@ void run(const Case& c) {
             for (int j = first; j < last; ++j)
                 for (double& s : scores[j]) total += s = std::exp(s - largest);
             const double is = double(lse[m * rows + r]), eps = compute * (16 + 16 * size);
-            if (total == 0) CHECK_CASE(is == -INFINITY, "lse %ld is %g instead of -inf", long(r), is);
-            else compare(is, {largest + std::log(total), size + 1}, eps, 0, "lse", r);
+            for (const double l : {is, p.decoupled ? is : double(its_lse[r])}) {
+                if (total == 0) CHECK_CASE(l == -INFINITY, "lse %ld is %g instead of -inf", long(r), l);
+                else compare(l, {largest + std::log(total), size + 1}, eps, 0, "lse", r);
+            }
             const double gate = p.decoupled && c.sources[m].gate ? c.sources[m].gate->at(b, h, i, 0) : 1;
             Sum delta;
             std::vector<std::vector<Sum>> dp(p.count);
@@ -353,11 +372,11 @@ void run(const Case& c) {
                 for (int64_t k = 0; k < p.sources[j].keys; ++k) {
                     double& w = scores[j][k];
                     if (total) w /= total;
-                    if (!p.decoupled) {
-                        const int64_t keys = p.sources[j].keys;
-                        const Sum one{w, w * (16 + 16 * size)};
-                        compare((*weights[j])[r * keys + k], one, compute, store, "weight", r * keys + k);
-                        mean[j][(b * p.rows + i) * keys + k].add(w / double(p.heads), one.size / double(p.heads));
+                    for (Weights& of : weights) {
+                        if (p.decoupled) continue;
+                        const double part = w / double(of.mean ? p.heads : 1);
+                        of.should[j][flat(of.is[j]->sizes, b, of.mean ? 0 : h, i) + k].add(part,
+                                                                                           part * (16 + 16 * size));
                     }
                     Sum& d = dp[j].emplace_back();
                     for (int64_t e = 0; e < p.value_dim; ++e) {
@@ -395,17 +414,24 @@ void run(const Case& c) {
                 }
             }
         }
-        for (int64_t e = 0; e < p.value_dim; ++e)
-            compare(out[r * p.value_dim + e], o[e], compute, store, "output", r * p.value_dim + e);
+        for (int64_t e = r * p.value_dim; e < (r + 1) * p.value_dim; ++e) {
+            const Sum& should = o[e - r * p.value_dim];
+            compare(out[e], should, compute, store, "output", e);
+            if (!p.decoupled) compare(its_out[e], should, single, store, "output with weights", e);
+        }
     }
     const auto all = [&](Result& is, const std::vector<Sum>& should, const char* what) {
         for (size_t i = 0; i < should.size(); ++i) compare(is[int64_t(i)], should[i], compute, store, what, int64_t(i));
     };
     all(by_query, dq, "gradient of the query");
+    for (const Weights& w : weights)
+        for (size_t j = 0; j < w.is.size(); ++j)
+            for (size_t i = 0; i < w.should[j].size(); ++i)
+                compare((*w.is[j])[int64_t(i)], w.should[j][i], single, store, w.mean ? "mean weight" : "weight",
+                        int64_t(i));
     for (int j = 0; j < p.count; ++j) {
         all(*by_keys[j], dk[j], "gradient of a key");
         all(*by_values[j], dv[j], "gradient of a value");
-        if (!p.decoupled) all(*means[j], mean[j], "mean weight");
     }
 }
 
