@@ -6,7 +6,8 @@
 //   distance of centred points is off by about 2^-17 of its norms over the root of the dimension, and the kernel's value at a
 //   pair by up to 8e-6 (measured; 80 x 96 points of 64 and of 768 dimensions), where 3e-6 is the aim. Over many pairs that
 //   averages out, so distances are split where only sums over pairs are wanted, of enough points (Sweep::passes); matrices,
-//   products, row sums and dependence measures have whole float32 products. Kernels of the distance itself, whose error is
+//   products, row sums and dependence measures have whole float32 products. Lengths are those of the points as
+//   they were: rounded as well, the error of an MMD would be five times as large, for then its points had moved. Kernels of the distance itself, whose error is
 //   largest where it is small, compute more of them again from differences (compare_again). Products of points as they are
 //   (Metric::dot) are split only where that is exact: bfloat16 has no l, and float16 is h + l, with l l' as well. Of infinity
 //   and NaN l is 0, so that they come out of h h'.

@@ -91,6 +91,7 @@ void Sweep<T>::compare_slices(int64_t batch, const Block& a, const Block& b, cha
             Points<T> to_b{at(s, p.b_rows) + i * p.block + j * stride, nullptr, norms, stride};
             if (p.passes) to_b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
             else to_b.panels = at(s, p.b_panels) + j * stride;
+            to_b.passes = p.passes;
             t.pack(slice(b.side), b.first + j, columns, centre, to_b);
             to_b.norms = b_norms + j;
             for (int64_t r = 0; r < kTile; ++r) to_b.norms[r] += norms[r];
