@@ -97,22 +97,22 @@ def test_leaves_to_others(mmd_native):
     assert direct.mmd2(x, y, dan, True, "reference") is None
 
 
-def check_accuracy(n, m, d):
-    """Off by at most twice what differences in float32 are. One small difference of large sums may be off by three times as
-    much as is usual, whatever computes it, so many are looked at."""
+def errors_of(n, m, d):
+    """Root mean squares of the relative errors of native code and of differences in float32: a single draw may be off by
+    three times as much, whatever computes it."""
     errors = torch.zeros(16, 2, dtype=torch.float64)
     for draw in errors:
         x, y = torch.randn(n, d), torch.randn(m, d) * 1.2
         expected = mmd2(x.double(), y.double(), backend="reference")
         draw[0] = mmd2(x, y) / expected - 1
         draw[1] = mmd2(x, y, backend="reference") / expected - 1
-    native, reference = errors.square().mean(0).sqrt()
-    assert native <= 2 * reference, errors
+    return errors.square().mean(0).sqrt().tolist()
 
 
-@pytest.mark.parametrize("shape", [(256, 256, 64), (256, 300, 256), (600, 600, 64)])
+@pytest.mark.parametrize("shape", [(256, 256, 64), (300, 256, 128), (600, 600, 64)])
 def test_accuracy(shape, mmd_native):
-    check_accuracy(*shape)
+    native, reference = errors_of(*shape)
+    assert native <= 2 * reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -129,7 +129,7 @@ def test_many_dimensions(shape, dtype, mmd_native):
     if exact:
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=0)
     else:
-        check_accuracy(*shape)
+        assert errors_of(*shape)[0] < 2e-6
     for is_, to_be in zip(gradients, should, strict=True):
         worst = (is_ - to_be).abs().max() / to_be.abs().max()
         assert worst < (1e-12 if exact else 5e-6), worst

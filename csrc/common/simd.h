@@ -412,16 +412,9 @@ MMFAST_INLINE Simd<double>::V log(Simd<double>::V x) {
     return x;
 }
 
-#if !defined(__AVX512F__)
-// Of 2^f for |f| <= 1/2, the coefficients of Cephes' exp2f.
-constexpr float kExp2[] = {1.535336188319500e-4f,
-                           1.339887440266574e-3f,
-                           9.618437357674640e-3f,
-                           5.550332471162809e-2f,
-                           2.402264791363012e-1f,
-                           6.931472028550421e-1f,
-                           1.0f};
-#endif
+// Of 2^f for |f| <= 1/2: 1 at 0, elsewhere off by at most 3e-9, and on either side by nothing on average.
+constexpr float kExp2[] = {
+    1.532647148e-04f, 1.339080743e-03f, 9.618505836e-03f, 5.550359935e-02f, 2.402264774e-01f, 6.931471825e-01f, 1.0f};
 
 // 2^x of kCount values in place, within 2 ulp for float: x = n + f with |f| <= 1/2, a polynomial in f times 2^n. Meant for
 // x <= 0: below the normal numbers the result is 0 (one that is subnormal would take a hundred times as long), and no care is
@@ -469,20 +462,12 @@ template <int kCount, bool kLimited = true>
 MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {
 #if defined(__AVX512F__)
     using V = Simd<float>::V;
-    // 1 at 0, elsewhere off by at most 3e-9, and on either side by nothing on average.
-    constexpr float kFactors[] = {1.532647148e-04f,
-                                  1.339080743e-03f,
-                                  9.618505836e-03f,
-                                  5.550359935e-02f,
-                                  2.402264774e-01f,
-                                  6.931471825e-01f,
-                                  1.0f};
     V f[kCount], y[kCount];
     // Less the nearest integer, which is exact; less the one below it, which scalef takes of x, it would be rounded down.
     for (int i = 0; i < kCount; ++i) f[i] = (V)_mm512_reduce_ps((__m512)x[i], 0x08);
-    for (int i = 0; i < kCount; ++i) y[i] = f[i] * kFactors[0] + kFactors[1];
+    for (int i = 0; i < kCount; ++i) y[i] = f[i] * kExp2[0] + kExp2[1];
     for (int k = 2; k < 7; ++k)
-        for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kFactors[k];
+        for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kExp2[k];
     for (int i = 0; i < kCount; ++i) {
         const V n = x[i] - f[i];
         if constexpr (kLimited) {
