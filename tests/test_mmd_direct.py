@@ -98,9 +98,9 @@ def test_leaves_to_others(mmd_native):
 
 
 def errors_of(n, m, d):
-    """Root mean squares of the relative errors of native code and of differences in float32: a single draw may be off by
-    three times as much, whatever computes it."""
-    errors = torch.zeros(16, 2, dtype=torch.float64)
+    """Root mean squares of the relative errors of native code and of differences in float32: a single draw may be off
+    by three times as much, whatever computes it."""
+    errors = torch.zeros(48, 2, dtype=torch.float64)
     for draw in errors:
         x, y = torch.randn(n, d), torch.randn(m, d) * 1.2
         expected = mmd2(x.double(), y.double(), backend="reference")
