@@ -327,7 +327,8 @@ void run(const Case& c) {
             Result& result = *w.is.emplace_back(std::make_unique<Result>(sizes, c.type));
             const int64_t count = sizes[0] * sizes[1] * sizes[2] * sizes[3];
             w.should.emplace_back(count);
-            if (p.causal || p.sources[j].lengths) std::memset(result.bytes.data(), 0, count * size_of(c.type));
+            if (p.causal || p.sources[j].lengths)
+                std::fill_n(result.bytes.data(), count * size_of(c.type), static_cast<unsigned char>(0));
             targets[j] = result.target();
         }
         if (way < 2) weights_cpu<T>(of_keys, lse.data(), w.mean, targets);
