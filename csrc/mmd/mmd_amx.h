@@ -6,11 +6,11 @@
 //   distance of centred points is off by about 2^-17 of its norms over the root of the dimension, and the kernel's value at a
 //   pair by up to 8e-6 (measured; 80 x 96 points of 64 and of 768 dimensions), where 3e-6 is the aim. Over many pairs that
 //   averages out, so distances are split where only sums over pairs are wanted, of enough points (Sweep::passes); matrices,
-//   products, row sums and dependence measures have whole float32 products. Lengths are those of the points as
-//   they were: rounded as well, the error of an MMD would be five times as large, for then its points had moved. Kernels of the distance itself, whose error is
-//   largest where it is small, compute more of them again from differences (compare_again). Products of points as they are
-//   (Metric::dot) are split only where that is exact: bfloat16 has no l, and float16 is h + l, with l l' as well. Of infinity
-//   and NaN l is 0, so that they come out of h h'.
+//   products, row sums and dependence measures have whole float32 products. Lengths are those of the points as they
+//   were: rounded as well, the error of an MMD would be five times as large, for then its points had moved. Kernels of the
+//   distance itself, whose error is largest where it is small, compute more of them again from differences (compare_again).
+//   Products of points as they are (Metric::dot) are split only where that is exact: bfloat16 has no l, and float16 is h + l,
+//   with l l' as well. Of infinity and NaN l is 0, so that they come out of h h'.
 //
 // Note: [Cost of split products]
 //   16 cycles for 16 x 16 x 32 multiplications, three times: 5.3 times as many as two AVX-512 units do. A pair of vectors is split
@@ -111,9 +111,8 @@ MMFAST_INLINE Words upper_halves(Words first, Words second) {
     return (first >> 16) | (second & kHighHalf);
 }
 
-// Points [first, first + 32) in the forms that are asked for. Pairs are 16 dimensions
-// apart where dimensions are summed up (rows, columns), and 16 points where points are (across, turned). A pair of tiles, high and
-// low, holds in its rows
+// Points [first, first + 32) in the forms that are asked for. Pairs are 16 dimensions apart where dimensions are summed up (rows,
+// columns), and 16 points where points are (across, turned). A pair of tiles, high and low, holds in its rows
 //   columns: the pairs of 32 dimensions, 16 points along;   across: the pairs of 32 points, 16 dimensions along;
 //   turned: 16 dimensions, the pairs of 32 points along.
 template <bool kRows, bool kColumns, bool kAcross, bool kTurned>
