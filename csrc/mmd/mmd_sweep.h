@@ -107,6 +107,7 @@ public:
         make_blocks();
         make_centres();
         lay_out();
+        lay_out_packed();
     }
 
     int64_t blocks() const { return int64_t(blocks_.size()); }
@@ -154,6 +155,7 @@ public:
     void run(R& reducer, const std::vector<Tasks>& rounds) {
         if (parameters_) parameter_sums_.assign(slots(rounds) * 2 * most_terms() * 4, 0);
         const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
+        const Scratch packed = pack_all();
         for (const Tasks& tasks : rounds) {
             const int64_t n = int64_t(tasks.size());
             deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch) {
@@ -222,6 +224,7 @@ private:
                     for (int64_t k = 0; k < d; ++k) c[2 * s + k] = (c[k] + c[s + k]) / 2;
                     if (passes(layer, groups_[q].x->type) && lie_together(b, q, l, c, s))
                         for (int64_t k = 0; k < s; ++k) c[k] = c[s + k] = c[2 * s + k];
+                    else one_centre_ = false;
                 }
     }
 
@@ -348,14 +351,16 @@ private:
         return pair * rows * rows * sizeof(T) / 4;
     }
 
-    Points<T> a_points(const Part& p, char* s) const {
+    Points<T> a_points(const Part& p, const Tile<T>& t, char* s) const {
+        if (packed_.at) return packed_points(t.batch, t.a, t.first);
         Points<T> a{at(s, p.a_rows), nullptr, at(s, p.a_norms), p.stride};
         if (p.passes) a.split_rows = reinterpret_cast<uint16_t*>(s + p.a_split);
         if (p.a_turned) a.split_turned = reinterpret_cast<uint16_t*>(s + p.a_turned);
         a.passes = p.passes;
         return a;
     }
-    Points<T> b_points(const Part& p, char* s) const {
+    Points<T> b_points(const Part& p, const Tile<T>& t, char* s) const {
+        if (packed_.at) return packed_points(t.batch, t.b, t.j0);
         Points<T> b{at(s, p.b_rows), p.passes ? nullptr : at(s, p.b_panels), at(s, p.b_norms), p.stride};
         if (p.passes) b.split_columns = reinterpret_cast<uint16_t*>(s + p.b_split);
         if (p.b_across) b.split_across = reinterpret_cast<uint16_t*>(s + p.b_across);
@@ -383,20 +388,22 @@ private:
     void task(int64_t batch, int64_t slot, const Block& a, const Block& b, char* s, R& reducer) {
         const int kind = a.side != b.side ? 2 : a.side;
         const bool diagonal = a.index == b.index;
-        for_layers([&](size_t q, size_t l, const Part& p) {
-            tiles<T>().pack(source(batch, q, l, a.side), a.first, a.count, centre(batch, q, l, kind), a_points(p, s));
-            if (!gradients_) return;
-            // A strip of all rows sets what the next ones add to.
-            if (!strips_ || diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
-            if (strips_) std::memset(at(s, p.a_lanes), 0, (a.count + kTile - 1) / kTile * kTile * 16 * sizeof(T));
-            std::fill_n(row_sums(s, q, l), a.count, 0.0);
-        });
         Tile<T> tile{};
         tile.batch = batch;
         tile.first = a.first;
         tile.a = a.side;
         tile.b = b.side;
         tile.slot = slot;
+        for_layers([&](size_t q, size_t l, const Part& p) {
+            if (!packed_.at)
+                tiles<T>().pack(source(batch, q, l, a.side), a.first, a.count, centre(batch, q, l, kind),
+                                a_points(p, tile, s));
+            if (!gradients_) return;
+            // A strip of all rows sets what the next ones add to.
+            if (!strips_ || diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+            if (strips_) std::memset(at(s, p.a_lanes), 0, (a.count + kTile - 1) / kTile * kTile * 16 * sizeof(T));
+            std::fill_n(row_sums(s, q, l), a.count, 0.0);
+        });
         tile.scratch = s + sizes_;
         tile.z = at(s, parts_[0][0].z);
         for (size_t q = 0; q < groups_.size(); ++q) {
@@ -408,8 +415,9 @@ private:
             tile.j0 = b.first + j;
             tile.columns = std::min(kTile, b.count - j);
             for_layers([&](size_t q, size_t l, const Part& p) {
-                tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind),
-                                b_points(p, s));
+                if (!packed_.at)
+                    tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind),
+                                    b_points(p, tile, s));
                 if (gradients_ && !strips_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
             double column_sums[2 * kMostLayers][kTile] = {};
@@ -435,14 +443,14 @@ private:
             }
             if (gradients_)
                 for_layers([&](size_t q, size_t l, const Part& p) {
-                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient), b_points(p, s).rows,
+                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient), b_points(p, tile, s).rows,
                                  p.stride, column_sums[q * kMostLayers + l], 0, groups_[q].kernel.layers[l].dimension);
                 });
         }
         if (gradients_)
             for_layers([&](size_t q, size_t l, const Part& p) {
                 if (strips_) add_lanes(a.count, at(s, p.a_lanes), row_sums(s, q, l));
-                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, s).rows, p.stride,
+                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, tile, s).rows, p.stride,
                              row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
             });
         reducer.end(tile, a.count);
@@ -478,7 +486,7 @@ private:
                 if (diagonal && j == 0) std::memset(to.columns, 0, split_depth(dimension) * kTile * sizeof(T));
             }
         }
-        if (!t.strip_sums(programs_[0][0], dimension, a_points(p, s), tile.rows, b_points(p, s), tile.columns,
+        if (!t.strip_sums(programs_[0][0], dimension, a_points(p, tile, s), tile.rows, b_points(p, tile, s), tile.columns,
                           diagonal ? j : -1, gradients_ ? &to : nullptr, &sum))
             return false;
         reducer.add(tile, sum);
@@ -511,10 +519,10 @@ private:
         for_layers([&](size_t q, size_t l, const Part& p) {
             const Program<T>& program = programs_[q][l];
             // What a diagonal tile holds below its diagonal is masked: of each panel only the rows above its end count.
-            const Points<T> b = b_points(p, s);
+            const Points<T> b = b_points(p, tile, s);
             const int64_t width = tile.diagonal && !p.passes ? kStrip * tiles<T>().lanes : kTile;
             for (int64_t j = 0; j < tile.columns; j += width)
-                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, s),
+                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, tile, s),
                                    i, width < kTile ? std::min(tile.rows, j + width) : tile.rows, columns_from(b, j),
                                    std::min(tile.columns - j, width), at(s, p.z) + j);
             mask(tile, tile.diagonal, at(s, p.z));
@@ -537,7 +545,7 @@ private:
         const Program<T>& program = programs_[0][0];
         const int64_t dimension = groups_[0].kernel.layers[0].dimension;
         T* const z = at(s, p.z);
-        tiles<T>().compare(program.metric, program.roots, dimension, a_points(p, s), i, tile.rows, b_points(p, s),
+        tiles<T>().compare(program.metric, program.roots, dimension, a_points(p, tile, s), i, tile.rows, b_points(p, tile, s),
                            tile.columns, z);
         const bool sums = gradients_ && needs_sums(0, 0);
         const double sum =
@@ -587,8 +595,8 @@ private:
     void multiply_gradient(size_t q, size_t l, const Part& p, const Tile<T>& tile, int64_t i, char* s, T* w) const {
         const auto& t = tiles<T>();
         const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
-        const T* const from_a = a_points(p, s).rows + i * p.stride;
-        const T* const from_b = b_points(p, s).rows;
+        const T* const from_a = a_points(p, tile, s).rows + i * p.stride;
+        const T* const from_b = b_points(p, tile, s).rows;
         T* const to_a = at(s, p.a_gradient) + i * p.stride;
         T* const to_b = at(s, p.b_gradient);
         const Metric metric = programs_[q][l].metric;
@@ -596,7 +604,7 @@ private:
             return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
         if (metric == Metric::l2 && groups_[q].kernel.layers[l].dimension <= kFewDimensions)
             return t.differences(tile.rows, tile.columns, groups_[q].kernel.layers[l].dimension, w, from_a,
-                                 b_points(p, s), to_a, to_b);
+                                 b_points(p, tile, s), to_a, to_b);
         if (tile.diagonal) add_transposed(tile.rows, w);  // rows and columns are the same points: one product for both
         const auto product = splits_ ? t.product_averaged : t.product;
         if (gradient(q, tile.a)) product(false, tile.rows, tile.columns, width, w, from_b, p.stride, to_a, p.stride);
@@ -659,6 +667,18 @@ private:
     bool splits_ = false;  // distances may be computed from split products
     bool strips_ = false;  // its values may be added up by strip_sums()
 
+    // Of mmd_packed.h.
+    struct Packed {
+        char* at;  // the memory, or null
+        size_t rows, norms, split_rows, split_columns, across, turned, bytes;  // offsets in it
+        int64_t points, stride;  // of an item, with gaps after its x and its y; values of a row
+    };
+    Packed packed_{};
+    bool one_centre_ = true;  // for all pairs of a batch
+    void lay_out_packed();
+    Points<T> packed_points(int64_t batch, int64_t side, int64_t first) const;
+    Scratch pack_all();
+
     // Of mmd_slices.h.
     struct Slices {  // offsets in a thread's scratch
         size_t a_rows, a_norms, a_split, b_rows, b_panels, b_norms, b_split, norms, z, k, a_gradient, b_gradient;
@@ -679,4 +699,5 @@ private:
 }  // namespace mmd
 }  // namespace mmfast
 
+#include "mmd/mmd_packed.h"
 #include "mmd/mmd_slices.h"

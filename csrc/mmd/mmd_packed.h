@@ -1,0 +1,82 @@
+// Points that are packed before a sweep, once; part of mmd_sweep.h.
+//
+// Note: [Packed once]
+//   A task packs the points of two blocks: with R rows in each that are 2 D / R values for a pair, in each of the forms that the
+//   matrix unit wants. At 19 cycles for a vector of a form and 256 dimensions that is 1.2 cycles of 4.4 (blocks of 512, two
+//   forms), with gradients 5 of 14 (256, four forms). So where strips of pairs are taken, and there is one centre for all of
+//   them, all points are packed first: their memory is that of the points for each form, and of its fresh pages there should be
+//   few. More than kMostPacked is left to the tasks.
+#pragma once
+
+#include "mmd/mmd_sweep.h"
+
+namespace mmfast {
+namespace mmd {
+
+constexpr size_t kMostPacked = size_t(128) << 20;
+
+template <class T>
+void Sweep<T>::lay_out_packed() {
+    if (!strips_ || !one_centre_) return;
+    const int64_t depth = split_depth(groups_[0].kernel.layers[0].dimension);
+    const auto padded_count = [](const Set& s) { return (s.count + kTile - 1) / kTile * kTile; };
+    Packed& p = packed_;
+    p.stride = parts_[0][0].stride;
+    p.points = padded_count(*groups_[0].x) + (pairs_ == Pairs::within_x ? 0 : padded_count(*groups_[0].y));
+    const int64_t all = batch_ * p.points;
+    const auto take = [&](int64_t bytes) {
+        const size_t here = p.bytes;
+        p.bytes += size_t(bytes + 63) / 64 * 64;
+        return here;
+    };
+    p.norms = take(all * int64_t(sizeof(T)));
+    p.split_rows = take(all * split_row_stride(depth) * 2);
+    p.split_columns = take(all * depth * 4);
+    if (gradients_) {
+        p.rows = take(all * p.stride * int64_t(sizeof(T)));
+        p.across = take(all * depth * 4);
+        p.turned = take(all * depth * 4);
+    }
+    if (p.bytes > kMostPacked) p = {};
+}
+
+// From a row on that begins a tile.
+template <class T>
+Points<T> Sweep<T>::packed_points(int64_t batch, int64_t side, int64_t first) const {
+    const Packed& p = packed_;
+    const int64_t depth = split_depth(groups_[0].kernel.layers[0].dimension);
+    const int64_t i = batch * p.points + first + (side ? (groups_[0].x->count + kTile - 1) / kTile * kTile : 0);
+    const auto values = [&](size_t from, int64_t n) { return reinterpret_cast<uint16_t*>(p.at + from) + i * n; };
+    Points<T> points{};
+    points.norms = at(p.at, p.norms) + i;
+    points.stride = p.stride;
+    points.passes = parts_[0][0].passes;
+    points.split_rows = values(p.split_rows, split_row_stride(depth));
+    points.split_columns = values(p.split_columns, 2 * depth);
+    if (!gradients_) return points;
+    points.rows = at(p.at, p.rows) + i * p.stride;
+    points.split_across = values(p.across, 2 * depth);
+    points.split_turned = values(p.turned, 2 * depth);
+    return points;
+}
+
+template <class T>
+Scratch Sweep<T>::pack_all() {
+    if (!packed_.bytes) return {};
+    Scratch memory(packed_.bytes);
+    packed_.at = memory.data();
+    const int64_t x = (groups_[0].x->count + kTile - 1) / kTile, n = packed_.points / kTile, stride = packed_.stride;
+    const double cost = double(kTile * stride) * (gradients_ ? 2.5 : 1.3);
+    deal_out(batch_ * n, cost, size_t(kTile * stride) * sizeof(T), [&](int64_t i, char* scratch) {
+        const int64_t batch = i / n, side = i % n >= x, first = (i % n - side * x) * kTile;
+        const Set& set = side ? *groups_[0].y : *groups_[0].x;
+        Points<T> to = packed_points(batch, side, first);
+        if (!to.rows) to.rows = at(scratch, 0);
+        tiles<T>().pack(source(batch, 0, 0, int(side)), first, std::min(kTile, set.count - first),
+                        centre(batch, 0, 0, pairs_ == Pairs::between ? 2 : int(side)), to);
+    });
+    return memory;
+}
+
+}  // namespace mmd
+}  // namespace mmfast
