@@ -127,13 +127,27 @@ private:
     int64_t last_bytes_ = 0;
 };
 
-// z[32][64] = the products of 32 points of a, from `first` on, and the tile's of b.
+// Dimensions of 32 points of b, 32 KiB of parts, that stay in the first cache while rows of a pass by.
+constexpr int64_t kStripDepth = 256;
+
+// z[rows][64] = the products of points of a, from `first` on, and the tile's of b.
 MMFAST_INLINE void multiply_points(Blocks& blocks, int64_t dimension, const Points<float>& a, int64_t first,
-                                   const Points<float>& b, float* z) {
+                                   int64_t rows, const Points<float>& b, float* z) {
     const int64_t depth = split_depth(dimension), row = split_row_stride(dimension), group = 32 * depth;
-    const Left left{a.split_rows + first * row, 16 * row, depth, 32, 2 * row};
-    for (int64_t j = 0; j < kTile; j += 32)
-        blocks.two(false, depth / 32, left, {b.split_columns + j / 16 * group, group, 2 * kPart}, z + j, kTile);
+    const int64_t slices = (depth + kStripDepth - 1) / kStripDepth, steps = depth / 32;
+    const auto two = [&](int64_t slice, int64_t r, int64_t j) MMFAST_LAMBDA {
+        const int64_t from = slice * steps / slices, to = (slice + 1) * steps / slices;
+        blocks.two(slice > 0, to - from, {a.split_rows + (first + r) * row + 32 * from, 16 * row, depth, 32, 2 * row},
+                   {b.split_columns + j / 16 * group + from * 2 * kPart, group, 2 * kPart}, z + r * kTile + j, kTile);
+    };
+    if (depth <= kStripDepth / 2) {  // all of b's are there
+        for (int64_t r = 0; r < rows; r += 32)
+            for (int64_t j = 0; j < kTile; j += 32) two(0, r, j);
+        return;
+    }
+    for (int64_t slice = 0; slice < slices; ++slice)
+        for (int64_t j = 0; j < kTile; j += 32)
+            for (int64_t r = 0; r < rows; r += 32) two(slice, r, j);
 }
 
 // ---- Values ----------------------------------------------------------------------------------------------------------
@@ -206,11 +220,33 @@ MMFAST_INLINE void add_powers(const Scaled& s, const float* z, int64_t first, in
     }
 }
 
+// Lines of memory that are asked for while values are computed: tiles of the unit would wait for each.
+class Ahead {
+public:
+    void add(const void* from, int64_t bytes) { range_[count_++] = {static_cast<const char*>(from), bytes}; }
+    // A share of 1 / `parts` of each, at the `part`-th call.
+    MMFAST_INLINE void fetch(int64_t part, int64_t parts) const {
+        for (int64_t n = 0; n < count_; ++n) {
+            const int64_t each = (range_[n].bytes / 64 + parts - 1) / parts * 64;
+            const char* const from = range_[n].at + part * each;
+            for (int64_t i = 0; i < each; i += 64) __builtin_prefetch(from + i, 0, 2);
+        }
+    }
+
+private:
+    struct Range {
+        const char* at;
+        int64_t bytes;
+    };
+    Range range_[4];
+    int64_t count_ = 0;
+};
+
 // As add_powers; derivatives by the squared distances as factors, and their sums by rows (of each lane) and columns.
 template <int C>
 MMFAST_INLINE void differentiate(const Scaled& s, const Chain<float>& chain, float factor, const float* z,
                                  int64_t first, int64_t rows, PowerSums<C>& sums, Weights& w, float* row_lanes,
-                                 double* column_sums) {
+                                 double* column_sums, const Ahead& ahead) {
     float slope[C];
     for (int c = 0; c < C; ++c) slope[c] = factor * chain.slope[c];
     Floats columns[kTile / 16] = {};
@@ -218,6 +254,7 @@ MMFAST_INLINE void differentiate(const Scaled& s, const Chain<float>& chain, flo
         for (int64_t p = 0; p < 16; p += kRowsOfPowers / 2) {
             Floats some[C] = {};
             for (int64_t i = g + p; i < g + p + kRowsOfPowers / 2; ++i) {
+                ahead.fetch((g - first) / 2 + i - g, rows / 2);
                 Floats row[2] = {Simd<float>::load(row_lanes + i * 16), Simd<float>::load(row_lanes + (i + 16) * 16)};
 #pragma GCC unroll 2
                 for (int64_t q = 0; q < 2; ++q) {
@@ -266,6 +303,7 @@ struct Strip {
     int64_t dimension, rows, columns;
     const Points<float>&a, &b;
     int64_t diagonal;  // the row of a that is b's first column, or -1
+    bool cold, more;   // a's points were not met before; another tile follows b's in memory
     const StripGradients<float>* gradients;
 };
 
@@ -292,10 +330,10 @@ MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weigh
     const StripGradients<float>& to = *strip.gradients;
     const int64_t depth = split_depth(strip.dimension), group = depth / 16 * 2 * kPart;  // of 32 points
     if (to.rows)
-        for (int64_t r = 0; r < rows; r += 32) {
-            const Left left{w.left + r / 16 * 4 * kPart, 4 * kPart, kPart, 2 * kPart, kTileBytes};
-            for (int64_t d = 0; d < depth; d += 32)
-                blocks.two(!to.first, 2, left, {strip.b.split_across + d / 16 * 2 * kPart, 2 * kPart, group},
+        for (int64_t d = 0; d < depth; d += 32) {
+            const Right right{strip.b.split_across + d / 16 * 2 * kPart, 2 * kPart, group};
+            for (int64_t r = 0; r < rows; r += 32)
+                blocks.two(!to.first, 2, {w.left + r / 16 * 4 * kPart, 4 * kPart, kPart, 2 * kPart, kTileBytes}, right,
                            to.rows + (i + r) * to.stride + d, to.stride);
         }
     if (!to.columns || !pairs) return;
@@ -328,8 +366,7 @@ bool strip_of(const Strip& strip, double* sum) {
         // The tile of b's own points is the last one; a point with itself is no pair.
         const bool diagonal = strip.diagonal >= i && strip.diagonal < i + kRows;
         const int64_t pairs = diagonal ? strip.diagonal - i : all;
-        for (int64_t r = 0; r < all; r += 32)
-            multiply_points(blocks, strip.dimension, strip.a, i + r, strip.b, z + r * kTile);
+        multiply_points(blocks, strip.dimension, strip.a, i, all, strip.b, z);
         blocks.finish();
         scale_norms(exponent, strip.a.norms + i, rows, all, s.rows);
         if (i == 0 && nearly_constant<C>(strip, s, z)) return false;
@@ -337,8 +374,20 @@ bool strip_of(const Strip& strip, double* sum) {
         if constexpr (kGradients) {
             double no_sums[kTile] = {};
             float* const lanes = to->row_lanes + i * 16;
-            if (pairs) differentiate<C>(s, chain, to->factor, z, 0, pairs, sums, w, lanes, column_sums);
-            if (diagonal) differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums);
+            Ahead ahead;
+            const int64_t depth = split_depth(strip.dimension);
+            if (strip.cold) {
+                ahead.add(strip.a.split_turned + i * 2 * depth, all * 4 * depth);
+                if (i + kRows < strip.rows)
+                    ahead.add(strip.a.split_rows + (i + kRows) * split_row_stride(depth), all * 2 * split_row_stride(depth));
+            }
+            if (strip.more) {
+                const int64_t part = i / kRows, parts = (strip.rows + kRows - 1) / kRows, bytes = kTile * 4 * depth;
+                ahead.add(reinterpret_cast<const char*>(strip.b.split_columns) + bytes + part * bytes / parts, bytes / parts);
+                ahead.add(reinterpret_cast<const char*>(strip.b.split_across) + bytes + part * bytes / parts, bytes / parts);
+            }
+            if (pairs) differentiate<C>(s, chain, to->factor, z, 0, pairs, sums, w, lanes, column_sums, ahead);
+            if (diagonal) differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums, ahead);
             blocks.fence();
             add_gradients(blocks, strip, w, i, all, pairs);
         } else {
@@ -360,8 +409,8 @@ bool strip_of(const Strip& strip, double* sum) {
 
 inline bool strip_sums(const Program<float>& program, int64_t dimension, const Points<float>& a, int64_t rows,
                        const Points<float>& b, int64_t columns, int64_t diagonal,
-                       const StripGradients<float>* gradients, double* sum) {
-    const Strip strip{program, dimension, rows, columns, a, b, diagonal, gradients};
+                       bool cold, bool more, const StripGradients<float>* gradients, double* sum) {
+    const Strip strip{program, dimension, rows, columns, a, b, diagonal, cold, more, gradients};
     switch (program.chain[0].count) {
         case 1: return strip_of<1>(strip, sum);
         case 2: return strip_of<2>(strip, sum);

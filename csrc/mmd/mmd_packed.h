@@ -33,6 +33,7 @@ void Sweep<T>::lay_out_packed() {
     p.split_rows = take(all * split_row_stride(depth) * 2);
     p.split_columns = take(all * depth * 4);
     if (gradients_) {
+        p.sums = take(all * int64_t(sizeof(double)));
         p.rows = take(all * p.stride * int64_t(sizeof(T)));
         p.across = take(all * depth * 4);
         p.turned = take(all * depth * 4);
@@ -40,12 +41,17 @@ void Sweep<T>::lay_out_packed() {
     if (p.bytes > kMostPacked) p = {};
 }
 
+// The place of a point, counted in tiles.
+template <class T>
+int64_t Sweep<T>::packed_at(int64_t batch, int64_t side, int64_t first) const {
+    return batch * packed_.points + first + (side ? (groups_[0].x->count + kTile - 1) / kTile * kTile : 0);
+}
+
 // From a row on that begins a tile.
 template <class T>
 Points<T> Sweep<T>::packed_points(int64_t batch, int64_t side, int64_t first) const {
     const Packed& p = packed_;
-    const int64_t depth = split_depth(groups_[0].kernel.layers[0].dimension);
-    const int64_t i = batch * p.points + first + (side ? (groups_[0].x->count + kTile - 1) / kTile * kTile : 0);
+    const int64_t depth = split_depth(groups_[0].kernel.layers[0].dimension), i = packed_at(batch, side, first);
     const auto values = [&](size_t from, int64_t n) { return reinterpret_cast<uint16_t*>(p.at + from) + i * n; };
     Points<T> points{};
     points.norms = at(p.at, p.norms) + i;
@@ -60,22 +66,52 @@ Points<T> Sweep<T>::packed_points(int64_t batch, int64_t side, int64_t first) co
     return points;
 }
 
+// The sums of the derivatives of all pairs of a point.
+template <class T>
+double* Sweep<T>::packed_sums(int64_t batch, int64_t side, int64_t first) const {
+    return reinterpret_cast<double*>(packed_.at + packed_.sums) + packed_at(batch, side, first);
+}
+
+// f(batch, side, first, count, scratch) for all tiles of points.
+template <class T>
+template <class F>
+void Sweep<T>::for_packed(double cost, size_t bytes, const F& f) const {
+    const int64_t x = (groups_[0].x->count + kTile - 1) / kTile, n = packed_.points / kTile;
+    deal_out(batch_ * n, cost, bytes, [&](int64_t i, char* scratch) {
+        const int side = i % n >= x;
+        const int64_t first = (i % n - side * x) * kTile;
+        f(i / n, side, first, std::min(kTile, (side ? *groups_[0].y : *groups_[0].x).count - first), scratch);
+    });
+}
+
 template <class T>
 Scratch Sweep<T>::pack_all() {
     if (!packed_.bytes) return {};
     Scratch memory(packed_.bytes);
     packed_.at = memory.data();
-    const int64_t x = (groups_[0].x->count + kTile - 1) / kTile, n = packed_.points / kTile, stride = packed_.stride;
-    const double cost = double(kTile * stride) * (gradients_ ? 2.5 : 1.3);
-    deal_out(batch_ * n, cost, size_t(kTile * stride) * sizeof(T), [&](int64_t i, char* scratch) {
-        const int64_t batch = i / n, side = i % n >= x, first = (i % n - side * x) * kTile;
-        const Set& set = side ? *groups_[0].y : *groups_[0].x;
-        Points<T> to = packed_points(batch, side, first);
-        if (!to.rows) to.rows = at(scratch, 0);
-        tiles<T>().pack(source(batch, 0, 0, int(side)), first, std::min(kTile, set.count - first),
-                        centre(batch, 0, 0, pairs_ == Pairs::between ? 2 : int(side)), to);
-    });
+    const int64_t values = kTile * packed_.stride;
+    for_packed(double(values) * (gradients_ ? 2.5 : 1.3), size_t(values) * sizeof(T),
+               [&](int64_t batch, int side, int64_t first, int64_t count, char* scratch) {
+                   Points<T> to = packed_points(batch, side, first);
+                   if (gradients_) std::fill_n(packed_sums(batch, side, first), kTile, 0.0);
+                   else to.rows = at(scratch, 0);
+                   tiles<T>().pack(source(batch, 0, 0, side), first, count,
+                                   centre(batch, 0, 0, pairs_ == Pairs::between ? 2 : side), to);
+               });
     return memory;
+}
+
+// The parts of the gradients that are the points themselves.
+template <class T>
+void Sweep<T>::put_packed() const {
+    if (!packed_.at || !gradients_) return;
+    for_packed(double(kTile * packed_.stride), 0, [&](int64_t batch, int side, int64_t first, int64_t count, char*) {
+        T* const to = gradient(0, side);
+        if (!to) return;
+        const int64_t d = groups_[0].kernel.dimension(), n = (side ? *groups_[0].y : *groups_[0].x).count;
+        tiles<T>().put(count, d, T(2), nullptr, packed_points(batch, side, first).rows, packed_.stride,
+                       packed_sums(batch, side, first), to + (batch * n + first) * d, d);
+    });
 }
 
 }  // namespace mmd

@@ -166,6 +166,7 @@ public:
                 else task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
             });
         }
+        put_packed();
         if (parameters_) add_up_parameters(slots(rounds) / std::max<int64_t>(1, batch_));
     }
 
@@ -487,7 +488,7 @@ private:
             }
         }
         if (!t.strip_sums(programs_[0][0], dimension, a_points(p, tile, s), tile.rows, b_points(p, tile, s), tile.columns,
-                          diagonal ? j : -1, gradients_ ? &to : nullptr, &sum))
+                          diagonal ? j : -1, packed_.at && j == 0, packed_.at && j + kTile < b.count, gradients_ ? &to : nullptr, &sum))
             return false;
         reducer.add(tile, sum);
         if (to.columns) t.turn_sums(tile.columns, dimension, to.columns, at(s, p.b_gradient), p.stride);
@@ -619,7 +620,7 @@ private:
     }
 
     // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed;
-    // `width` dimensions of the layer from `at` on.
+    // `width` dimensions of the layer from `at` on. Of points that are packed the first part follows at the end.
     void put_gradient(size_t q, size_t l, int side, int64_t batch, int64_t first, int64_t count, const T* summed,
                       const T* points, int64_t stride, const double* sums, int64_t at, int64_t width) const {
         T* const to = gradient(q, side);
@@ -627,7 +628,11 @@ private:
         const int64_t all = groups_[q].kernel.dimension();
         const int64_t n = (side ? *groups_[q].y : *groups_[q].x).count;
         const bool l2 = groups_[q].kernel.layers[l].metric == Metric::l2;
-        tiles<T>().put(count, width, summed, l2 ? points : nullptr, stride, sums,
+        if (packed_.at) {
+            double* const total = packed_sums(batch, side, first);
+            for (int64_t i = 0; i < count; ++i) total[i] += sums[i];
+        }
+        tiles<T>().put(count, width, l2 ? T(2) : T(-1), summed, l2 && !packed_.at ? points : nullptr, stride, sums,
                        to + (batch * n + first) * all + column_[q][l] + at, all);
     }
 
@@ -670,14 +675,19 @@ private:
     // Of mmd_packed.h.
     struct Packed {
         char* at;  // the memory, or null
-        size_t rows, norms, split_rows, split_columns, across, turned, bytes;  // offsets in it
+        size_t rows, norms, split_rows, split_columns, across, turned, sums, bytes;  // offsets in it
         int64_t points, stride;  // of an item, with gaps after its x and its y; values of a row
     };
     Packed packed_{};
     bool one_centre_ = true;  // for all pairs of a batch
     void lay_out_packed();
     Points<T> packed_points(int64_t batch, int64_t side, int64_t first) const;
+    int64_t packed_at(int64_t batch, int64_t side, int64_t first) const;
+    double* packed_sums(int64_t batch, int64_t side, int64_t first) const;
     Scratch pack_all();
+    void put_packed() const;
+    template <class F>
+    void for_packed(double cost, size_t bytes, const F& f) const;
 
     // Of mmd_slices.h.
     struct Slices {  // offsets in a thread's scratch

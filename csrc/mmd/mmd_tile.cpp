@@ -345,16 +345,15 @@ void differences(int64_t rows, int64_t columns, int64_t dimension, const T* w, c
 
 // Gradients wait for memory as points do (pack_row): what lies ahead is fetched.
 template <class T>
-void put(int64_t count, int64_t width, const T* summed, const T* points, int64_t stride, const double* sums, T* to,
-         int64_t to_stride) {
+void put(int64_t count, int64_t width, T scale, const T* summed, const T* points, int64_t stride, const double* sums,
+         T* to, int64_t to_stride) {
     constexpr int64_t N = Simd<T>::lanes;
-    for (int64_t i = 0; i < count; ++i, summed += stride, to += to_stride) {
+    for (int64_t i = 0; i < count; ++i, to += to_stride) {
         const T sum = points ? T(sums[i]) : T(0);
-        const T* const x = points ? points + i * stride : nullptr;
         for (int64_t k = 0; k < width; k += N) {
             __builtin_prefetch(to + k + kAhead * to_stride, 1);
-            const Vec<T> from = Simd<T>::load(summed + k);
-            const Vec<T> more = x ? T(2) * (sum * Simd<T>::load(x + k) - from) : from;
+            const Vec<T> from = summed ? Simd<T>::load(summed + i * stride + k) : Vec<T>{};
+            const Vec<T> more = scale * ((points ? sum * Simd<T>::load(points + i * stride + k) : Vec<T>{}) - from);
             if (width - k >= N) Simd<T>::store(to + k, Simd<T>::load(to + k) + more);
             else Simd<T>::store(to + k, Simd<T>::load(to + k, int(width - k)) + more, int(width - k));
         }

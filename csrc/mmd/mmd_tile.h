@@ -116,8 +116,8 @@ struct TileKernels {
     // its pairs counts once, a point with itself not. False, and nothing done, where digits would be lost. Null where nothing is
     // gained by it.
     bool (*strip_sums)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
-                       const Points<T>& b, int64_t columns, int64_t diagonal, const StripGradients<T>* gradients,
-                       double* sum);
+                       const Points<T>& b, int64_t columns, int64_t diagonal, bool cold, bool more,
+                       const StripGradients<T>* gradients, double* sum);
     // rows[j][:] = sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
     void (*turn_sums)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
@@ -144,10 +144,10 @@ struct TileKernels {
     // of both gradients are b.stride apart.
     void (*differences)(int64_t rows, int64_t columns, int64_t dimension, const T* w, const T* a, const Points<T>& b,
                         T* a_gradient, T* b_gradient);
-    // to[i][:] += 2 (sums[i] points[i][:] - summed[i][:]), or += summed[i][:] where there are no points. The rows of points
-    // and summed are `stride` apart.
-    void (*put)(int64_t count, int64_t width, const T* summed, const T* points, int64_t stride, const double* sums,
-                T* to, int64_t to_stride);
+    // to[i][:] += scale (sums[i] points[i][:] - summed[i][:]), where points or summed may be null for zeros. The rows of both are
+    // `stride` apart.
+    void (*put)(int64_t count, int64_t width, T scale, const T* summed, const T* points, int64_t stride,
+                const double* sums, T* to, int64_t to_stride);
     // a_gradient[i][:] += sum_j w_ij sign(a_i - b_j), b_gradient[j][:] -= sum_i w_ij sign(a_i - b_j)
     void (*signs)(int64_t rows, int64_t columns, int64_t width, const T* w, const T* a, const T* b, int64_t stride,
                   T* a_gradient, T* b_gradient);
