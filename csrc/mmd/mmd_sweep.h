@@ -184,7 +184,7 @@ private:
         // have to be enough for many threads.
         block_size_ = count >= 16384  ? 512
                       : count >= 4096 ? gradients_ ? 256 : 512
-                      : count >= 1024 ? gradients_ ? 128 : 256
+                      : count >= 1024 ? gradients_ && !strips_ ? 128 : 256
                                       : 64;
         // A block and its gradient stay in the second cache. Without a gradient the rows of a tile are read for so many
         // multiply-adds that they may come from the third.
