@@ -140,3 +140,27 @@ def test_many_dimensions(shape, dtype, mmd_native):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(p, q) for p, q in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("apart", [0.0, 9.0], ids=["together", "apart"])
+@pytest.mark.parametrize("wanted", ["x", "y", "both"])
+@pytest.mark.parametrize("shape", [(3, 200, 150, 40), (1, 700, 333, 72), (2, 130, 129, 300)], ids=str)
+def test_batches_of_many_points(shape, wanted, apart, mmd_native):
+    """Enough points for a matrix unit's sums, in tiles that end anywhere, of items with one centre or several."""
+    b, n, m, d = shape
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(b, n, d, generator=generator, dtype=torch.float64) + 10
+    y = torch.randn(b, m, d, generator=generator, dtype=torch.float64) * 1.2 + 10
+    y[-1] += apart
+    kernel = kernels.MultiGaussian([d * 0.5, d * 1.0, d * 2.0, d * 4.0, d * 8.0])
+
+    def of(dtype, backend):
+        xs, ys = (t.to(dtype).requires_grad_(wanted in (name, "both")) for t, name in ((x, "x"), (y, "y")))
+        value = mmd2(xs, ys, kernel, "unbiased", backend=backend)
+        leaves = [t for t in (xs, ys) if t.requires_grad]
+        return value.detach(), *torch.autograd.grad((value * torch.arange(1, b + 1)).sum(), leaves)
+
+    found, again, gold = of(torch.float32, None), of(torch.float32, None), of(torch.float64, "reference")
+    for ours, twice, exact in zip(found, again, gold, strict=True):
+        assert torch.equal(ours, twice)
+        assert (ours - exact).abs().max() < (1e-6 if ours.dim() == 1 else 5e-6 * exact.abs().max())

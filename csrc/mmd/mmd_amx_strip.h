@@ -324,6 +324,22 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
     return __builtin_fabsf(value) > kNearlyConstant * __builtin_fabsf(all);
 }
 
+// What the products after the values of rows [i, i + rows), and those of the next ones, read that is in no near cache.
+inline Ahead what_follows(const Strip& strip, int64_t i, int64_t rows) {
+    const int64_t depth = split_depth(strip.dimension), row = split_row_stride(strip.dimension), next = i + rows;
+    Ahead ahead;
+    if (strip.cold) {
+        ahead.add(strip.a.split_turned + i * 2 * depth, rows * 4 * depth);
+        if (next < strip.rows) ahead.add(strip.a.split_rows + next * row, rows * 2 * row);
+    }
+    if (strip.more) {
+        const int64_t parts = (strip.rows + rows - 1) / rows, share = kTile * 2 * depth / parts;
+        for (const uint16_t* tile : {strip.b.split_columns, strip.b.split_across})
+            ahead.add(tile + kTile * 2 * depth + i / rows * share, 2 * share);
+    }
+    return ahead;
+}
+
 // The products of weights with points: rows [i, i + rows) with those of b, the first `pairs` of them as columns.
 MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weights& w, int64_t i, int64_t rows,
                                  int64_t pairs) {
@@ -374,20 +390,10 @@ bool strip_of(const Strip& strip, double* sum) {
         if constexpr (kGradients) {
             double no_sums[kTile] = {};
             float* const lanes = to->row_lanes + i * 16;
-            Ahead ahead;
-            const int64_t depth = split_depth(strip.dimension);
-            if (strip.cold) {
-                ahead.add(strip.a.split_turned + i * 2 * depth, all * 4 * depth);
-                if (i + kRows < strip.rows)
-                    ahead.add(strip.a.split_rows + (i + kRows) * split_row_stride(depth), all * 2 * split_row_stride(depth));
-            }
-            if (strip.more) {
-                const int64_t part = i / kRows, parts = (strip.rows + kRows - 1) / kRows, bytes = kTile * 4 * depth;
-                ahead.add(reinterpret_cast<const char*>(strip.b.split_columns) + bytes + part * bytes / parts, bytes / parts);
-                ahead.add(reinterpret_cast<const char*>(strip.b.split_across) + bytes + part * bytes / parts, bytes / parts);
-            }
+            const Ahead ahead = what_follows(strip, i, kRows);
             if (pairs) differentiate<C>(s, chain, to->factor, z, 0, pairs, sums, w, lanes, column_sums, ahead);
-            if (diagonal) differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums, ahead);
+            if (diagonal)
+                differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums, ahead);
             blocks.fence();
             add_gradients(blocks, strip, w, i, all, pairs);
         } else {
@@ -408,8 +414,8 @@ bool strip_of(const Strip& strip, double* sum) {
 }
 
 inline bool strip_sums(const Program<float>& program, int64_t dimension, const Points<float>& a, int64_t rows,
-                       const Points<float>& b, int64_t columns, int64_t diagonal,
-                       bool cold, bool more, const StripGradients<float>* gradients, double* sum) {
+                       const Points<float>& b, int64_t columns, int64_t diagonal, bool cold, bool more,
+                       const StripGradients<float>* gradients, double* sum) {
     const Strip strip{program, dimension, rows, columns, a, b, diagonal, cold, more, gradients};
     switch (program.chain[0].count) {
         case 1: return strip_of<1>(strip, sum);

@@ -1,11 +1,13 @@
 // Points that are packed before a sweep, once; part of mmd_sweep.h.
 //
 // Note: [Packed once]
-//   A task packs the points of two blocks: with R rows in each that are 2 D / R values for a pair, in each of the forms that the
-//   matrix unit wants. At 19 cycles for a vector of a form and 256 dimensions that is 1.2 cycles of 4.4 (blocks of 512, two
-//   forms), with gradients 5 of 14 (256, four forms). So where strips of pairs are taken, and there is one centre for all of
-//   them, all points are packed first: their memory is that of the points for each form, and of its fresh pages there should be
-//   few. More than kMostPacked is left to the tasks.
+//   A task that packs the points of its two blocks, R rows in each, packs 2 D / R values for a pair, in each of the forms that
+//   the matrix unit wants; so where strips of pairs are taken, and there is one centre for all of them, all points are packed
+//   first. What that saves comes back in part: packed points then wait in the third cache, which gives a thread some 13 bytes a
+//   cycle, and a task of 256 x 256 points of 256 dimensions reads and writes 40 bytes a pair of points and gradients. Hence
+//   Ahead in mmd_amx_strip.h, and hence a task adds only the sums over the other points to a gradient: the part that is the
+//   point itself, times the sum of its derivatives, follows once at the end. The memory is that of the points for each form, in
+//   fresh pages, of which there should be few. More than kMostPacked is left to the tasks.
 #pragma once
 
 #include "mmd/mmd_sweep.h"

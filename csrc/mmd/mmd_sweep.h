@@ -444,15 +444,16 @@ private:
             }
             if (gradients_)
                 for_layers([&](size_t q, size_t l, const Part& p) {
-                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient), b_points(p, tile, s).rows,
-                                 p.stride, column_sums[q * kMostLayers + l], 0, groups_[q].kernel.layers[l].dimension);
+                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient),
+                                 b_points(p, tile, s).rows, p.stride, column_sums[q * kMostLayers + l], 0,
+                                 groups_[q].kernel.layers[l].dimension);
                 });
         }
         if (gradients_)
             for_layers([&](size_t q, size_t l, const Part& p) {
                 if (strips_) add_lanes(a.count, at(s, p.a_lanes), row_sums(s, q, l));
-                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, tile, s).rows, p.stride,
-                             row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
+                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, tile, s).rows,
+                             p.stride, row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
             });
         reducer.end(tile, a.count);
     }
@@ -487,8 +488,9 @@ private:
                 if (diagonal && j == 0) std::memset(to.columns, 0, split_depth(dimension) * kTile * sizeof(T));
             }
         }
-        if (!t.strip_sums(programs_[0][0], dimension, a_points(p, tile, s), tile.rows, b_points(p, tile, s), tile.columns,
-                          diagonal ? j : -1, packed_.at && j == 0, packed_.at && j + kTile < b.count, gradients_ ? &to : nullptr, &sum))
+        if (!t.strip_sums(programs_[0][0], dimension, a_points(p, tile, s), tile.rows, b_points(p, tile, s),
+                          tile.columns, diagonal ? j : -1, packed_.at && j == 0, packed_.at && j + kTile < b.count,
+                          gradients_ ? &to : nullptr, &sum))
             return false;
         reducer.add(tile, sum);
         if (to.columns) t.turn_sums(tile.columns, dimension, to.columns, at(s, p.b_gradient), p.stride);
@@ -523,9 +525,9 @@ private:
             const Points<T> b = b_points(p, tile, s);
             const int64_t width = tile.diagonal && !p.passes ? kStrip * tiles<T>().lanes : kTile;
             for (int64_t j = 0; j < tile.columns; j += width)
-                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension, a_points(p, tile, s),
-                                   i, width < kTile ? std::min(tile.rows, j + width) : tile.rows, columns_from(b, j),
-                                   std::min(tile.columns - j, width), at(s, p.z) + j);
+                tiles<T>().compare(program.metric, program.roots, groups_[q].kernel.layers[l].dimension,
+                                   a_points(p, tile, s), i, width < kTile ? std::min(tile.rows, j + width) : tile.rows,
+                                   columns_from(b, j), std::min(tile.columns - j, width), at(s, p.z) + j);
             mask(tile, tile.diagonal, at(s, p.z));
             tiles<T>().evaluate(program, tile.rows, at(s, p.z), at(s, p.k), differentiates() ? at(s, p.h) : nullptr);
             mask(tile, tile.diagonal, at(s, p.k));
@@ -546,8 +548,8 @@ private:
         const Program<T>& program = programs_[0][0];
         const int64_t dimension = groups_[0].kernel.layers[0].dimension;
         T* const z = at(s, p.z);
-        tiles<T>().compare(program.metric, program.roots, dimension, a_points(p, tile, s), i, tile.rows, b_points(p, tile, s),
-                           tile.columns, z);
+        tiles<T>().compare(program.metric, program.roots, dimension, a_points(p, tile, s), i, tile.rows,
+                           b_points(p, tile, s), tile.columns, z);
         const bool sums = gradients_ && needs_sums(0, 0);
         const double sum =
             tiles<T>().evaluate_sum(program, tile.rows, gradients_, factor, z, sums ? row_sums(s, 0, 0) + i : nullptr,
@@ -674,7 +676,7 @@ private:
 
     // Of mmd_packed.h.
     struct Packed {
-        char* at;  // the memory, or null
+        char* at;                                                                    // the memory, or null
         size_t rows, norms, split_rows, split_columns, across, turned, sums, bytes;  // offsets in it
         int64_t points, stride;  // of an item, with gaps after its x and its y; values of a row
     };

@@ -113,8 +113,8 @@ struct TileKernels {
                            double* column_sums);
     // The sum of the kernel's values for the first `rows` of a and the `columns` of b, split points, of a program that only doubles,
     // and with `gradients` what derivatives add to them. The tile of a that begins at row `diagonal` holds the points of b: each of
-    // its pairs counts once, a point with itself not. False, and nothing done, where digits would be lost. Null where nothing is
-    // gained by it.
+    // its pairs counts once, a point with itself not. `cold`: a's points were not met lately; `more`: the next tile's lie behind
+    // b's. False, and nothing done, where digits would be lost. Null where nothing is gained by it.
     bool (*strip_sums)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
                        const Points<T>& b, int64_t columns, int64_t diagonal, bool cold, bool more,
                        const StripGradients<T>* gradients, double* sum);
