@@ -114,7 +114,7 @@ public:
         for (int side = 0; side < 2; ++side) {
             if (!from[side]) continue;
             // Whole tiles for each item: a NaN of the next would count even where the kernel's values are 0.
-            stride_[side] = (n_[side] + kTile - 1) / kTile * kTile;
+            stride_[side] = whole_tiles(n_[side]);
             weights_[side].resize(batch * stride_[side]);
             for (int64_t b = 0; b < batch; ++b)
                 std::copy_n(from[side] + b * n_[side], n_[side], weights_[side].data() + b * stride_[side]);

@@ -21,24 +21,18 @@ template <class T>
 void Sweep<T>::lay_out_packed() {
     if (!strips_ || !one_centre_) return;
     const int64_t depth = split_depth(groups_[0].kernel.layers[0].dimension);
-    const auto padded_count = [](const Set& s) { return (s.count + kTile - 1) / kTile * kTile; };
     Packed& p = packed_;
     p.stride = parts_[0][0].stride;
-    p.points = padded_count(*groups_[0].x) + (pairs_ == Pairs::within_x ? 0 : padded_count(*groups_[0].y));
+    p.points = whole_tiles(groups_[0].x->count) + (pairs_ == Pairs::within_x ? 0 : whole_tiles(groups_[0].y->count));
     const int64_t all = batch_ * p.points;
-    const auto take = [&](int64_t bytes) {
-        const size_t here = p.bytes;
-        p.bytes += size_t(bytes + 63) / 64 * 64;
-        return here;
-    };
-    p.norms = take(all * int64_t(sizeof(T)));
-    p.split_rows = take(all * split_row_stride(depth) * 2);
-    p.split_columns = take(all * depth * 4);
+    p.norms = take(p.bytes, all);
+    p.split_rows = take(p.bytes, all * split_row_stride(depth) / 2);
+    p.split_columns = take(p.bytes, all * depth);
     if (gradients_) {
-        p.sums = take(all * int64_t(sizeof(double)));
-        p.rows = take(all * p.stride * int64_t(sizeof(T)));
-        p.across = take(all * depth * 4);
-        p.turned = take(all * depth * 4);
+        p.sums = take(p.bytes, all * int64_t(sizeof(double) / sizeof(T)));
+        p.rows = take(p.bytes, all * p.stride);
+        p.across = take(p.bytes, all * depth);
+        p.turned = take(p.bytes, all * depth);
     }
     if (p.bytes > kMostPacked) p = {};
 }
@@ -46,7 +40,7 @@ void Sweep<T>::lay_out_packed() {
 // The place of a point, counted in tiles.
 template <class T>
 int64_t Sweep<T>::packed_at(int64_t batch, int64_t side, int64_t first) const {
-    return batch * packed_.points + first + (side ? (groups_[0].x->count + kTile - 1) / kTile * kTile : 0);
+    return batch * packed_.points + first + (side ? whole_tiles(groups_[0].x->count) : 0);
 }
 
 // From a row on that begins a tile.
@@ -78,7 +72,7 @@ double* Sweep<T>::packed_sums(int64_t batch, int64_t side, int64_t first) const 
 template <class T>
 template <class F>
 void Sweep<T>::for_packed(double cost, size_t bytes, const F& f) const {
-    const int64_t x = (groups_[0].x->count + kTile - 1) / kTile, n = packed_.points / kTile;
+    const int64_t x = whole_tiles(groups_[0].x->count) / kTile, n = packed_.points / kTile;
     deal_out(batch_ * n, cost, bytes, [&](int64_t i, char* scratch) {
         const int side = i % n >= x;
         const int64_t first = (i % n - side * x) * kTile;

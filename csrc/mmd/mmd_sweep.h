@@ -8,13 +8,6 @@
 //   any number of threads. The rounds of n blocks among themselves are those of a round-robin tournament (n - 1 rounds of
 //   n / 2 pairs), after one round of each block with itself; between two sets they are the cyclic shifts. A reducer that
 //   only adds up numbers needs no rounds.
-//
-// Note: [Centres]
-//   Kernels of a distance do not change when all points move. Products lose the digits that all points have in common, so
-//   a centre is subtracted first: of x for pairs in x, of y for pairs in y, half way for pairs of both. It need not be exact,
-//   but must not follow a single point that lies far off: the others, less such a centre, would be rounded to nothing. So
-//   it is the median of three means of some of the points, of its finite parts. Few dimensions have their differences
-//   taken, which needs no centre.
 #pragma once
 
 #include <algorithm>
@@ -200,88 +193,14 @@ private:
         if (pairs_ != Pairs::within_x) cut(1, groups_[0].y->count);
     }
 
-    // centres_[batch][group][layer][kind][dimension]
-    void make_centres() {
-        int64_t size = 0;
-        for (const auto& g : groups_) {
-            centre_at_.emplace_back();
-            for (const Layer& l : g.kernel.layers) {
-                centre_at_.back().push_back(size);
-                size += 3 * padded<T>(l.dimension);
-            }
-        }
-        centres_size_ = size;
-        centres_.assign(batch_ * size, 0);
-        for (int64_t b = 0; b < batch_; ++b)
-            for (size_t q = 0; q < groups_.size(); ++q)
-                for (size_t l = 0; l < groups_[q].kernel.layers.size(); ++l) {
-                    const Layer& layer = groups_[q].kernel.layers[l];
-                    if (!has_centre(layer)) continue;
-                    T* const c = centres_.data() + b * size + centre_at_[q][l];
-                    const int64_t d = layer.dimension, s = padded<T>(d);
-                    find_centre(b, q, l, 0, c);
-                    if (pairs_ == Pairs::within_x) continue;
-                    find_centre(b, q, l, 1, c + s);
-                    for (int64_t k = 0; k < d; ++k) c[2 * s + k] = (c[k] + c[s + k]) / 2;
-                    if (passes(layer, groups_[q].x->type) && lie_together(b, q, l, c, s))
-                        for (int64_t k = 0; k < s; ++k) c[k] = c[s + k] = c[2 * s + k];
-                    else one_centre_ = false;
-                }
-    }
-
-    void find_centre(int64_t b, size_t q, size_t l, int side, T* centre) const {
-        constexpr int64_t kSome = 16, kGroups = 3;
-        const Set& set = side ? *groups_[q].y : *groups_[q].x;
-        const int64_t n = std::min(set.count, kSome), d = groups_[q].kernel.layers[l].dimension, stride = padded<T>(d);
-        if (!n) return;
-        const Scratch scratch(((1 + kGroups) * stride + 16) * sizeof(T));
-        T* const means = reinterpret_cast<T*>(scratch.data());
-        T* const row = means + kGroups * stride;
-        std::fill(means, row, T(0));
-        const int64_t groups = n < kGroups ? 1 : kGroups;
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t at = i * set.count / n, g = i % groups;
-            tiles<T>().pack(source(b, q, l, side), at, 1, nullptr, {row, nullptr, row + stride, stride});
-            const T part = T(1) / T((n - g + groups - 1) / groups);
-            for (int64_t k = 0; k < d; ++k) means[g * stride + k] += row[k] * part;
-        }
-        for (int64_t k = 0; k < d; ++k) {
-            const T u = means[k], v = means[stride + k], w = means[2 * stride + k];
-            const T middle = groups == 1 ? u : std::max(std::min(u, v), std::min(std::max(u, v), w));
-            centre[k] = std::isfinite(u + v + w) ? middle : T(0);
-        }
-    }
-
-    // Whether the centres of both sides, `stride` apart, are nearer to each other than points are to them. With one centre for all
-    // pairs the errors that splitting makes in the sums of an MMD are alike: it is off by a third of what it is otherwise.
-    bool lie_together(int64_t b, size_t q, size_t l, const T* centres, int64_t stride) const {
-        constexpr int64_t kSome = 16;
-        const Scratch scratch((stride + 16) * sizeof(T));
-        T* const row = reinterpret_cast<T*>(scratch.data());
-        double spread = 0, apart = 0;
-        for (int side = 0; side < 2; ++side) {
-            const Set& set = side ? *groups_[q].y : *groups_[q].x;
-            const int64_t n = std::min(set.count, kSome);
-            for (int64_t i = 0; i < n; ++i) {
-                tiles<T>().pack(source(b, q, l, side), i * set.count / n, 1, centres + side * stride,
-                                {row, nullptr, row + stride, stride});
-                spread += double(row[stride]) / double(n);
-            }
-        }
-        for (int64_t k = 0; k < stride; ++k)
-            apart += double(centres[k] - centres[stride + k]) * (centres[k] - centres[stride + k]);
-        return apart <= spread;
-    }
-
+    // Of mmd_centres.h.
+    void make_centres();
+    void find_centre(int64_t b, size_t q, size_t l, int side, T* centre) const;
+    bool lie_together(int64_t b, size_t q, size_t l, const T* centres, int64_t stride) const;
     static bool has_centre(const Layer& layer) {
         return layer.metric == Metric::l2 && layer.dimension > kFewDimensions;
     }
-
-    const T* centre(int64_t b, size_t q, size_t l, int kind) const {
-        const Layer& layer = groups_[q].kernel.layers[l];
-        if (!has_centre(layer)) return nullptr;
-        return centres_.data() + b * centres_size_ + centre_at_[q][l] + kind * padded<T>(layer.dimension);
-    }
+    const T* centre(int64_t b, size_t q, size_t l, int kind) const;
 
     static int64_t size_of(ScalarType type) {
         return type == ScalarType::float64 ? 8 : type == ScalarType::float32 ? 4 : 2;
@@ -294,12 +213,13 @@ private:
                 groups_[q].kernel.layers[l].dimension};
     }
 
-    // The next place in a thread's scratch.
-    size_t take(int64_t values) {
-        const size_t here = sizes_;
-        sizes_ += (size_t(values) * sizeof(T) + 63) / 64 * 64;
+    // The next place in memory of which `size` is laid out.
+    static size_t take(size_t& size, int64_t values) {
+        const size_t here = size;
+        size += (size_t(values) * sizeof(T) + 63) / 64 * 64;
         return here;
     }
+    size_t take(int64_t values) { return take(sizes_, values); }  // of a thread's scratch
 
     void lay_out() {
         a_sums_ = take(block_size_ * 2 * kMostLayers * int64_t(sizeof(double) / sizeof(T)));
@@ -402,7 +322,7 @@ private:
             if (!gradients_) return;
             // A strip of all rows sets what the next ones add to.
             if (!strips_ || diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
-            if (strips_) std::memset(at(s, p.a_lanes), 0, (a.count + kTile - 1) / kTile * kTile * 16 * sizeof(T));
+            if (strips_) std::memset(at(s, p.a_lanes), 0, whole_tiles(a.count) * 16 * sizeof(T));
             std::fill_n(row_sums(s, q, l), a.count, 0.0);
         });
         tile.scratch = s + sizes_;
@@ -711,5 +631,6 @@ private:
 }  // namespace mmd
 }  // namespace mmfast
 
+#include "mmd/mmd_centres.h"
 #include "mmd/mmd_packed.h"
 #include "mmd/mmd_slices.h"

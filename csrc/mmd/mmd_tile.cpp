@@ -81,7 +81,7 @@ void pack(const Source& from, int64_t first, int64_t count, const T* centre, con
     });
 #if defined(MMFAST_AMX_TILES)
     if ((to.split_rows || to.split_columns) && count % kTile) {  // whole tiles, zero where there is no point
-        const int64_t all = (count + kTile - 1) / kTile * kTile;
+        const int64_t all = whole_tiles(count);
         std::memset(to.rows + count * to.stride, 0, size_t(all - count) * to.stride * sizeof(T));
         for (int64_t i = count / 32 * 32; i < all; i += 32) split_points(i, from.dimension, to);
     }

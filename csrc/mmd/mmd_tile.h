@@ -13,6 +13,9 @@ namespace mmd {
 
 // A tile is kTile x kTile pairs of points, its rows kTile values apart.
 constexpr int64_t kTile = 64;
+constexpr int64_t whole_tiles(int64_t points) {
+    return (points + kTile - 1) / kTile * kTile;
+}
 // Vectors of points in a panel of a tile's columns.
 constexpr int kStrip = 2;
 // Points of at most so many dimensions are compared difference by difference, which is exact and no slower.
