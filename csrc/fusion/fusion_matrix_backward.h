@@ -5,6 +5,10 @@
 //   keys and values stay in the second cache, those of the queries are added up in float32 in memory. Delta is then taken from
 //   the output, so that P and dS of a row are made in one pass over its scores. Pieces of 128 or 256 keys, which the first
 //   cache would hold for half a panel, are no faster than those of 512: they read and write the gradients of queries more often.
+//
+// Note: [Products meanwhile]
+//   A panel is two halves. What is done with the scores of one is spread over the products of the other. What is made takes the
+//   place of what it is made from, so that what a half is busy with stays near.
 #pragma once
 
 #include "fusion/fusion_gradients.h"
@@ -142,7 +146,7 @@ struct ScoreGradients {
                 for (int64_t i = 0; i < kLanes; ++i) {
                     sum[i] = Floats{};
                     const int64_t row = smaller(r + i, rows.n - 1);
-                    const auto* const grad = reinterpret_cast<const BFloat16*>(grads.high + row * grads.stride);
+                    const auto* const grad = reinterpret_cast<const BFloat16*>(grads.data + row * grads.stride);
                     const From* const out =
                         static_cast<const From*>(job.out.data) + job.out.at(batch, rows.head[row], rows.row[row]);
                     for (int64_t k = 0; k < p.value_dim; k += kLanes)
@@ -217,29 +221,30 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const bool is_plain = plain(p);
     const int64_t lanes = padded(rows.n), half = smaller(lanes, kHalf);
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total, depth = padded(total);
-    const Left queries = panel_rows(p.query, item.batch, rows, p.dim, lanes, b.query_rows);
-    const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, lanes, b.grad_rows);
+    const Left queries = panel_rows(p.query, item.batch, rows, p.dim, 0, lanes, b.query_rows);
+    const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, 0, lanes, b.grad_rows);
     ScoreGradients of(job, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f, item.whole);
     for (int m = 0; m < p.softmaxes(); ++m) set_lanes<float, kPanelWidth>(job, item.batch, rows, m, of.of[m]);
     if (!item.whole) of.set_delta_of_output(job, item.batch, rows, grads);
     const auto scores = [&](int64_t from, auto&& between) {
-        multiply_scores(unit, p, from, half, queries, b.keys, places, b.p, b.key_stride, between);
-        multiply(unit, half, value_dim, total, {grads.high + from * grads.stride, nullptr, grads.stride},
-                 {b.values, nullptr, b.key_stride}, {b.dp + from * b.key_stride, b.key_stride, nullptr, 0}, between);
+        multiply_scores(unit, p, from, half, rows_from(queries, from), {b.keys, b.key_stride}, places, b.p,
+                        b.key_stride, between);
+        multiply(unit, half, value_dim, total, rows_from(grads, from), {b.values, b.key_stride},
+                 {b.dp + from * b.key_stride, b.key_stride, nullptr, 0}, between);
         if (!is_plain) finish_scores(p, item.batch, rows, from, from + half, places, b.p, b.key_stride);
     };
     const auto by_query = [&](int64_t from, auto&& between) {
         const int64_t at = from * b.pair_stride;
         multiply(unit, half, depth, to_tiles(p.dim),
-                 {reinterpret_cast<const uint16_t*>(b.ds_row_high + at),
-                  reinterpret_cast<const uint16_t*>(b.ds_row_low + at), 2 * b.pair_stride},
-                 {b.key_pairs, nullptr, b.dim_stride}, {b.dq + from * b.dim_stride, b.dim_stride, nullptr, 0}, between);
+                 {reinterpret_cast<const uint16_t*>(b.ds_row_high + at), 2 * b.pair_stride,
+                  reinterpret_cast<const uint16_t*>(b.ds_row_low + at)},
+                 {b.key_pairs, b.dim_stride}, {b.dq + from * b.dim_stride, b.dim_stride, nullptr, 0}, between);
     };
     // Sums over the queries.
     const auto add = [&](int64_t width, const uint16_t* columns, const float* pairs, float* sums, auto&& between) {
         const auto* const words = reinterpret_cast<const uint32_t*>(pairs);
-        multiply(unit, to_tiles(width), lanes, total, {columns, nullptr, kQueryStride},
-                 {words, words + b.key_stride, 2 * b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
+        multiply(unit, to_tiles(width), lanes, total, {columns, kQueryStride},
+                 {words, 2 * b.key_stride, words + b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
     };
     const auto weigh = [&](int64_t from, int64_t to) {
         if (item.whole) of.weigh(2 * from, 2 * to);
@@ -270,10 +275,10 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     second.rest();
     // What the sums need, and what is left to write, beside products that need neither.
     const auto query_columns = [&](int64_t from, int64_t to) {
-        transpose_rows(queries.high, queries.stride, dim, from, to, b.query_columns, kQueryStride);
+        transpose_rows(queries.data, queries.stride, dim, from, to, b.query_columns, kQueryStride);
     };
     const auto grad_columns = [&](int64_t from, int64_t to) {
-        transpose_rows(grads.high, grads.stride, value_dim, from, to, b.grad_columns, kQueryStride);
+        transpose_rows(grads.data, grads.stride, value_dim, from, to, b.grad_columns, kQueryStride);
     };
     const auto put = [&](int64_t from, int64_t to) {
         put_rows(b.dq, b.dim_stride, p.dim, nullptr, item.batch, rows, from, to, job.query.target,
@@ -296,10 +301,10 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
 void begin_head(const Problem& p, const BackwardItem& item, const Places& places, const BackwardBuffers& b) {
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total;
     const Left values = key_rows(p, true, item.batch, item.head, places, b.rows);
-    pair_columns(values.high, values.stride, value_dim, total, b.values, b.key_stride);
+    pair_columns(values.data, values.stride, value_dim, total, b.values, b.key_stride);
     const Left keys = key_rows(p, false, item.batch, item.head, places, b.rows);
-    pair_columns(keys.high, keys.stride, dim, total, b.keys, b.key_stride);
-    pair_rows(keys.high, keys.stride, to_tiles(p.dim), total, b.key_pairs, b.dim_stride);
+    pair_columns(keys.data, keys.stride, dim, total, b.keys, b.key_stride);
+    pair_rows<kTile>(keys.data, keys.stride, to_tiles(p.dim), total, b.key_pairs, b.dim_stride);
     clear(b.dk, b.dk_size);
     clear(b.dv, b.dv_size);
 }

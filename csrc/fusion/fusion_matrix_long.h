@@ -2,11 +2,7 @@
 //
 // Note: [Long keys on the matrix unit]
 //   Keys come block by block, arranged once for all panels of an item; outputs so far stay in the second cache. What is
-//   done at a time is a unit: half a panel and a block, whose scores and the next unit's are all that the first cache has to
-//   hold beside the block. While the exponentials of a unit are taken the matrix unit multiplies P of the one before by its
-//   values, and then the queries of the one behind by its keys, into the place that P has left: whatever one leaves for the
-//   other has long reached the cache. In time it gains nothing on the first processors with the unit, which issue one vector
-//   instruction a cycle, not two, while they multiply tiles; it costs nothing either.
+//   done at a time is a unit, half a panel and a block: see [Units of the forward pass].
 //   Exponentials are less a maximum that is replaced only where it is exceeded by kSlack: P and its sums are as exact as less
 //   the true one, and the outputs so far are hardly ever to be scaled.
 #pragma once
@@ -19,8 +15,8 @@ namespace fusion {
 namespace MMFAST_ISA {
 namespace {
 
-constexpr int64_t kLongBlock = 128;  // keys
-constexpr float kSlack = 8;          // in units of ln 2
+constexpr int64_t kLongBlock = 96;  // keys
+constexpr float kSlack = 8;         // in units of ln 2
 constexpr int64_t kLongStride = row_stride(kLongBlock);
 static_assert(kLongBlock % kTwoTiles == 0);
 
@@ -44,9 +40,9 @@ struct LongBlock {
 
 struct LongBuffers {
     LongPanel* panels;
-    LongBlock blocks[3];  // of the unit before, of this one and of the next
+    LongBlock block;
     uint16_t *rows, *queries;
-    float *scores[2], *out;
+    float *scores, *out;
     int64_t query_stride, value_stride;
 };
 
@@ -56,12 +52,10 @@ int64_t lay_out(const Problem& p, int64_t panels, float* scratch, LongBuffers& b
     b.query_stride = half_stride(dim);
     b.value_stride = row_stride(to_tiles(p.value_dim));
     pieces.take(b.panels, panels);
-    for (LongBlock& block : b.blocks) {
-        pieces.take(block.keys, dim / 2 * kLongStride);
-        pieces.take(block.values, kLongBlock / 2 * b.value_stride);
-    }
+    pieces.take(b.block.keys, dim / 2 * kLongStride);
+    pieces.take(b.block.values, kLongBlock / 2 * b.value_stride);
     pieces.take(b.rows, kLongBlock * half_stride(larger(dim, value_dim)));
-    for (float*& scores : b.scores) pieces.take(scores, kHalf * kLongStride);
+    pieces.take(b.scores, kHalf * kLongStride);
     pieces.take(b.queries, panels * kRows * b.query_stride);
     pieces.take(b.out, panels * kRows * b.value_stride);
     return pieces.taken();
@@ -76,7 +70,7 @@ void begin_panel(const ForwardJob<float>& job, const Item& item, int64_t i, cons
     const Problem& p = *job.problem;
     LongPanel& panel = b.panels[i];
     set_rows<float>(p, job.fold, item.head, item.panel + i, panel.rows);
-    panel.queries = panel_rows(p.query, item.batch, panel.rows, p.dim, to_tiles(panel.rows.n),
+    panel.queries = panel_rows(p.query, item.batch, panel.rows, p.dim, 0, to_tiles(panel.rows.n),
                                b.queries + i * kRows * b.query_stride);
     panel.out = b.out + i * kRows * b.value_stride;
     for (int64_t k = 0; k < kRows * b.value_stride; k += kLanes) Simd<float>::store(panel.out + k, Floats{});
@@ -90,9 +84,9 @@ void begin_panel(const ForwardJob<float>& job, const Item& item, int64_t i, cons
 void arrange(const Problem& p, int64_t batch, int64_t head, const LongBuffers& b, LongBlock& block) {
     const Places& places = block.places;
     const Left keys = key_rows(p, false, batch, head, places, b.rows);
-    pair_columns(keys.high, keys.stride, padded(p.dim), places.total, block.keys, kLongStride);
+    pair_columns(keys.data, keys.stride, padded(p.dim), places.total, block.keys, kLongStride);
     const Left values = key_rows(p, true, batch, head, places, b.rows);
-    pair_rows(values.high, values.stride, to_tiles(p.value_dim), places.total, block.values, b.value_stride);
+    pair_rows<1>(values.data, values.stride, to_tiles(p.value_dim), places.total, block.values, b.value_stride);
 }
 
 void block_ahead(const Problem& p, int64_t batch, int64_t head, int64_t from, int64_t to, Ahead& ahead) {
@@ -105,59 +99,37 @@ void block_ahead(const Problem& p, int64_t batch, int64_t head, int64_t from, in
 
 // Half a panel and a block.
 struct LongUnit {
-    LongPanel* panel = nullptr;
-    LongBlock* block = nullptr;
-    float* scores = nullptr;  // of its first row
-    int half = 0;
-    int64_t rows = 0;
-
-    int64_t first() const { return half * kHalf; }
+    LongPanel& panel;
+    const LongBlock& block;
+    float* scores;  // of its first row
+    int64_t half, first, rows;
 };
 
-// P in halves in place of the scores of a unit, row by row.
+// P in place of the scores of a unit.
 struct Weighing {
     const Problem& p;
     int64_t batch;
     bool is_plain;
     float factor;  // of products
-    LongUnit of{};
 
     Weighing(const Problem& problem, int64_t b)
         : p(problem), batch(b), is_plain(plain(p)), factor(is_plain ? float(p.scale * kLog2e) : 1.0f) {}
 
-    void weigh(int64_t from, int64_t to) {
-        const int64_t total = of.block->places.total;
-        const float by = factor;
-        for (int64_t r = from; r < to; ++r) {
-            if (r % kLanes == 0) begin_rows(r);
-            float* const scores = of.scores + r * kLongStride;
-            const Floats shift = Simd<float>::splat(shifts[r % kLanes]);
-            Floats sum{};
-            const auto half = [&](int64_t k) MMFAST_LAMBDA {
-                const Floats e = mmfast::exp2(Simd<float>::load(scores + k) * by - shift);
-                sum += e;
-                return split<true>(e);
-            };
-            for_pairs(total, [&]<bool kBoth>(int64_t, int64_t k, int64_t) MMFAST_LAMBDA {
-                const Halves first = half(k), second = kBoth ? half(k + kTile) : Halves{};
-                uint32_t* const words = reinterpret_cast<uint32_t*>(scores + k);
-                put_pairs(words, words + kTile, first, second);
-            });
-            sums[r % kLanes] = sum;
-            if (r % kLanes == kLanes - 1) end_rows(r - r % kLanes);
+    void weigh(MatrixUnit& unit, const LongUnit& of) const {
+        for (int64_t r = 0; r < of.rows; r += kLanes) {
+            unit.stay_awake();
+            weigh_rows(of, r);
         }
     }
 
 private:
-    Floats sums[kLanes];  // of rows under way
-    alignas(64) float shifts[kLanes];
-
-    // Maxima of kLanes rows from r on.
-    void begin_rows(int64_t r) {
-        const Places& places = of.block->places;
-        const int64_t row = of.first() + r;
+    // kLanes of them.
+    void weigh_rows(const LongUnit& of, int64_t r) const {
+        const Places& places = of.block.places;
+        const int64_t row = of.first + r;
+        float* const scores = of.scores + r * kLongStride;
         if (!is_plain)
-            finish_scores(p, batch, of.panel->rows, row, row + kLanes, places, of.scores - of.first() * kLongStride,
+            finish_scores(p, batch, of.panel.rows, row, row + kLanes, places, of.scores - of.first * kLongStride,
                           kLongStride);
         const auto max = [](Floats a, Floats b) MMFAST_LAMBDA { return Simd<float>::max(a, b); };
         Floats largest[kLanes];
@@ -165,33 +137,35 @@ private:
         for (int64_t k = 0; k < places.total; k += kLanes)
 #pragma GCC unroll 16
             for (int64_t i = 0; i < kLanes; ++i)
-                largest[i] = max(Simd<float>::load(of.scores + (r + i) * kLongStride + k), largest[i]);
-        const Floats now = fold(largest, max) * factor, before = Simd<float>::load(of.panel->maximum + row);
+                largest[i] = max(Simd<float>::load(scores + i * kLongStride + k), largest[i]);
+        const Floats now = fold(largest, max) * factor, before = Simd<float>::load(of.panel.maximum + row);
         const auto exceeds = now > before + kSlack;
         const Floats maximum = exceeds ? now : before;
         const Floats shift = maximum == -infinity<float>() ? Floats{} : maximum;
         const Floats by = exceeds ? mmfast::exp2(before - shift) : Simd<float>::splat(1.0f);
+        alignas(64) float shifts[kLanes];
         Simd<float>::store(shifts, shift);
-        Simd<float>::store(of.panel->maximum + row, maximum);
-        Simd<float>::store(of.panel->factor + row, by);
-        if (!Simd<float>::all_zero(by - 1.0f)) of.panel->stale[of.half] = true;
-    }
-    void end_rows(int64_t r) {
+        Simd<float>::store(of.panel.maximum + row, maximum);
+        Simd<float>::store(of.panel.factor + row, by);
+        if (!Simd<float>::all_zero(by - 1.0f)) of.panel.stale[of.half] = true;
+        Floats sums[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+            sums[i] = exponentials_of_row(scores + i * kLongStride, places.total, factor, shifts[i]);
         const Floats sum = fold(sums, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; });
-        float* const to = of.panel->sum + of.first() + r;
-        Simd<float>::store(to, Simd<float>::load(to) * Simd<float>::load(of.panel->factor + of.first() + r) + sum);
+        float* const to = of.panel.sum + row;
+        Simd<float>::store(to, Simd<float>::load(to) * by + sum);
     }
 };
 
 void scale_out(const Problem& p, int64_t stride, const LongUnit& of) {
-    bool& stale = of.panel->stale[of.half];
+    bool& stale = of.panel.stale[of.half];
     if (!stale) return;
     stale = false;
-    for (int64_t r = of.first(); r < of.first() + of.rows; ++r) {
-        const float factor = of.panel->factor[r];
+    for (int64_t r = of.first; r < of.first + of.rows; ++r) {
+        const float factor = of.panel.factor[r];
         if (factor == 1) continue;
         for (int64_t k = 0; k < p.value_dim; k += kLanes) {
-            float* const at = of.panel->out + r * stride + k;
+            float* const at = of.panel.out + r * stride + k;
             Simd<float>::store(at, Simd<float>::load(at) * factor);
         }
     }
@@ -229,78 +203,32 @@ void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Ite
     }
     const int64_t total = tiled_keys(p, item.batch, true) / kTile;
     const int64_t lo = total * item.split / item.splits * kTile, hi = total * (item.split + 1) / item.splits * kTile;
-    Weighing weighing(p, item.batch);
-    const auto weigh = [&](int64_t from, int64_t to) { weighing.weigh(from, to); };
-    // Where the next unit is. A block is arranged only for the sake of one at least: see LongBuffers::blocks.
-    int64_t block = lo, panel = 0, count = 0;
-    int half = 0;
-    const auto next = [&](LongUnit& to) {
-        while (block < hi) {
-            if (panel == 0 && half == 0) {
-                const int64_t end = smaller(block + kLongBlock, hi);
-                if (p.causal && !seen(p, item.batch, block, end, last)) {
-                    block = end;
-                    continue;
-                }
-                LongBlock& now = b.blocks[count++ % 3];
-                now.from = block;
-                now.to = end;
-                set_places(p, item.batch, true, block, end, now.places);
-                arrange(p, item.batch, item.head, b, now);
-                block_ahead(p, item.batch, item.head, end, smaller(end + kLongBlock, hi), ahead);
-                ahead.spread(2 * item.panels * product_calls(kHalf, padded(p.dim), kLongBlock));
+    const Weighing weighing(p, item.batch);
+    LongBlock& block = b.block;
+    for (block.from = lo; block.from < hi; block.from = block.to) {
+        block.to = smaller(block.from + kLongBlock, hi);
+        if (p.causal && !seen(p, item.batch, block.from, block.to, last)) continue;
+        set_places(p, item.batch, true, block.from, block.to, block.places);
+        arrange(p, item.batch, item.head, b, block);
+        block_ahead(p, item.batch, item.head, block.to, smaller(block.to + kLongBlock, hi), ahead);
+        ahead.spread(2 * item.panels * product_calls(kHalf, padded(p.dim), kLongBlock));
+        for (int64_t i = 0; i < item.panels; ++i) {
+            LongPanel& panel = b.panels[i];
+            if (p.causal && !seen(p, item.batch, block.from, block.to, panel.rows.last)) continue;
+            for (int64_t first = 0; first < panel.rows.n; first += kHalf) {
+                const LongUnit of{panel,         block, b.scores,
+                                  first / kHalf, first, smaller(kHalf, to_tiles(panel.rows.n) - first)};
+                multiply_scores(unit, p, first, of.rows, rows_from(panel.queries, first), {block.keys, kLongStride},
+                                block.places, b.scores - first * kLongStride, kLongStride, ahead);
+                weighing.weigh(unit, of);
+                scale_out(p, b.value_stride, of);
+                float* const out = panel.out + first * b.value_stride;
+                multiply(unit, of.rows, padded(block.places.total), to_tiles(p.value_dim),
+                         rounded_rows(b.scores, kLongStride), {block.values, b.value_stride},
+                         {out, b.value_stride, out, b.value_stride}, Nothing());
             }
-            to.panel = b.panels + panel;
-            to.block = &b.blocks[(count - 1) % 3];
-            to.half = half;
-            to.rows = smaller(kHalf, to_tiles(to.panel->rows.n) - to.first());
-            half = to.first() + kHalf < to.panel->rows.n ? 1 - half : 0;
-            if (half == 0 && ++panel == item.panels) {
-                panel = 0;
-                block += kLongBlock;
-            }
-            if (!p.causal || seen(p, item.batch, to.block->from, to.block->to, to.panel->rows.last)) return true;
         }
-        return false;
-    };
-    const auto scores = [&](const LongUnit& of, auto&& between) {
-        multiply_scores(unit, p, of.first(), of.rows, of.panel->queries, of.block->keys, of.block->places,
-                        of.scores - of.first() * kLongStride, kLongStride, between);
-    };
-    const auto outputs = [&](const LongUnit& of, auto&& between) {
-        scale_out(p, b.value_stride, of);
-        const auto* const halves = reinterpret_cast<const uint16_t*>(of.scores);
-        float* const out = of.panel->out + of.first() * b.value_stride;
-        multiply(unit, of.rows, padded(of.block->places.total), to_tiles(p.value_dim),
-                 {halves, halves + kTwoTiles, 2 * kLongStride, 2}, {of.block->values, nullptr, b.value_stride},
-                 {out, b.value_stride, out, b.value_stride}, between);
-    };
-    const auto output_calls = [&](const LongUnit& of) {
-        return of.panel ? product_calls(of.rows, padded(of.block->places.total), to_tiles(p.value_dim)) : 0;
-    };
-    LongUnit before, now, behind;
-    behind.scores = b.scores[0];
-    bool more = next(behind);
-    if (more) scores(behind, ahead);
-    while (more) {
-        now = behind;
-        behind = {};
-        behind.scores = now.scores == b.scores[0] ? b.scores[1] : b.scores[0];
-        more = next(behind);
-        weighing.of = now;
-        const int64_t calls =
-            output_calls(before) + (more ? product_calls(behind.rows, padded(p.dim), behind.block->places.total) : 0);
-        Spread spread(now.rows, calls, weigh);
-        const auto between = [&] {
-            spread();
-            ahead();
-        };
-        if (before.panel) outputs(before, between);
-        if (more) scores(behind, between);
-        spread.rest();
-        before = now;
     }
-    if (before.panel) outputs(before, ahead);
     for (int64_t i = 0; i < item.panels; ++i)
         conclude(job, item, b.panels[i], b.value_stride, item.slot + i * item.splits);
 }

@@ -5,10 +5,6 @@
 
 #include "fusion/fusion_matrix_product.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace mmfast {
 namespace fusion {
 namespace MMFAST_ISA {
@@ -36,7 +32,7 @@ struct Places {
     int64_t key[kMostSources],
         all[kMostSources];  // the first of the source; how many there are, those beyond its length too
     int64_t total;
-    bool full;                                   // no tile holds anything but keys
+    uint64_t unfilled;                           // of the tiles those that hold more than keys, a bit each
     int8_t source[kMostTiles];                   // of a tile
     alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
 };
@@ -67,13 +63,13 @@ void set_places(const Problem& p, int64_t batch, bool existing, int64_t from, in
         places.all[j] = count;
     });
     places.first[0] = 0;
-    places.full = true;
+    places.unfilled = 0;
     for (int j = 0; j < p.count; ++j) {
         const int64_t count = larger(0, smaller(places.all[j], p.sources[j].length(batch) - places.key[j]));
         const int64_t first = places.first[j], next = first + to_tiles(count);
         places.count[j] = count;
         places.first[j + 1] = next;
-        places.full = places.full && next == first + count;
+        if (next > first + count) places.unfilled |= uint64_t(1) << (next / kTile - 1);
         for (int64_t k = first; k < next; k += kTile) places.source[k / kTile] = int8_t(j);
         for (int64_t k = first; k < first + count; k += kLanes) Simd<float>::store(places.none + k, Floats{});
         for (int64_t k = first + count; k < next; ++k) places.none[k] = -infinity<float>();
@@ -101,8 +97,10 @@ void copy_keys(const Problem& p, bool values, int64_t batch, int64_t head, const
         const View& x = values ? p.sources[j].value : p.sources[j].key;
         const uint16_t* const from =
             static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]);
-        for (int64_t k = 0; k < places.first[j + 1] - places.first[j]; ++k, to += stride)
-            copy_row(k < places.count[j] ? from + k * x.row : nullptr, k < places.count[j] ? count : 0, width, to);
+        const int64_t there = places.count[j], all = places.first[j + 1] - places.first[j];
+        copy_rows(from, x.row, there, count, width, to, stride);
+        copy_rows(from, 0, all - there, 0, width, to + there * stride, stride);
+        to += all * stride;
     }
 }
 
@@ -112,23 +110,29 @@ Left key_rows(const Problem& p, bool values, int64_t batch, int64_t head, const 
     for (int j = 0; j < p.count && width % kTwoTiles == 0; ++j) {
         const View& x = values ? p.sources[j].value : p.sources[j].key;
         if (places.count[j] == places.total)
-            return {static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]), nullptr,
-                    x.row};
+            return {static_cast<const uint16_t*>(x.data) + x.at(batch, key_head(p, j, head), places.key[j]), x.row};
     }
     copy_keys(p, values, batch, head, places, buffer);
-    return {buffer, nullptr, half_stride(padded(width))};
+    return {buffer, half_stride(padded(width))};
 }
 
-// The queries `rows` of x, and of zeros behind them, up to `lanes`: where they lie or in `buffer`.
-Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t lanes, uint16_t* buffer) {
+// The queries first .. last - 1 of x, zeros where there are no more: where they lie or in `buffer`.
+Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t first, int64_t last,
+                uint16_t* buffer) {
     const uint16_t* const data = static_cast<const uint16_t*>(x.data);
-    if (rows.one_head && rows.n == lanes && count % kTwoTiles == 0)
-        return {data + x.at(batch, rows.head[0], rows.row[0]), nullptr, x.row};
     const int64_t width = padded(count), stride = half_stride(width);
-    for (int64_t r = 0; r < lanes; ++r)
-        copy_row(r < rows.n ? data + x.at(batch, rows.head[r], rows.row[r]) : nullptr, r < rows.n ? count : 0, width,
-                 buffer + r * stride);
-    return {buffer, nullptr, stride};
+    if (rows.one_head && last <= rows.n) {
+        const uint16_t* const from = data + x.at(batch, rows.head[0], rows.row[0]) + first * x.row;
+        if (count % kTwoTiles == 0) return {from, x.row};
+        copy_rows(from, x.row, last - first, count, width, buffer, stride);
+        return {buffer, stride};
+    }
+    for (int64_t r = first; r < last; ++r) {
+        const bool there = r < rows.n;
+        copy_rows(there ? data + x.at(batch, rows.head[r], rows.row[r]) : data, 0, 1, there ? count : 0, width,
+                  buffer + (r - first) * stride, stride);
+    }
+    return {buffer, stride};
 }
 
 // Whether scores are the products times a factor above 0, and no more.
@@ -182,13 +186,12 @@ void finish_scores(const Problem& p, int64_t batch, const Rows& rows, int64_t fr
     }
 }
 
-// Scores of `count` rows from `from` on, before finish_scores().
+// Scores of `count` rows from `from` on, of these queries, before finish_scores().
 template <class F>
 void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
-                     const uint32_t* keys, const Places& places, float* scores, int64_t stride, F&& between) {
-    multiply(unit, count, padded(p.dim), places.total, {queries.high + from * queries.stride, nullptr, queries.stride},
-             {keys, nullptr, stride},
-             {scores + from * stride, stride, plain(p) && !places.full ? places.none : nullptr, 0}, between);
+                     const Right& keys, const Places& places, float* scores, int64_t stride, F&& between) {
+    multiply(unit, count, padded(p.dim), places.total, queries, keys,
+             {scores + from * stride, stride, plain(p) ? places.none : nullptr, 0, places.unfilled}, between);
 }
 
 // Lane i is f over the lanes of x[i], of `kLanes` vectors.
@@ -219,26 +222,64 @@ MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
     for (int64_t l = 0; k < total && l < kTile; l += kLanes) f.template operator()<false>(k / kTile, k + l, k / 2 + l);
 }
 
+// f<tiles>(first column) of each two tiles of a row, and of one that is left.
+template <class F>
+MMFAST_INLINE void for_tiles_of_row(int64_t total, const F& f) {
+    int64_t k = 0;
+    for (; k + kTile < total; k += kTwoTiles) f.template operator()<2>(k);
+    if (k < total) f.template operator()<1>(k);
+}
+
+// A row in bfloat16 in its place, of x(first column of a vector), with zeros up to two tiles.
+template <class F>
+MMFAST_INLINE void round_row(float* row, int64_t total, const F& x) {
+    for_tiles_of_row(total, [&]<int kTiles>(int64_t k) MMFAST_LAMBDA {
+        Floats part[kVectors];
+        for (int64_t i = 0; i < kVectors; ++i) part[i] = i * kLanes < kTiles * kTile ? x(k + i * kLanes) : Floats{};
+        put_rounded(reinterpret_cast<uint16_t*>(row) + k, part);
+    });
+}
+// Such rows.
+MMFAST_INLINE Left rounded_rows(const float* rows, int64_t stride) {
+    return {reinterpret_cast<const uint16_t*>(rows), 2 * stride};
+}
+
+// The same of exponentials of a row of scores; their sum, lane by lane.
+MMFAST_INLINE Floats exponentials_of_row(float* row, int64_t total, float by, float less) {
+    const Floats shift = Simd<float>::splat(less);
+    Floats sum{};
+    round_row(row, total, [&](int64_t k) MMFAST_LAMBDA {
+        const Floats e = mmfast::exp2(Simd<float>::load(row + k) * by - shift);
+        sum += e;
+        return e;
+    });
+    return sum;
+}
+
 // Rows first .. last - 1 of x, as far as there are queries, times factor[row] or as they are.
 void put_rows(const float* x, int64_t stride, int64_t count, const float* factor, int64_t batch, const Rows& rows,
               int64_t first, int64_t last, const Target& to, int64_t offset, bool add) {
     last = smaller(last, rows.n);
+    if (first >= last) return;
     const auto put = [&](auto* kind) MMFAST_LAMBDA {
         using To = std::remove_pointer_t<decltype(kind)>;
-        for (int64_t r = first; r < last; ++r) {
-            To* const at = static_cast<To*>(to.data) + offset + to.at(batch, rows.head[r], rows.row[r]);
-            const Floats f = Simd<float>::splat(factor ? factor[r] : 1.0f);
-            for (int64_t k = 0; k < count; k += kLanes) {
-                Floats part = f * Simd<float>::load(x + r * stride + k);
-                if (add) part += load_as<float>(at + k, count - k);
+        // Column by column, as in copy_rows().
+        for (int64_t k = 0; k < count; k += kLanes) {
+            To* at = static_cast<To*>(to.data) + offset + k + to.at(batch, rows.head[first], rows.row[first]);
+            const int64_t lanes = smaller(kLanes, count - k);
+            for (int64_t r = first; r < last; ++r, at += to.row) {
+                if (!rows.one_head)
+                    at = static_cast<To*>(to.data) + offset + k + to.at(batch, rows.head[r], rows.row[r]);
+                Floats part = Simd<float>::load(x + r * stride + k) * (factor ? factor[r] : 1.0f);
+                if (add) part += load_as<float>(at, lanes);
 #if defined(__AVX512BF16__)
                 if constexpr (std::is_same_v<To, BFloat16>) {
-                    const __mmask16 some = count - k >= kLanes ? 0xffff : __mmask16((1u << (count - k)) - 1);
-                    _mm256_mask_storeu_epi16(at + k, some, (__m256i)_mm512_cvtneps_pbh((__m512)part));
+                    _mm256_mask_storeu_epi16(at, __mmask16((1u << lanes) - 1),
+                                             (__m256i)_mm512_cvtneps_pbh((__m512)part));
                     continue;
                 }
 #endif
-                store_as<float>(at + k, part, count - k);
+                store_as<float>(at, part, lanes);
             }
         }
     };

@@ -1,8 +1,12 @@
-// Packing for the matrix unit, and products of matrices that are a sum of two bfloat16. For fusion_matrix.cpp, whose notes say why.
+// Packing for the matrix unit, and products of matrices of bfloat16. For fusion_matrix.cpp, whose notes say why.
 #pragma once
 
 #include "common/amx.h"
 #include "fusion/fusion_panel.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace mmfast {
 namespace fusion {
@@ -16,6 +20,7 @@ constexpr int64_t kLanes = Simd<float>::lanes;
 constexpr int64_t kTile = kTileRows, kTwoTiles = 2 * kTile;
 constexpr int64_t kRows = kPanel<float>, kHalf = kRows / 2;
 constexpr int64_t kMostTiles = kResidentKeys / kTile + kMostSources;  // of keys
+static_assert(kMostTiles <= 64 && kPieceKeys <= kResidentKeys);       // bits of Sums::tiles
 
 constexpr int64_t to_tiles(int64_t n) {
     return up_to_multiple(n, kTile);
@@ -55,6 +60,18 @@ MMFAST_INLINE Halves split(Floats x) {
     return {high, (high & 0x7f800000u) == 0x7f800000u ? Words{} : low};
 }
 
+// Two tiles of a row.
+constexpr int64_t kVectors = kTwoTiles / kLanes;
+
+// Rounded to bfloat16, in their order.
+MMFAST_INLINE void put_rounded(uint16_t* to, const Floats (&x)[kVectors]) {
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    __builtin_memcpy(to, &both, sizeof both);
+#else
+    for (int64_t i = 0; i < kVectors; ++i) store_as<float>(reinterpret_cast<BFloat16*>(to) + i * kLanes, x[i], kLanes);
+#endif
+}
 // Lane by lane (first, second) in the order of memory.
 MMFAST_INLINE void put_pair(uint32_t* to, Words first, Words second) {
     const Words pair = (first >> 16) | (second & 0xffff0000u);
@@ -70,13 +87,17 @@ MMFAST_INLINE Words load_upper(const uint16_t* from) {
     return __builtin_convertvector(half, Words) << 16;
 }
 
-// A row, `width` long with zeros behind it.
-MMFAST_INLINE void copy_row(const void* from, int64_t count, int64_t width, uint16_t* to) {
-    const float* const words = static_cast<const float*>(from);
-    float* const pairs = reinterpret_cast<float*>(to);
-    for (int64_t k = 0; k < width / 2; k += kLanes)
-        Simd<float>::store(pairs + k, k < count / 2 ? Simd<float>::load(words + k, int(count / 2 - k)) : Floats{});
-    if (count % 2) __builtin_memcpy(to + count - 1, static_cast<const uint16_t*>(from) + count - 1, 2);
+// Rows, made `width` long with zeros. Column by column, so that what depends on how many there are is done once.
+MMFAST_INLINE void copy_rows(const uint16_t* from, int64_t from_stride, int64_t rows, int64_t count, int64_t width,
+                             uint16_t* to, int64_t stride) {
+    for (int64_t k = 0; k < width; k += 2 * kLanes) {
+        const int pairs = int(larger(0, smaller(kLanes, (count - k) / 2)));
+        const uint16_t* source = from + k;
+        float* target = reinterpret_cast<float*>(to + k);
+        for (int64_t r = 0; r < rows; ++r, source += from_stride, target += stride / 2)
+            Simd<float>::store(target, Simd<float>::load(reinterpret_cast<const float*>(source), pairs));
+    }
+    for (int64_t r = 0; count % 2 && r < rows; ++r) to[r * stride + count - 1] = from[r * from_stride + count - 1];
 }
 
 // Pairs of the columns of rows: to[pair][row].
@@ -93,14 +114,17 @@ void pair_columns(const uint16_t* from, int64_t stride, int64_t width, int64_t c
     }
 }
 
-// Pairs of rows, each with the one 16 below it: to[pair][column]. `count`: a multiple of 16; then there are rows of zeros.
+// Pairs of rows, so many apart: to[pair][column]. `count`: a multiple of 16; then there are rows of zeros up to one of 32.
+template <int64_t kApart>
 void pair_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint32_t* to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; r += kTwoTiles)
-        for (int64_t i = 0; i < kTile; ++i, to += to_stride)
+    for (int64_t r = 0; r < count; r += 2 * kApart)
+        for (int64_t i = 0; i < kApart; ++i, to += to_stride)
             for (int64_t k = 0; k < width; k += kLanes) {
                 const uint16_t* const first = from + (r + i) * stride + k;
-                put_pair(to + k, load_upper(first), r + kTile < count ? load_upper(first + kTile * stride) : Words{});
+                put_pair(to + k, load_upper(first), r + kApart < count ? load_upper(first + kApart * stride) : Words{});
             }
+    for (int64_t i = 0; kApart == 1 && i < (padded(count) - count) / 2; ++i, to += to_stride)
+        for (int64_t k = 0; k < width; k += kLanes) put_pair(to + k, Words{}, Words{});
 }
 
 // to[column][row] of rows; their number and the width are multiples of 32. Blocks first .. last - 1 of transposed_blocks().
@@ -131,22 +155,27 @@ void transpose_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
-// Rows of bfloat16; or pairs of rows, a word for each column. `low` is null where `high` is all of it.
+// Rows of bfloat16; or pairs of rows, a word for each column.
 template <class E>
 struct Factor {
-    const E *high, *low;
+    const E* data;
     int64_t stride;
-    int64_t apart = 1;  // of a left one: pieces of 32 columns begin so many times 32 apart
+    const E* low = nullptr;  // of a sum of two bfloat16 the smaller one
 };
 using Left = Factor<uint16_t>;
 using Right = Factor<uint32_t>;
+MMFAST_INLINE Left rows_from(const Left& x, int64_t row) {
+    return {x.data + row * x.stride, x.stride};
+}
 
-// Sums in `data`, which start from zero if `from` is null.
+// Sums in `data`, which start from zero, or where the bit of one of two tiles of columns is set from what `from` has.
 struct Sums {
     float* data;
     int64_t stride;
     const float* from;
     int64_t from_stride;
+    uint64_t tiles = ~uint64_t(0);
+    bool from_zero(int64_t column) const { return !from || !(tiles >> column / kTile & 3); }
 };
 
 // Steps of a product, each of which calls `between`.
@@ -177,15 +206,15 @@ MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& l
     }
     for (int64_t k = 0; k < depth; k += kTwoTiles) {
         between();
-        load_left(left.high + k * left.apart);
+        load_left(left.data + k);
         if (right.low) {
             load_right(right.low + k / 2 * right.stride);
             unit.multiply_add<R, C>();
         }
-        load_right(right.high + k / 2 * right.stride);
+        load_right(right.data + k / 2 * right.stride);
         unit.multiply_add<R, C>();
         if (left.low) {
-            load_left(left.low + k * left.apart);
+            load_left(left.low + k);
             unit.multiply_add<R, C>();
         }
     }
@@ -203,11 +232,11 @@ void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, cons
     unit.fence();
     for (int64_t i = 0; i < rows; i += kTwoTiles) {
         const int64_t down = i * left.stride;
-        const Left l{left.high + down, left.low ? left.low + down : nullptr, left.stride, left.apart};
+        const Left l{left.data + down, left.stride, left.low ? left.low + down : nullptr};
         for (int64_t j = 0; j < width; j += kTwoTiles) {
-            const Right r{right.high + j, right.low ? right.low + j : nullptr, right.stride};
+            const Right r{right.data + j, right.stride, right.low ? right.low + j : nullptr};
             const Sums s{sums.data + i * sums.stride + j, sums.stride,
-                         sums.from ? sums.from + i * sums.from_stride + j : nullptr, sums.from_stride};
+                         sums.from_zero(j) ? nullptr : sums.from + i * sums.from_stride + j, sums.from_stride};
             const auto block = [&]<int R, int C>()
                                    MMFAST_LAMBDA { multiply_block<R, C>(unit, depth, l, r, s, between); };
             const bool wide = j + kTile < width;

@@ -59,9 +59,10 @@ void weights_unit(MatrixUnit& unit, const WeightsJob<float>& job, const WeightsI
         float* const lse = shift[h % 2];
         gather(p, job.lse, item.batch, rows, -infinity<float>(), lse);
         for (int64_t r = from; r < from + count; ++r) lse[r] = shift_of(lse[r]);
-        const Left queries = panel_rows(p.query, item.batch, rows, p.dim, to_tiles(rows.n), b.queries);
+        const Left queries = panel_rows(p.query, item.batch, rows, p.dim, from, from + count, b.queries);
         float* const to = b.scores[h % 2] - from * kLongStride;
-        multiply_scores(unit, p, from, count, queries, b.keys + h * b.keys_size, places, to, kLongStride, between);
+        multiply_scores(unit, p, from, count, queries, {b.keys + h * b.keys_size, kLongStride}, places, to, kLongStride,
+                        between);
         if (!is_plain) finish_scores(p, item.batch, rows, from, from + count, places, to, kLongStride);
     };
     scores(0, ahead);
@@ -102,7 +103,7 @@ void weights(const WeightsJob<float>& job, const WeightsItem& item, float* scrat
         set_places(p, item.batch, true, block, end, places);
         for (int64_t h = 0; h < item.heads; ++h) {
             const Left keys = key_rows(p, false, item.batch, item.head + h, places, b.rows);
-            pair_columns(keys.high, keys.stride, padded(p.dim), places.total, b.keys + h * b.keys_size, kLongStride);
+            pair_columns(keys.data, keys.stride, padded(p.dim), places.total, b.keys + h * b.keys_size, kLongStride);
             for_tiles(p, item.batch, true, end, next, [&](int j, int64_t first, int64_t count) {
                 ahead.add(p.sources[j].key, item.batch, key_head(p, j, item.head + h), first, count, p.dim);
             });
