@@ -95,14 +95,7 @@ struct Softmaxes {
 private:
     // Of kLanes rows, all of these.
     void find_maxima(int64_t unit, int64_t r, int m) {
-        const auto max = [](Floats a, Floats b) MMFAST_LAMBDA { return Simd<float>::max(a, b); };
-        Floats largest[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) largest[i] = Simd<float>::splat(-infinity<float>());
-        for (int64_t k = first(m); k < last(m); k += kLanes)
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < kLanes; ++i)
-                largest[i] = max(Simd<float>::load(scores(r + i, unit) + k), largest[i]);
-        const Floats maximum = fold(largest, max) * factor;
+        const Floats maximum = largest_of_rows(scores(r, unit), b.key_stride, first(m), last(m)) * factor;
         Simd<float>::store(of[m].maximum + r, maximum);
         Simd<float>::store(of[m].shift + r, maximum == -infinity<float>() ? Floats{} : maximum);
     }
@@ -111,7 +104,7 @@ private:
         Floats sums[kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
             sums[i] = exponentials_of_row(scores(r + i, unit), places.total, factor, of[0].shift[r + i]);
-        add_up(r, 0, sums);
+        end_rows(r, 0, sums);
     }
     // Several: exponentials in place and their sums, then gate P.
     void weigh_gated(int64_t unit, int64_t r) {
@@ -129,7 +122,7 @@ private:
                 }
                 sums[i] = sum;
             }
-            add_up(r, m, sums);
+            end_rows(r, m, sums);
         }
         for (int64_t i = r; i < r + kLanes; ++i) {
             float* const row = scores(i, unit);
@@ -138,8 +131,8 @@ private:
             });
         }
     }
-    void add_up(int64_t r, int m, Floats* sums) {
-        const Floats sum = fold(sums, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; });
+    void end_rows(int64_t r, int m, Floats* sums) {
+        const Floats sum = add_up(sums);
         const Floats gate = Simd<float>::load(of[m].gate + r);
         Simd<float>::store(of[m].sum + r, sum);
         Simd<float>::store(of[m].gate + r, sum == 0 ? Floats{} : gate / sum);

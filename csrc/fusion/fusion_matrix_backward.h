@@ -123,7 +123,7 @@ struct ScoreGradients {
                 totals[m][r % kLanes] = total;
             }
             if (r % kLanes == kLanes - 1)
-                for (int m = 0; m < softmaxes; ++m) add_up(r - r % kLanes, m);
+                for (int m = 0; m < softmaxes; ++m) end_rows(r - r % kLanes, m);
         }
     }
     // Rows in pairs.
@@ -152,7 +152,7 @@ struct ScoreGradients {
                     for (int64_t k = 0; k < p.value_dim; k += kLanes)
                         sum[i] += load_as<float>(grad + k, p.value_dim - k) * load_as<float>(out + k, p.value_dim - k);
                 }
-                set_offset(r, 0, fold(sum, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; }));
+                set_offset(r, 0, add_up(sum));
             }
         });
         for (int64_t r = up_to_multiple(rows.n, kLanes); r < kRows; r += kLanes) set_offset(r, 0, Floats{});
@@ -160,9 +160,8 @@ struct ScoreGradients {
 
 private:
     // delta as set_delta() says.
-    void add_up(int64_t r, int m) {
-        const auto plus = [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; };
-        const Floats total = fold(totals[m], plus), sum = fold(deltas[m], plus);
+    void end_rows(int64_t r, int m) {
+        const Floats total = add_up(totals[m]), sum = add_up(deltas[m]);
         set_offset(r, m, total == 0 ? Floats{} : sum / total);
     }
     void set_offset(int64_t r, int m, Floats delta) {

@@ -131,14 +131,8 @@ private:
         if (!is_plain)
             finish_scores(p, batch, of.panel.rows, row, row + kLanes, places, of.scores - of.first * kLongStride,
                           kLongStride);
-        const auto max = [](Floats a, Floats b) MMFAST_LAMBDA { return Simd<float>::max(a, b); };
-        Floats largest[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) largest[i] = Simd<float>::splat(-infinity<float>());
-        for (int64_t k = 0; k < places.total; k += kLanes)
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < kLanes; ++i)
-                largest[i] = max(Simd<float>::load(scores + i * kLongStride + k), largest[i]);
-        const Floats now = fold(largest, max) * factor, before = Simd<float>::load(of.panel.maximum + row);
+        const Floats now = largest_of_rows(scores, kLongStride, 0, places.total) * factor;
+        const Floats before = Simd<float>::load(of.panel.maximum + row);
         const auto exceeds = now > before + kSlack;
         const Floats maximum = exceeds ? now : before;
         const Floats shift = maximum == -infinity<float>() ? Floats{} : maximum;
@@ -151,7 +145,7 @@ private:
         Floats sums[kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
             sums[i] = exponentials_of_row(scores + i * kLongStride, places.total, factor, shifts[i]);
-        const Floats sum = fold(sums, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; });
+        const Floats sum = add_up(sums);
         float* const to = of.panel.sum + row;
         Simd<float>::store(to, Simd<float>::load(to) * by + sum);
     }

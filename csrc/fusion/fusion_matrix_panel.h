@@ -212,6 +212,20 @@ MMFAST_INLINE Floats fold(Floats* x, const F& f) {
     }
 }
 
+MMFAST_INLINE Floats add_up(Floats* x) {
+    return fold(x, [](Floats a, Floats b) MMFAST_LAMBDA { return a + b; });
+}
+// Lane i is the largest of the columns first .. last - 1 of row i.
+MMFAST_INLINE Floats largest_of_rows(const float* rows, int64_t stride, int64_t first, int64_t last) {
+    const auto max = [](Floats a, Floats b) MMFAST_LAMBDA { return Simd<float>::max(a, b); };
+    Floats largest[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) largest[i] = Simd<float>::splat(-infinity<float>());
+    for (int64_t k = first; k < last; k += kLanes)
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) largest[i] = max(Simd<float>::load(rows + i * stride + k), largest[i]);
+    return fold(largest, max);
+}
+
 // f<kBoth>(tile, first column, word) for each pair of vectors of a row: of a tile, and if kBoth of the next one.
 template <class F>
 MMFAST_INLINE void for_pairs(int64_t total, const F& f) {

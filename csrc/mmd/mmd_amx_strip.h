@@ -7,7 +7,8 @@
 //   and 384 take 730, where one after the other would be 384. So they do not alternate: products of some tiles, then their
 //   values, then what these add to the gradients. The unit falls asleep meanwhile, see [Sleep] in amx.h: a few tiles go
 //   together, so that waking it up is a fiftieth, less than keeping it awake would cost. What does overlap is loads and stores
-//   of sums: a block of 16 x 32 leaves its two tiles while the next one's products go into two others, without which storing costs a fifth at 64 dimensions.
+//   of sums: a block of 16 x 32 leaves its two tiles while the next one's products go into two others, without which storing
+//   costs a fifth at 64 dimensions.
 //   Floors a pair: 3 D / 512 cycles for each product of D dimensions in three parts, of which values take one and gradients
 //   two more; values of five Gaussians 19 instructions for 16 pairs, with derivatives 34, at two a cycle.
 //
