@@ -16,7 +16,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES := setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 export MAX_JOBS
 
-.PHONY: test bench speech setup lint format docs native-test triton-test sanitize cuda-compile cuda-report gpu gpu-memcheck gpu-racecheck clean
+.PHONY: test bench speech setup lint format docs native-test triton-test keops-test sanitize cuda-compile cuda-report gpu gpu-memcheck gpu-racecheck clean
 
 # Two processes share the tests. Their threads give way while they wait: there may be more of them than cores. So inductor
 # need not start processes of its own to compile in.
@@ -90,6 +90,15 @@ triton-test: setup $(TRITON_VERSIONS:%=$(BUILD)/triton-%.stamp)
 	    PYTHONPATH="$(BUILD)/triton-$$version$${PYTHONPATH:+:$$PYTHONPATH}" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	        $(PY) -m pytest tests/interpreter -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || exit 1; \
 	done
+
+# Beside KeOps, which compiles every formula at its first use, so in no other test and in one process.
+keops-test: setup $(BUILD)/keops.stamp
+	export PYTHONPATH="$(BUILD)/keops$${PYTHONPATH:+:$$PYTHONPATH}" KEOPS_CACHE_FOLDER=$(abspath $(BUILD))/keops-cache && \
+	$(PY) -c 'import pykeops.torch' && MMFAST_SLOW_TESTS=1 $(PY) -m pytest tests/test_compat_keops.py -k drop_in $(PYTEST_ARGS)
+
+$(BUILD)/keops.stamp: constraints.txt | $(VENV)/torch.stamp
+	$(PIP) --no-deps --no-build-isolation --upgrade --target $(BUILD)/keops pybind11 keopscore pykeops
+	touch $@
 
 $(BUILD)/triton-%.stamp: | $(VENV)/venv.stamp
 	$(PIP) --no-deps --upgrade --target $(BUILD)/triton-$* triton==$*
