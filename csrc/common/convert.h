@@ -63,13 +63,6 @@ MMFAST_INLINE typename Simd<T>::V load_as(const From* p, int64_t n) {
     }
 }
 
-// Of each lane the bits of the bfloat16 nearest to it.
-MMFAST_INLINE Simd<float>::U bfloat16_bits(Simd<float>::V x) {
-    using U = Simd<float>::U;
-    const U u = Simd<float>::bits<Simd<float>::V, U>(x);
-    return x != x ? U{} + 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-}
-
 // The first `n` lanes of x, rounded to nearest.
 template <class T, class To>
 MMFAST_INLINE void store_as(To* p, typename Simd<T>::V x, int64_t n) {
@@ -78,7 +71,11 @@ MMFAST_INLINE void store_as(To* p, typename Simd<T>::V x, int64_t n) {
     if constexpr (sizeof(To) == sizeof(T) && !std::is_integral_v<To>) {
         S::store(reinterpret_cast<T*>(p), x, int(n));
     } else if constexpr (std::is_same_v<To, BFloat16> && sizeof(T) == 4) {
-        const auto half = __builtin_convertvector(bfloat16_bits(x), typename VectorOf<uint16_t, N>::type);
+        using U = typename S::U;
+        const U u = S::template bits<typename S::V, U>(x);
+        const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+        const auto half =
+            __builtin_convertvector(x != x ? U{} + 0x7fc0 : rounded, typename VectorOf<uint16_t, N>::type);
         if (n >= N) {
             __builtin_memcpy(p, &half, sizeof half);
         } else {

@@ -27,8 +27,7 @@ struct LongPanel {
     float* out;  // [row][feature], not yet divided by the sums
     alignas(64) float maximum[kRows];
     alignas(64) float sum[kRows];
-    alignas(64) float factor[kRows];  // by which the outputs so far are yet to be multiplied
-    bool stale[2];                    // of half a panel: one of its factors is not 1
+    alignas(64) float factor[kRows];  // by which the outputs so far are to be multiplied
 };
 
 // A block of keys, arranged.
@@ -78,7 +77,6 @@ void begin_panel(const ForwardJob<float>& job, const Item& item, int64_t i, cons
         panel.maximum[r] = -infinity<float>();
         panel.sum[r] = 0;
     }
-    panel.stale[0] = panel.stale[1] = false;
 }
 
 void arrange(const Problem& p, int64_t batch, int64_t head, const LongBuffers& b, LongBlock& block) {
@@ -102,7 +100,7 @@ struct LongUnit {
     LongPanel& panel;
     const LongBlock& block;
     float* scores;  // of its first row
-    int64_t half, first, rows;
+    int64_t first, rows;
 };
 
 // P in place of the scores of a unit.
@@ -115,16 +113,19 @@ struct Weighing {
     Weighing(const Problem& problem, int64_t b)
         : p(problem), batch(b), is_plain(plain(p)), factor(is_plain ? float(p.scale * kLog2e) : 1.0f) {}
 
-    void weigh(MatrixUnit& unit, const LongUnit& of) const {
+    // Whether the outputs so far are to be multiplied by factors that are not all 1.
+    bool weigh(MatrixUnit& unit, const LongUnit& of) const {
+        bool scales = false;
         for (int64_t r = 0; r < of.rows; r += kLanes) {
             unit.stay_awake();
-            weigh_rows(of, r);
+            scales |= weigh_rows(of, r);
         }
+        return scales;
     }
 
 private:
     // kLanes of them.
-    void weigh_rows(const LongUnit& of, int64_t r) const {
+    bool weigh_rows(const LongUnit& of, int64_t r) const {
         const Places& places = of.block.places;
         const int64_t row = of.first + r;
         float* const scores = of.scores + r * kLongStride;
@@ -141,20 +142,17 @@ private:
         Simd<float>::store(shifts, shift);
         Simd<float>::store(of.panel.maximum + row, maximum);
         Simd<float>::store(of.panel.factor + row, by);
-        if (!Simd<float>::all_zero(by - 1.0f)) of.panel.stale[of.half] = true;
         Floats sums[kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
             sums[i] = exponentials_of_row(scores + i * kLongStride, places.total, factor, shifts[i]);
         const Floats sum = add_up(sums);
         float* const to = of.panel.sum + row;
         Simd<float>::store(to, Simd<float>::load(to) * by + sum);
+        return !Simd<float>::all_zero(by - 1.0f);
     }
 };
 
 void scale_out(const Problem& p, int64_t stride, const LongUnit& of) {
-    bool& stale = of.panel.stale[of.half];
-    if (!stale) return;
-    stale = false;
     for (int64_t r = of.first; r < of.first + of.rows; ++r) {
         const float factor = of.panel.factor[r];
         if (factor == 1) continue;
@@ -210,12 +208,11 @@ void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Ite
             LongPanel& panel = b.panels[i];
             if (p.causal && !seen(p, item.batch, block.from, block.to, panel.rows.last)) continue;
             for (int64_t first = 0; first < panel.rows.n; first += kHalf) {
-                const LongUnit of{panel,         block, b.scores,
-                                  first / kHalf, first, smaller(kHalf, to_tiles(panel.rows.n) - first)};
+                const int64_t count = smaller(kHalf, to_tiles(panel.rows.n) - first);
+                const LongUnit of{panel, block, b.scores, first, count};
                 multiply_scores(unit, p, first, of.rows, rows_from(panel.queries, first), {block.keys, kLongStride},
                                 block.places, b.scores - first * kLongStride, kLongStride, ahead);
-                weighing.weigh(unit, of);
-                scale_out(p, b.value_stride, of);
+                if (weighing.weigh(unit, of)) scale_out(p, b.value_stride, of);
                 float* const out = panel.out + first * b.value_stride;
                 multiply(unit, of.rows, padded(block.places.total), to_tiles(p.value_dim),
                          rounded_rows(b.scores, kLongStride), {block.values, b.value_stride},

@@ -32,7 +32,7 @@ struct Places {
     int64_t key[kMostSources],
         all[kMostSources];  // the first of the source; how many there are, those beyond its length too
     int64_t total;
-    uint64_t unfilled;                           // of the tiles those that hold more than keys, a bit each
+    bool full;                                   // no tile holds anything but keys
     int8_t source[kMostTiles];                   // of a tile
     alignas(64) float none[kMostTiles * kTile];  // to be added to scores: -inf where there is no key
 };
@@ -63,13 +63,13 @@ void set_places(const Problem& p, int64_t batch, bool existing, int64_t from, in
         places.all[j] = count;
     });
     places.first[0] = 0;
-    places.unfilled = 0;
+    places.full = true;
     for (int j = 0; j < p.count; ++j) {
         const int64_t count = larger(0, smaller(places.all[j], p.sources[j].length(batch) - places.key[j]));
         const int64_t first = places.first[j], next = first + to_tiles(count);
         places.count[j] = count;
         places.first[j + 1] = next;
-        if (next > first + count) places.unfilled |= uint64_t(1) << (next / kTile - 1);
+        places.full = places.full && next == first + count;
         for (int64_t k = first; k < next; k += kTile) places.source[k / kTile] = int8_t(j);
         for (int64_t k = first; k < first + count; k += kLanes) Simd<float>::store(places.none + k, Floats{});
         for (int64_t k = first + count; k < next; ++k) places.none[k] = -infinity<float>();
@@ -191,7 +191,7 @@ template <class F>
 void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
                      const Right& keys, const Places& places, float* scores, int64_t stride, F&& between) {
     multiply(unit, count, padded(p.dim), places.total, queries, keys,
-             {scores + from * stride, stride, plain(p) ? places.none : nullptr, 0, places.unfilled}, between);
+             {scores + from * stride, stride, plain(p) && !places.full ? places.none : nullptr, 0}, between);
 }
 
 // Lane i is f over the lanes of x[i], of `kLanes` vectors.
@@ -226,22 +226,20 @@ MMFAST_INLINE Floats largest_of_rows(const float* rows, int64_t stride, int64_t 
     return fold(largest, max);
 }
 
-// f<kBoth>(tile, first column, word) for each pair of vectors of a row: of a tile, and if kBoth of the next one.
-template <class F>
-MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
-    int64_t k = 0;
-    for (; k + kTile < total; k += kTwoTiles)
-#pragma GCC unroll 2
-        for (int64_t l = 0; l < kTile; l += kLanes) f.template operator()<true>(k / kTile, k + l, k / 2 + l);
-    for (int64_t l = 0; k < total && l < kTile; l += kLanes) f.template operator()<false>(k / kTile, k + l, k / 2 + l);
-}
-
 // f<tiles>(first column) of each two tiles of a row, and of one that is left.
 template <class F>
 MMFAST_INLINE void for_tiles_of_row(int64_t total, const F& f) {
     int64_t k = 0;
     for (; k + kTile < total; k += kTwoTiles) f.template operator()<2>(k);
     if (k < total) f.template operator()<1>(k);
+}
+// f<kBoth>(tile, first column, word) for each pair of vectors of them: of a tile, and if kBoth of the next one.
+template <class F>
+MMFAST_INLINE void for_pairs(int64_t total, const F& f) {
+    for_tiles_of_row(total, [&]<int kTiles>(int64_t k) MMFAST_LAMBDA {
+#pragma GCC unroll 2
+        for (int64_t l = 0; l < kTile; l += kLanes) f.template operator()<kTiles == 2>(k / kTile, k + l, k / 2 + l);
+    });
 }
 
 // A row in bfloat16 in its place, of x(first column of a vector), with zeros up to two tiles.

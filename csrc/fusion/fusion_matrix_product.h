@@ -20,7 +20,6 @@ constexpr int64_t kLanes = Simd<float>::lanes;
 constexpr int64_t kTile = kTileRows, kTwoTiles = 2 * kTile;
 constexpr int64_t kRows = kPanel<float>, kHalf = kRows / 2;
 constexpr int64_t kMostTiles = kResidentKeys / kTile + kMostSources;  // of keys
-static_assert(kMostTiles <= 64 && kPieceKeys <= kResidentKeys);       // bits of Sums::tiles
 
 constexpr int64_t to_tiles(int64_t n) {
     return up_to_multiple(n, kTile);
@@ -117,14 +116,14 @@ void pair_columns(const uint16_t* from, int64_t stride, int64_t width, int64_t c
 // Pairs of rows, so many apart: to[pair][column]. `count`: a multiple of 16; then there are rows of zeros up to one of 32.
 template <int64_t kApart>
 void pair_rows(const uint16_t* from, int64_t stride, int64_t width, int64_t count, uint32_t* to, int64_t to_stride) {
-    for (int64_t r = 0; r < count; r += 2 * kApart)
-        for (int64_t i = 0; i < kApart; ++i, to += to_stride)
+    for (int64_t r = 0; r < padded(count); r += 2 * kApart)
+        for (int64_t i = r; i < r + kApart; ++i, to += to_stride)
             for (int64_t k = 0; k < width; k += kLanes) {
-                const uint16_t* const first = from + (r + i) * stride + k;
-                put_pair(to + k, load_upper(first), r + kApart < count ? load_upper(first + kApart * stride) : Words{});
+                const auto row = [&](int64_t at) MMFAST_LAMBDA {
+                    return at < count ? load_upper(from + at * stride + k) : Words{};
+                };
+                put_pair(to + k, row(i), row(i + kApart));
             }
-    for (int64_t i = 0; kApart == 1 && i < (padded(count) - count) / 2; ++i, to += to_stride)
-        for (int64_t k = 0; k < width; k += kLanes) put_pair(to + k, Words{}, Words{});
 }
 
 // to[column][row] of rows; their number and the width are multiples of 32. Blocks first .. last - 1 of transposed_blocks().
@@ -168,14 +167,12 @@ MMFAST_INLINE Left rows_from(const Left& x, int64_t row) {
     return {x.data + row * x.stride, x.stride};
 }
 
-// Sums in `data`, which start from zero, or where the bit of one of two tiles of columns is set from what `from` has.
+// Sums in `data`, which start from zero if `from` is null.
 struct Sums {
     float* data;
     int64_t stride;
     const float* from;
     int64_t from_stride;
-    uint64_t tiles = ~uint64_t(0);
-    bool from_zero(int64_t column) const { return !from || !(tiles >> column / kTile & 3); }
 };
 
 // Steps of a product, each of which calls `between`.
@@ -236,7 +233,7 @@ void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, cons
         for (int64_t j = 0; j < width; j += kTwoTiles) {
             const Right r{right.data + j, right.stride, right.low ? right.low + j : nullptr};
             const Sums s{sums.data + i * sums.stride + j, sums.stride,
-                         sums.from_zero(j) ? nullptr : sums.from + i * sums.from_stride + j, sums.from_stride};
+                         sums.from ? sums.from + i * sums.from_stride + j : nullptr, sums.from_stride};
             const auto block = [&]<int R, int C>()
                                    MMFAST_LAMBDA { multiply_block<R, C>(unit, depth, l, r, s, between); };
             const bool wide = j + kTile < width;
