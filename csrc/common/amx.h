@@ -7,6 +7,11 @@
 //   generation of Xeon), and the next products take 700 to 1700 cycles more. So whatever lies between products and takes longer
 //   than that multiplies two tiles now and then, of which nobody reads the sum. Loads of tiles and zeros do not count.
 //
+// Note: [Passing by]
+//   A factor that stays in the first cache while another one, larger than that, passes by tile by tile is pushed out of it, row by
+//   row, before it is used again. Tiles that pass by are loaded with the hint of TILELOADDT1, after which they are not kept
+//   there: 6016 x 512 times 512 x 1024 4.7 -> 3.5 ms.
+//
 // Tiles 0 ... 3 hold sums, 4 and 5 rows of the left factor, 6 and 7 columns of the right one. For files compiled once per
 // instruction set only.
 #pragma once
@@ -70,6 +75,15 @@ public:
         else if constexpr (kNumber == 6) _tile_loadd(6, from, stride);
         else _tile_loadd(7, from, stride);
     }
+    // The same of what will not be used again soon: see [Passing by].
+    template <int kNumber>
+    MMFAST_INLINE void load_passing(const void* from, int64_t stride) {
+        static_assert(kNumber >= 4 && kNumber < 8);
+        if constexpr (kNumber == 4) _tile_stream_loadd(4, from, stride);
+        else if constexpr (kNumber == 5) _tile_stream_loadd(5, from, stride);
+        else if constexpr (kNumber == 6) _tile_stream_loadd(6, from, stride);
+        else _tile_stream_loadd(7, from, stride);
+    }
     template <int kNumber>
     MMFAST_INLINE void store(void* to, int64_t stride) {
         if constexpr (kNumber == 0) _tile_stored(0, to, stride);
@@ -117,6 +131,10 @@ public:
         static_assert(kNumber >= 0 && kNumber < 8);
         for (int i = 0; i < kTileRows; ++i)
             std::memcpy(tiles_[kNumber][i], static_cast<const char*>(from) + i * stride, kTileBytes);
+    }
+    template <int kNumber>
+    MMFAST_INLINE void load_passing(const void* from, int64_t stride) {
+        load<kNumber>(from, stride);
     }
     template <int kNumber>
     MMFAST_INLINE void store(void* to, int64_t stride) {

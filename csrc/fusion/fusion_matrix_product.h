@@ -189,8 +189,8 @@ MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& l
         if constexpr (R == 2) unit.load<5>(from + kTile * left.stride, left.stride * 2);
     };
     const auto load_right = [&](const uint32_t* from) MMFAST_LAMBDA {
-        unit.load<6>(from, right.stride * 4);
-        if constexpr (C == 2) unit.load<7>(from + kTile, right.stride * 4);
+        unit.load_passing<6>(from, right.stride * 4);
+        if constexpr (C == 2) unit.load_passing<7>(from + kTile, right.stride * 4);
     };
     if (sums.from) {
         const float* const down = sums.from + kTile * sums.from_stride;

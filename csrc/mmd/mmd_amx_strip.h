@@ -69,10 +69,12 @@ struct Right {
 // Sums of 16 x 32 products. The last block is in memory after finish().
 class Blocks {
 public:
-    // 32 rows, of `steps` x 32 dimensions; added to what is there, or not.
+    // 32 rows, of `steps` x 32 dimensions; added to what is there, or not. If kPassing the rows are not used again soon: see
+    // [Passing by] in amx.h.
+    template <bool kPassing = false>
     MMFAST_INLINE void two(bool adds, int64_t steps, const Left& a, const Right& b, float* to, int64_t stride) {
-        one<0>(adds, steps, a.at, a, b, to, stride);
-        one<2>(adds, steps, a.at + a.next, a, b, to + 16 * stride, stride);
+        one<0, kPassing>(adds, steps, a.at, a, b, to, stride);
+        one<2, kPassing>(adds, steps, a.at + a.next, a, b, to + 16 * stride, stride);
     }
     MMFAST_INLINE void finish() {
         if (last_) store<2>();
@@ -87,12 +89,17 @@ private:
         unit_.template store<kTile>(last_, last_bytes_);
         unit_.template store<kTile + 1>(last_ + 16, last_bytes_);
     }
-    template <int C>
+    template <int kNumber, bool kPassing>
+    MMFAST_INLINE void load(const uint16_t* from, int64_t bytes) {
+        if constexpr (kPassing) unit_.template load_passing<kNumber>(from, bytes);
+        else unit_.template load<kNumber>(from, bytes);
+    }
+    template <int C, bool kPassing>
     MMFAST_INLINE void step(const uint16_t* left, int64_t bytes, int64_t low, const uint16_t* right, int64_t next) {
-        unit_.template load<4>(left, bytes);
+        load<4, kPassing>(left, bytes);
         unit_.template load<6>(right, kTileBytes);
         unit_.template multiply<C, 4, 6>();
-        unit_.template load<5>(left + low, bytes);
+        load<5, kPassing>(left + low, bytes);
         unit_.template multiply<C, 5, 6>();
         unit_.template load<7>(right + next, kTileBytes);
         unit_.template multiply<C + 1, 4, 7>();
@@ -102,7 +109,7 @@ private:
         unit_.template load<7>(right + next + kPart, kTileBytes);
         unit_.template multiply<C + 1, 4, 7>();
     }
-    template <int C>
+    template <int C, bool kPassing>
     MMFAST_INLINE void one(bool adds, int64_t steps, const uint16_t* left, const Left& a, const Right& b, float* to,
                            int64_t stride) {
         if (adds) {
@@ -113,14 +120,14 @@ private:
             unit_.template zero<C + 1>();
         }
         const uint16_t* right = b.at;
-        step<C>(left, a.bytes, a.low, right, b.next);
+        step<C, kPassing>(left, a.bytes, a.low, right, b.next);
         if (C == 2 || last_) store<2 - C>();
         last_ = to;
         last_bytes_ = 4 * stride;
         for (int64_t k = 1; k < steps; ++k) {
             left += a.step;
             right += b.step;
-            step<C>(left, a.bytes, a.low, right, b.next);
+            step<C, kPassing>(left, a.bytes, a.low, right, b.next);
         }
     }
 
@@ -137,19 +144,20 @@ MMFAST_INLINE void multiply_points(Blocks& blocks, int64_t dimension, const Poin
                                    int64_t rows, const Points<float>& b, float* z) {
     const int64_t depth = split_depth(dimension), row = split_row_stride(dimension), group = 32 * depth;
     const int64_t slices = (depth + kStripDepth - 1) / kStripDepth, steps = depth / 32;
-    const auto two = [&](int64_t slice, int64_t r, int64_t j) MMFAST_LAMBDA {
+    const auto two = [&]<bool kPassing>(int64_t slice, int64_t r, int64_t j) MMFAST_LAMBDA {
         const int64_t from = slice * steps / slices, to = (slice + 1) * steps / slices;
-        blocks.two(slice > 0, to - from, {a.split_rows + (first + r) * row + 32 * from, 16 * row, depth, 32, 2 * row},
-                   {b.split_columns + j / 16 * group + from * 2 * kPart, group, 2 * kPart}, z + r * kTile + j, kTile);
+        blocks.two<kPassing>(
+            slice > 0, to - from, {a.split_rows + (first + r) * row + 32 * from, 16 * row, depth, 32, 2 * row},
+            {b.split_columns + j / 16 * group + from * 2 * kPart, group, 2 * kPart}, z + r * kTile + j, kTile);
     };
     if (depth <= kStripDepth / 2) {  // all of b's are there
         for (int64_t r = 0; r < rows; r += 32)
-            for (int64_t j = 0; j < kTile; j += 32) two(0, r, j);
+            for (int64_t j = 0; j < kTile; j += 32) two.template operator()<false>(0, r, j);
         return;
     }
     for (int64_t slice = 0; slice < slices; ++slice)
         for (int64_t j = 0; j < kTile; j += 32)
-            for (int64_t r = 0; r < rows; r += 32) two(slice, r, j);
+            for (int64_t r = 0; r < rows; r += 32) two.template operator()<true>(slice, r, j);
 }
 
 // ---- Values ----------------------------------------------------------------------------------------------------------
@@ -359,8 +367,8 @@ MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weigh
         const Left left{strip.a.split_turned + i / 32 * group + d / 16 * 2 * kPart, 2 * kPart, kPart, group,
                         kTileBytes};
         for (int64_t j = 0; j < kTile; j += 32)
-            blocks.two(i > 0, pairs / 32, left, {w.right + j / 16 * 2 * kPart, 2 * kPart, 8 * kPart},
-                       to.columns + d * kTile + j, kTile);
+            blocks.two<true>(i > 0, pairs / 32, left, {w.right + j / 16 * 2 * kPart, 2 * kPart, 8 * kPart},
+                             to.columns + d * kTile + j, kTile);
     }
 }
 
