@@ -1,12 +1,13 @@
-"""Linear layers of half precision by way of float32."""
+"""Linear layers of half precision: by way of float32, or on the matrix unit."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmfast import _backend
 from mmfast.fusion import projection
-from mmfast.fusion.projection import linear, project
+from mmfast.fusion.projection import linear, linear_parts, project
 from mmfast.nn import CrossAttentionFusion, MultiheadAttention
 
 HALF = (torch.bfloat16, torch.float16)
@@ -107,3 +108,197 @@ def test_modules(units, dtype, compiled):
     attention.double(), fusion.double()
     expected = run(query.double(), key.double(), other.double())
     torch.testing.assert_close(out.double(), expected, rtol=8 * _bound(dtype), atol=8 * _bound(dtype))
+
+
+# ---- Our own kernels, where the CPU has a matrix unit
+
+
+def _projects():
+    return _backend._C is not None and _backend._C.fusion_projects()
+
+
+needs_matrix_unit = pytest.mark.skipif("not _projects()", reason="needs a CPU with a matrix unit")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often our kernels were asked and took it; torch's product counts as a refusal."""
+    seen = []
+    if _projects():
+        ours = _backend._C.fusion_linear
+
+        def ask(*args):
+            result = ours(*args)
+            seen.append(result is not None)
+            return result
+
+        monkeypatch.setattr(_backend._C, "fusion_linear", ask)
+    return seen
+
+
+def _large(rows=(2, 300), features=160, out=192, bias=True, seed=0):
+    """Enough multiply-adds to be worth our kernels."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*rows, features), (out, features)] + [(out,)] * bias
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[1] *= features**-0.5
+    return [x.bfloat16().requires_grad_() for x in tensors]
+
+
+def _error(got, exact):
+    got, exact = got.detach().double(), exact.detach()
+    return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("rows", [(1500,), (3, 511), (5, 7, 19)])
+def test_as_exact_as_torch(calls, rows, parts, bias):
+    features, out = 256 if len(rows) == 3 else 96, 192
+    inputs = _large(rows, features, out, bias)
+    got = linear_parts(*inputs, *(() if bias else (None,)), parts)
+    assert calls == [True] and len(got) == parts
+    upstream = [torch.randn_like(y) for y in got]
+    grads = torch.autograd.grad(got, inputs, upstream)
+    theirs = F.linear(*inputs)
+    their_grads = torch.autograd.grad(theirs, inputs, torch.cat(upstream, -1))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    gold = F.linear(*exact)
+    gold_grads = torch.autograd.grad(gold, exact, torch.cat(upstream, -1).double())
+    ours = [torch.cat(got, -1), *grads]
+    for mine, other, truth in zip(ours, [theirs, *their_grads], [gold, *gold_grads], strict=True):
+        assert mine.shape == truth.shape and mine.dtype == torch.bfloat16 and mine.is_contiguous()
+        assert _error(mine, truth) <= 1.1 * _error(other, truth) < 2.0**-7
+
+
+@needs_matrix_unit
+def test_strided_inputs_and_gradients(calls):
+    x, weight, bias = _large((300, 2), 160, 192)
+    plain = linear(x.transpose(0, 1).contiguous(), weight, bias)
+    assert torch.equal(linear(x.transpose(0, 1), weight, bias), plain)
+    wide = torch.cat([x, x], -1)[..., :160]
+    assert torch.equal(linear(wide.transpose(0, 1), weight, bias), plain)
+    inner = torch.cat([weight, weight], -1)[:, 160:]
+    assert torch.equal(linear(x.transpose(0, 1), inner, bias), plain)
+    expected = torch.autograd.grad(plain, (x, weight, bias), torch.ones_like(plain), retain_graph=True)
+    for given in (plain.sum(), None):
+        upstream = torch.ones(192).bfloat16().expand_as(plain) if given is None else None
+        got = torch.autograd.grad(plain if given is None else given, (x, weight, bias), upstream, retain_graph=True)
+        assert all(map(torch.equal, got, expected))
+    assert all(calls) and len(calls) == 4
+
+
+@needs_matrix_unit
+def test_gradients_of_some(calls):
+    x, weight, bias = _large()
+    k, v = linear_parts(x, weight, bias, 2)
+    upstream = torch.randn_like(k)
+    everything = torch.autograd.grad((k, v), (x, weight, bias), (upstream, torch.zeros_like(v)), retain_graph=True)
+    for wanted in ([0], [1], [2], [0, 2], [1, 2]):
+        inputs = [(x, weight, bias)[i] for i in wanted]
+        got = torch.autograd.grad(k, inputs, upstream, retain_graph=True)
+        assert all(torch.equal(a, everything[i]) for a, i in zip(got, wanted, strict=True))
+    with torch.no_grad():
+        assert torch.equal(linear_parts(x, weight, bias, 2)[1], v)
+    frozen = linear(x.detach(), weight, bias.detach())
+    frozen.backward(torch.cat([upstream, torch.zeros_like(v)], -1))
+    assert torch.equal(weight.grad, everything[1]) and x.grad is None and bias.grad is None
+    assert all(calls)
+
+
+@needs_matrix_unit
+def test_gradients_of_gradients(calls):
+    inputs = _large()
+
+    def second(function):
+        (gradient,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[:1], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), inputs[1:])
+
+    for got, expected in zip(second(linear), second(F.linear), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+    x, weight, bias = inputs
+    out = linear(x, weight, bias)
+    upstream = torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        for got, expected in zip(batched, torch.autograd.grad(out, inputs, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+    assert calls == [True, True]
+
+
+@needs_matrix_unit
+def test_the_number_of_threads_changes_nothing(calls):
+    inputs = _large((4, 333), 224, 640)
+    upstream = torch.randn(4, 333, 640).bfloat16()
+
+    def run():
+        out = linear(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert calls == [True] * 3
+
+
+@needs_matrix_unit
+def test_autocast_and_what_is_left_to_torch(calls, monkeypatch):
+    inputs = _large()
+    numbers = [x.detach().float().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear(*numbers)
+        mixed = linear(inputs[0], *numbers[1:])
+    assert calls == [True, True] and torch.equal(out, linear(*inputs)) and torch.equal(mixed, out)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), numbers))
+    del calls[:]
+    with torch.autocast("cpu", torch.float16):
+        linear(*numbers)
+    linear(*numbers)
+    linear(*inputs, backend="reference")
+    monkeypatch.setenv("MMFAST_BACKEND", "reference")
+    linear(*inputs)
+    monkeypatch.delenv("MMFAST_BACKEND")
+    torch.func.grad(lambda x: linear(x, *inputs[1:]).sum())(inputs[0])
+    torch.compile(linear, fullgraph=True, backend="eager")(*inputs)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        assert torch.autograd.forward_ad.unpack_dual(linear(dual, *inputs[1:])).tangent is not None
+    assert not calls
+    for small in (_large((1, 511)), _large(features=161), _large(out=200), _large(features=32, out=32)):
+        assert torch.equal(linear(*small), F.linear(*small))
+    wide = _large(features=800)
+    with torch.no_grad():
+        assert torch.equal(linear(*wide), F.linear(*wide))
+    assert calls == [False] * 5
+    linear(*wide)
+    assert calls[5:] == [True]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(inputs[0][..., :128], *inputs[1:])
+
+
+@needs_matrix_unit
+def test_modules_use_them(calls):
+    torch.manual_seed(0)
+    attention = MultiheadAttention(256, 4, batch_first=True, dtype=torch.bfloat16)
+    fusion = CrossAttentionFusion(256, 4, [96], dtype=torch.bfloat16)
+    query, key, other = (torch.randn(2, n, e).bfloat16() for n, e in ((290, 256), (350, 256), (350, 96)))
+    out = attention(query, key, key)[0], fusion(query, [other])
+    assert calls == [True] * 6  # the query, keys and values at once, the output
+    sum(x.sum() for x in out).backward()
+    for module, got, args in ((attention, out[0], (query, key, key)), (fusion, out[1], (query, [other]))):
+        module.backend = "reference"
+        expected = module(*args)
+        torch.testing.assert_close(got, expected[0] if module is attention else expected, rtol=0.05, atol=0.05)
+        grads = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        (expected[0] if module is attention else expected).sum().backward()
+        for mine, theirs in zip(grads, module.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs.grad, rtol=0.05, atol=0.02 * float(theirs.grad.abs().max()))
+    assert len(calls) == 6

@@ -507,6 +507,7 @@ PyObject* returned(Tensor out, const Tensor& lses, bool lse, bool joint, PyObjec
     return py::tuple(std::move(result)).release().ptr();
 }
 
+void bind_fusion_projection(py::module_& m);
 void bind_fusion_replay(py::module_& m);
 void bind_fusion_tiny(py::module_& m);
 
@@ -522,6 +523,7 @@ void bind_fusion(py::module_& m) {
     m.def("fusion_forward", [](const Arguments& a) { return fusion::attend(a); }, Release());
     m.def("fusion_backward", &differentiate, Release());
     m.def("fusion_weights", &fusion::weigh, Release());
+    bind_fusion_projection(m);
     bind_fusion_replay(m);
     bind_fusion_tiny(m);
 }

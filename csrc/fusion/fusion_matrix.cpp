@@ -20,6 +20,7 @@
 #include "fusion/fusion_matrix_backward.h"
 #include "fusion/fusion_matrix_long.h"
 #include "fusion/fusion_matrix_panel.h"
+#include "fusion/fusion_matrix_projection.h"
 #include "fusion/fusion_matrix_weights.h"
 #include "fusion/fusion_softmax.h"
 
@@ -225,6 +226,8 @@ void matrix_kernels_float(MatrixKernels& kernels) {
     kernels.backward = backward;
     kernels.weights_scratch = weights_scratch;
     kernels.weights = weights;
+    kernels.projection = {
+        pack_outputs, pack_inputs, rows_scratch, project, project_back, projection_weights_scratch, projection_weights};
 }
 
 }  // namespace MMFAST_ISA

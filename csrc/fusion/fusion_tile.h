@@ -4,6 +4,7 @@
 
 #include "common/isa.h"
 #include "fusion/fusion.h"
+#include "fusion/fusion_projection.h"
 
 namespace mmfast {
 namespace fusion {
@@ -110,6 +111,7 @@ struct MatrixKernels {
     void (*backward)(const BackwardJob<float>&, const BackwardItem&, float* scratch);
     int64_t (*weights_scratch)(const Problem&, int64_t heads);
     void (*weights)(const WeightsJob<float>&, const WeightsItem&, float* scratch);
+    ProjectionKernels projection;
 };
 
 // Those of this machine: fusion_isa.cpp.

@@ -18,7 +18,7 @@ from mmfast.fusion._inputs import (
 )
 from mmfast.fusion.attention import attention_pool, cross_attention
 from mmfast.fusion.multihead import MultiheadAttention
-from mmfast.fusion.projection import project
+from mmfast.fusion.projection import project, project_parts
 
 __all__ = ["CrossAttentionFusion", "MultiheadAttention", "TemporalPooling", "WeightedFusion"]
 
@@ -165,11 +165,11 @@ class CrossAttentionFusion(nn.Module):
             query_lengths = check_lengths("query_lengths", query_lengths, query.device, *query.shape[:2])
             query = torch.where(_exists(query_lengths, query), query, 0.0)
         x = query if self.pre_norm is None else self.pre_norm(query)
-        q = self._in_heads(project(self.q_proj, x), self.q_norm)
+        q = self._in_heads(project(self.q_proj, x, backend=self.backend), self.q_norm)
         gates = self._gates(x)
         given = []
         for j, z in enumerate(sources):
-            k, v = project(self.kv_proj[j], z).chunk(2, -1)
+            k, v = project_parts(self.kv_proj[j], z, 2, backend=self.backend)
             k = self._in_heads(k, None if self.k_norm is None else self.k_norm[j])
             source = Source(k, self._in_heads(v), None if masks is None else masks[j])
             source = source._replace(lengths=None if lengths is None else lengths[j])
@@ -204,7 +204,7 @@ class CrossAttentionFusion(nn.Module):
     def _gates(self, x: Tensor) -> list[Tensor | None]:
         """For each softmax a factor in 4 dimensions, or None."""
         if self.gate_proj is not None:
-            gates = 2 * project(self.gate_proj, x).sigmoid()
+            gates = 2 * project(self.gate_proj, x, backend=self.backend).sigmoid()
             return list(gates.unflatten(2, (-1, self.num_heads)).permute(2, 0, 3, 1)[..., None])
         if self.gate is None:
             return [None] * len(self.source_dims)
@@ -212,7 +212,7 @@ class CrossAttentionFusion(nn.Module):
         return [g.view(1, -1, 1, 1) for g in gates]
 
     def _finish(self, residual: Tensor | None, attended: Tensor) -> Tensor:
-        y = project(self.out_proj, attended)
+        y = project(self.out_proj, attended, backend=self.backend)
         y = y if residual is None else residual + y
         return y if self.post_norm is None else self.post_norm(y)
 

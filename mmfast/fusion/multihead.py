@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmfast import _backend
 from mmfast.fusion._inputs import Source, check_choice
 from mmfast.fusion.attention import cross_attention
-from mmfast.fusion.projection import linear
+from mmfast.fusion.projection import linear, linear_parts
 
 
 def _nan_rows(need_weights: bool) -> bool:
@@ -136,7 +136,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if need_weights:
                 weights = weights * (factor.mean(1) if average_attn_weights else factor)
         out = out.transpose(1, 2) if self.batch_first and batched else out.permute(2, 0, 1, 3)
-        out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias, backend=self.backend)
         if batched:
             return out, weights
         return out.squeeze(1), weights.squeeze(0) if need_weights else None
@@ -188,23 +188,24 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``(N, H, L, E / H)``, as views of what comes out of the products."""
-        e, bias = self.embed_dim, self.in_proj_bias
+        e, bias, by = self.embed_dim, self.in_proj_bias, {"backend": self.backend}
         if self._qkv_same_embed_dim and key is value:  # one product for both
             if query is key:
-                q, k, v = linear(query, self.in_proj_weight, bias).chunk(3, -1)
+                q, k, v = linear_parts(query, self.in_proj_weight, bias, 3, **by)
             else:
                 # Split, since gradients of slices are filled up with zeros and added.
                 of_q, of_kv = self.in_proj_weight.split((e, 2 * e))
                 by_q, by_kv = (None, None) if bias is None else bias.split((e, 2 * e))
-                q = linear(query, of_q, by_q)
-                k, v = linear(key, of_kv, by_kv).chunk(2, -1)
+                q = linear(query, of_q, by_q, **by)
+                k, v = linear_parts(key, of_kv, by_kv, 2, **by)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.chunk(3)
             else:
                 weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            q, k, v = map(linear, (query, key, value), weights, biases)
+            inputs = zip((query, key, value), weights, biases, strict=True)
+            q, k, v = (linear(*each, **by) for each in inputs)
 
         def in_heads(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_heads, self.head_dim))

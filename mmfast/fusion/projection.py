@@ -7,9 +7,14 @@ torch 2.13. There they are computed in float32 and rounded once, which is what u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmfast import _backend
+from mmfast.fusion._inputs import is_plain
 
 
 def _has_units(*names: str) -> bool:
@@ -23,21 +28,59 @@ HAS_UNITS = {
 }
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``; on a CPU without units for the dtype (or autocast's) computed in float32."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``torch.nn.functional.linear``; on a CPU without units for the dtype (or autocast's) computed in float32.
+
+    On a CPU with a matrix unit our own kernels multiply bfloat16, unless ``backend`` says otherwise.
+    """
+    return linear_parts(x, weight, bias, 1, backend=backend)[0]
+
+
+def linear_parts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, *, backend: str | None = None
+) -> Sequence[Tensor]:
+    """So many equal parts of the last dimension of `linear`. Each has memory of its own where our kernels run, and its
+    gradient needs not be joined with the others'."""
+    half = _in_bfloat16(x, weight, bias, backend)
+    if half is not None:
+        sizes = [weight.shape[0] // parts] * parts
+        if (result := _backend._C.fusion_linear(*half, sizes)) is not None:
+            return result
     dtype = _by_way_of_float32(x, weight)
     if dtype is None:
-        return F.linear(x, weight, bias)
-    with torch.autocast("cpu", enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+        result = F.linear(x, weight, bias)
+    else:
+        with torch.autocast("cpu", enabled=False):
+            result = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+    return (result,) if parts == 1 else result.chunk(parts, -1)
 
 
-def project(layer: nn.Module, x: Tensor) -> Tensor:
+def project(layer: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """``layer(x)``, by `linear` if the layer is a ``torch.nn.Linear`` that nothing was hooked to."""
+    return project_parts(layer, x, 1, backend=backend)[0]
+
+
+def project_parts(layer: nn.Module, x: Tensor, parts: int, *, backend: str | None = None) -> Sequence[Tensor]:
+    """The same in so many equal parts of the last dimension, by `linear_parts`."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if type(layer) is not nn.Linear or hooked or nn.modules.module._has_any_global_hook():
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+        return layer(x).chunk(parts, -1)
+    return linear_parts(x, layer.weight, layer.bias, parts, backend=backend)
+
+
+def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple | None:
+    """Input, weight and bias for our kernels, as autocast would have them, or None where they cannot be asked."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if x.device.type != "cpu" or not is_plain(tensors) or _backend.choose("fusion", x.device, backend)[0] != "cpu":
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        kinds = {t.dtype for t in tensors}
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16 or not kinds <= {torch.float32, torch.bfloat16}:
+            return None
+        tensors = tuple(t.to(torch.bfloat16) for t in tensors)
+    elif any(t.dtype != torch.bfloat16 for t in tensors):
+        return None
+    return tensors if bias is not None else (*tensors, None)
 
 
 def _by_way_of_float32(x: Tensor, weight: Tensor) -> torch.dtype | None:
