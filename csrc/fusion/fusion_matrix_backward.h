@@ -31,6 +31,14 @@ struct BackwardBuffers {
     float *dk, *dv;
     int64_t keys_size, values_size, key_pairs_size, dk_size, dv_size;
     int64_t key_stride, pair_stride, dim_stride;
+    MMFAST_INLINE BackwardBuffers of_panel(int64_t slot) const {
+        BackwardBuffers b = *this;
+        b.p += slot * kRows * key_stride;
+        b.dp += slot * kRows * key_stride;
+        b.query_columns += slot * kRows;
+        b.grad_columns += slot * kRows;
+        return b;
+    }
     MMFAST_INLINE BackwardBuffers of_head(int64_t h) const {
         BackwardBuffers b = *this;
         b.keys += h * keys_size;
@@ -42,7 +50,9 @@ struct BackwardBuffers {
     }
 };
 
-constexpr int64_t kQueryStride = half_stride(kRows);
+// Panels of queries over which the gradients of keys and values are summed up at a time.
+constexpr int64_t kTogether = 2;
+constexpr int64_t kQueryStride = half_stride(kTogether * kRows);
 
 int64_t lay_out(const Problem& p, int64_t heads, int64_t keys, float* scratch, BackwardBuffers& b) {
     const int64_t n = padded(keys), dim = padded(p.dim), value_dim = padded(p.value_dim);
@@ -55,7 +65,7 @@ int64_t lay_out(const Problem& p, int64_t heads, int64_t keys, float* scratch, B
     pieces.take(b.grad_rows, kRows * half_stride(value_dim));
     pieces.take(b.query_columns, dim * kQueryStride);
     pieces.take(b.grad_columns, value_dim * kQueryStride);
-    for (float** to : {&b.p, &b.dp}) pieces.take(*to, kRows * b.key_stride);
+    for (float** to : {&b.p, &b.dp}) pieces.take(*to, kTogether * kRows * b.key_stride);
     pieces.take(b.dq, kRows * b.dim_stride);
     for (uint32_t** to : {&b.ds_row_high, &b.ds_row_low}) pieces.take(*to, kRows * b.pair_stride);
     pieces.take(b.block, kTile * larger(dim, value_dim));
@@ -214,9 +224,12 @@ private:
     }
 };
 
+// The `slot`-th panel of those that are summed up together; the last one ends it.
 void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const BackwardItem& item, const Rows& rows,
-                    const Places& places, const BackwardBuffers& b, Ahead& ahead) {
+                    const Places& places, const BackwardBuffers& first_panel, int64_t slot, bool ends, Ahead& ahead) {
     const Problem& p = *job.problem;
+    const int64_t before = slot * kRows;
+    const BackwardBuffers b = first_panel.of_panel(slot);
     const bool is_plain = plain(p);
     const int64_t lanes = padded(rows.n), half = smaller(lanes, kHalf);
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total, depth = padded(total);
@@ -239,11 +252,14 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
                   reinterpret_cast<const uint16_t*>(b.ds_row_low + at)},
                  {b.key_pairs, b.dim_stride}, {b.dq + from * b.dim_stride, b.dim_stride, nullptr, 0}, between);
     };
-    // Sums over the queries.
+    // Sums over the queries of all panels so far.
     const auto add = [&](int64_t width, const uint16_t* columns, const float* pairs, float* sums, auto&& between) {
         const auto* const words = reinterpret_cast<const uint32_t*>(pairs);
-        multiply(unit, to_tiles(width), lanes, total, {columns, kQueryStride},
+        multiply(unit, to_tiles(width), before + lanes, total, {columns, kQueryStride},
                  {words, 2 * b.key_stride, words + b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
+    };
+    const auto calls_of = [&](int64_t width) {
+        return ends ? product_calls(to_tiles(width), before + lanes, total) : 1;
     };
     const auto weigh = [&](int64_t from, int64_t to) {
         if (item.whole) of.weigh(2 * from, 2 * to);
@@ -284,14 +300,14 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
                  item.query_run * job.query.run, job.query.add);
     };
     Spread queries_turned(of.by_key ? transposed_blocks(dim, lanes) : 0, query_calls, query_columns);
-    Spread grads_turned(of.by_value ? transposed_blocks(value_dim, lanes) : 0,
-                        product_calls(to_tiles(p.dim), lanes, total), grad_columns);
-    Spread finished(of.by_query ? rows.n : 0, product_calls(to_tiles(p.value_dim), lanes, total), put);
+    Spread grads_turned(of.by_value ? transposed_blocks(value_dim, lanes) : 0, of.by_key ? calls_of(p.dim) : 1,
+                        grad_columns);
+    Spread finished(of.by_query ? rows.n : 0, of.by_value ? calls_of(p.value_dim) : 1, put);
     if (of.by_query && half < lanes) by_query(half, queries_turned);
     queries_turned.rest();
-    if (of.by_key) add(p.dim, b.query_columns, b.dp, b.dk, grads_turned);
+    if (of.by_key && ends) add(p.dim, first_panel.query_columns, first_panel.dp, b.dk, grads_turned);
     grads_turned.rest();
-    if (of.by_value) add(p.value_dim, b.grad_columns, b.p, b.dv, finished);
+    if (of.by_value && ends) add(p.value_dim, first_panel.grad_columns, first_panel.p, b.dv, finished);
     finished.rest();
     for (int m = 0; job.grad_gates && m < p.softmaxes(); ++m)
         scatter(p, of.of[m].delta, item.batch, rows, job.grad_gates + m * p.batch * p.heads * p.rows);
@@ -350,29 +366,42 @@ void backward(const BackwardJob<float>& job, const BackwardItem& item, float* sc
         now.head = item.head + h * job.fold;
         return all.of_head(together ? h : 0);
     };
-    const auto panel = [&](int64_t i, int64_t h) {
-        const int64_t following = i * item.heads + h + 1, next = following / item.heads;
-        if (next < item.panels) {
-            head(following % item.heads);
-            set_rows<float>(p, job.fold, now.head, item.panel + next, rows);
-            rows_ahead(job, now, rows, item.whole, ahead);
-        }
-        const BackwardBuffers b = head(h);
+    const auto set = [&](int64_t i, int64_t h) {
+        head(h);
         set_rows<float>(p, job.fold, now.head, item.panel + i, rows);
-        // Nothing to add: no key, or none that these queries see.
+    };
+    // Nothing to add: no key, or none that these queries see.
+    const auto is_empty = [&](int64_t i, int64_t h) {
+        set(i, h);
         bool nothing = true;
         for (int j = 0; j < p.count; ++j)
             nothing = nothing && (!places.count[j] || (p.causal && places.key[j] > rows.last));
-        if (nothing && (job.query.add || !job.query.target.data) && !job.grad_gates) return;
-        backward_panel(unit, job, now, rows, places, b, ahead);
+        return nothing && (job.query.add || !job.query.target.data) && !job.grad_gates;
+    };
+    // Panels first .. end - 1 of a head, which are summed up together, and what comes then.
+    const auto panels = [&](int64_t first, int64_t end, int64_t h, int64_t next, int64_t next_head) {
+        while (first < end && is_empty(first, h)) ++first;
+        for (int64_t i = first; i < end; ++i) {
+            const bool ends = i + 1 == end;
+            if (!ends || next < item.panels) {
+                set(ends ? next : i + 1, ends ? next_head : h);
+                rows_ahead(job, now, rows, item.whole, ahead);
+            }
+            const BackwardBuffers b = head(h);
+            set(i, h);
+            backward_panel(unit, job, now, rows, places, b, i - first, ends, ahead);
+        }
     };
     if (together) {
         for (int64_t h = 0; h < item.heads; ++h) {
             const BackwardBuffers b = head(h);
             begin_head(p, now, places, b);
         }
-        for (int64_t i = 0; i < item.panels; ++i)
-            for (int64_t h = 0; h < item.heads; ++h) panel(i, h);
+        for (int64_t i = 0; i < item.panels; i += kTogether)
+            for (int64_t h = 0; h < item.heads; ++h) {
+                const bool last = h + 1 == item.heads;
+                panels(i, smaller(i + kTogether, item.panels), h, last ? i + kTogether : i, last ? 0 : h + 1);
+            }
         for (int64_t h = 0; h < item.heads; ++h) {
             const BackwardBuffers b = head(h);
             end_head(job, now, places, b);
@@ -382,7 +411,7 @@ void backward(const BackwardJob<float>& job, const BackwardItem& item, float* sc
     for (int64_t h = 0; h < item.heads; ++h) {
         const BackwardBuffers b = head(h);
         begin_head(p, now, places, b);
-        if (item.panels) panel(0, h);
+        panels(0, item.panels, h, item.panels, 0);
         head(h);
         end_head(job, now, places, b);
     }
