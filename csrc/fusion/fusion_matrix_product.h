@@ -177,49 +177,40 @@ struct Sums {
 
 // Steps of a product, each of which calls `between`.
 constexpr int64_t product_calls(int64_t rows, int64_t depth, int64_t width) {
-    return (rows + kTile) / kTwoTiles * ((width + kTile) / kTwoTiles) * (depth / kTwoTiles);
+    return (rows + kTile) / kTwoTiles * (width / kTile) * (depth / kTwoTiles);
 }
 
-// R x C tiles.
-template <int R, int C, class F>
+// R tiles of 16 columns: see [Few tiles] in amx.h.
+template <int R, class F>
 MMFAST_INLINE void multiply_block(MatrixUnit& unit, int64_t depth, const Left& left, const Right& right,
                                   const Sums& sums, F&& between) {
-    const auto load_left = [&](const uint16_t* from) MMFAST_LAMBDA {
-        unit.load<4>(from, left.stride * 2);
-        if constexpr (R == 2) unit.load<5>(from + kTile * left.stride, left.stride * 2);
-    };
-    const auto load_right = [&](const uint32_t* from) MMFAST_LAMBDA {
-        unit.load_passing<6>(from, right.stride * 4);
-        if constexpr (C == 2) unit.load_passing<7>(from + kTile, right.stride * 4);
-    };
-    if (sums.from) {
-        const float* const down = sums.from + kTile * sums.from_stride;
-        unit.load<0>(sums.from, sums.from_stride * 4);
-        if constexpr (C == 2) unit.load<1>(sums.from + kTile, sums.from_stride * 4);
-        if constexpr (R == 2) unit.load<2>(down, sums.from_stride * 4);
-        if constexpr (R == 2 && C == 2) unit.load<3>(down + kTile, sums.from_stride * 4);
+    const float* const from = sums.from;
+    if (from) {
+        unit.load<0>(from, sums.from_stride * 4);
+        if constexpr (R == 2) unit.load<1>(from + kTile * sums.from_stride, sums.from_stride * 4);
     } else {
-        unit.zero();
+        unit.zero<0>();
+        if constexpr (R == 2) unit.zero<1>();
     }
+    const int64_t bytes = left.stride * 2, down = kTile * left.stride;
     for (int64_t k = 0; k < depth; k += kTwoTiles) {
         between();
-        load_left(left.data + k);
-        if (right.low) {
-            load_right(right.low + k / 2 * right.stride);
-            unit.multiply_add<R, C>();
-        }
-        load_right(right.data + k / 2 * right.stride);
-        unit.multiply_add<R, C>();
-        if (left.low) {
-            load_left(left.low + k);
-            unit.multiply_add<R, C>();
-        }
+        const int64_t at = k / 2 * right.stride;
+        unit.load_passing<6>(right.data + at, right.stride * 4);
+        if (right.low) unit.load_passing<7>(right.low + at, right.stride * 4);
+        const auto row = [&]<int kRow>() MMFAST_LAMBDA {
+            unit.load<4>(left.data + k + kRow * down, bytes);
+            unit.multiply<kRow, 4, 6>();
+            if (right.low) unit.multiply<kRow, 4, 7>();
+            if (!left.low) return;
+            unit.load<4>(left.low + k + kRow * down, bytes);
+            unit.multiply<kRow, 4, 6>();
+        };
+        row.template operator()<0>();
+        if constexpr (R == 2) row.template operator()<1>();
     }
-    float* const down = sums.data + kTile * sums.stride;
     unit.store<0>(sums.data, sums.stride * 4);
-    if constexpr (C == 2) unit.store<1>(sums.data + kTile, sums.stride * 4);
-    if constexpr (R == 2) unit.store<2>(down, sums.stride * 4);
-    if constexpr (R == 2 && C == 2) unit.store<3>(down + kTile, sums.stride * 4);
+    if constexpr (R == 2) unit.store<1>(sums.data + kTile * sums.stride, sums.stride * 4);
 }
 
 // sums[rows][width] = or += left[rows][depth] right[depth][width], the depth a multiple of 32, the others of 16.
@@ -230,15 +221,12 @@ void multiply(MatrixUnit& unit, int64_t rows, int64_t depth, int64_t width, cons
     for (int64_t i = 0; i < rows; i += kTwoTiles) {
         const int64_t down = i * left.stride;
         const Left l{left.data + down, left.stride, left.low ? left.low + down : nullptr};
-        for (int64_t j = 0; j < width; j += kTwoTiles) {
+        for (int64_t j = 0; j < width; j += kTile) {
             const Right r{right.data + j, right.stride, right.low ? right.low + j : nullptr};
             const Sums s{sums.data + i * sums.stride + j, sums.stride,
                          sums.from ? sums.from + i * sums.from_stride + j : nullptr, sums.from_stride};
-            const auto block = [&]<int R, int C>()
-                                   MMFAST_LAMBDA { multiply_block<R, C>(unit, depth, l, r, s, between); };
-            const bool wide = j + kTile < width;
-            if (i + kTile < rows) wide ? block.template operator()<2, 2>() : block.template operator()<2, 1>();
-            else wide ? block.template operator()<1, 2>() : block.template operator()<1, 1>();
+            if (i + kTile < rows) multiply_block<2>(unit, depth, l, r, s, between);
+            else multiply_block<1>(unit, depth, l, r, s, between);
         }
     }
     unit.fence();

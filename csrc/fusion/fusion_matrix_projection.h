@@ -1,7 +1,7 @@
 // Linear layers on the matrix unit. For fusion_matrix.cpp.
 //
 // Note: [Blocks of linear layers]
-//   A block of 2 x 2 tiles of sums takes as many loads as products; tiles of one factor come from the first cache, since they are
+//   A block of 2 tiles of sums takes three loads for two products; tiles of one factor come from the first cache, since they are
 //   used again for the next block, those of the other from the second. For results, and gradients of x, 512 columns of 32 rows
 //   of x stay, and the weights, which are packed once in panels of 32 columns, pass by: half a megabyte of them for some such
 //   rows, before the next ones are fetched, and the sums wait in between.
@@ -43,33 +43,33 @@ void pack_inputs(const Projection& p, int64_t panel, uint32_t* packed) {
                  kPanelColumns);
 }
 
-// Sums of R x 2 tiles in memory, [row][column], that are a panel wide.
+// Sums of R tiles in memory, [row][column], of a panel's width.
 constexpr int64_t kSumsBytes = kPanelColumns * 4;
 template <int R>
 MMFAST_INLINE void store_sums(MatrixUnit& unit, float* to) {
     unit.store<0>(to, kSumsBytes);
-    unit.store<1>(to + kTile, kSumsBytes);
-    if constexpr (R == 1) return;
-    unit.store<2>(to + kTile * kPanelColumns, kSumsBytes);
-    unit.store<3>(to + kTile * kPanelColumns + kTile, kSumsBytes);
+    if constexpr (R == 2) unit.store<1>(to + kTile * kPanelColumns, kSumsBytes);
 }
 template <int R>
 MMFAST_INLINE void load_sums(MatrixUnit& unit, const float* from) {
     unit.load<0>(from, kSumsBytes);
-    unit.load<1>(from + kTile, kSumsBytes);
-    if constexpr (R == 1) return;
-    unit.load<2>(from + kTile * kPanelColumns, kSumsBytes);
-    unit.load<3>(from + kTile * kPanelColumns + kTile, kSumsBytes);
+    if constexpr (R == 2) unit.load<1>(from + kTile * kPanelColumns, kSumsBytes);
+}
+template <int R>
+MMFAST_INLINE void clear_sums(MatrixUnit& unit) {
+    unit.zero<0>();
+    if constexpr (R == 2) unit.zero<1>();
 }
 // Adds to them what a depth of 32 gives: rows `bytes` apart, the second 16 of them `down` elements on, times a part of a panel.
 template <int R>
 MMFAST_INLINE void multiply_step(MatrixUnit& unit, const uint16_t* left, int64_t bytes, int64_t down,
                                  const uint32_t* right) {
-    unit.load<4>(left, bytes);
-    if constexpr (R == 2) unit.load<5>(left + down, bytes);
     unit.load_passing<6>(right, kSumsBytes);
-    unit.load_passing<7>(right + kTile, kSumsBytes);
-    unit.multiply_add<R, 2>();
+    unit.load<4>(left, bytes);
+    unit.multiply<0, 4, 6>();
+    if constexpr (R == 1) return;
+    unit.load<4>(left + down, bytes);
+    unit.multiply<1, 4, 6>();
 }
 constexpr int64_t kStepOfPanel = kTile * kPanelColumns;
 
@@ -84,15 +84,17 @@ template <int R>
 MMFAST_INLINE void multiply_slice(MatrixUnit& unit, const HalfRows& left, int64_t depth, const uint32_t* right,
                                   bool begins, const float* sums, float* to, const HalfRows& ahead) {
     unit.fence();
-    if (begins) unit.zero();
-    else load_sums<R>(unit, sums);
     int64_t asked = 0;
-    for (int64_t k = 0; k < depth; k += kTwoTiles, right += kStepOfPanel) {
-        for (int i = 0; i < 2 && asked < R * kTile; ++i, ++asked)
-            __builtin_prefetch(ahead.data + asked * ahead.stride, 1);
-        multiply_step<R>(unit, left.data + k, 2 * left.stride, kTile * left.stride, right);
+    for (int64_t c = 0; c < kPanelColumns; c += kTile) {
+        if (begins) clear_sums<R>(unit);
+        else load_sums<R>(unit, sums + c);
+        for (int64_t k = 0; k < depth; k += kTwoTiles) {
+            if (asked < R * kTile) __builtin_prefetch(ahead.data + asked++ * ahead.stride, 1);
+            multiply_step<R>(unit, left.data + k, 2 * left.stride, kTile * left.stride,
+                             right + k / kTwoTiles * kStepOfPanel + c);
+        }
+        store_sums<R>(unit, to + c);
     }
-    store_sums<R>(unit, to);
     unit.fence();
 }
 
@@ -257,12 +259,13 @@ void projection_weights(const Projection& p, const WeightBlock& block, float* sc
         if (!p.grad_weight) continue;
         unit.fence();
         for (int64_t o = 0; o < block.outs; o += kTwoTiles)
-            for (int64_t c = 0; c < block.ins; c += kPanelColumns) {
-                float* const sums = b.sums + o * block.ins + c * kTwoTiles;
+            for (int64_t c = 0; c < block.ins; c += kTile) {
+                const int64_t in_panel = c % kPanelColumns, panel = c - in_panel;
+                float* const sums = b.sums + o * block.ins + panel * kTwoTiles + in_panel;
                 const uint16_t* const left = b.left + o * kWeightRows;
-                const uint32_t* const right = b.right + c * kWeightRows / 2;
+                const uint32_t* const right = b.right + panel * kWeightRows / 2 + in_panel;
                 if (r) load_sums<2>(unit, sums);
-                else unit.zero();
+                else clear_sums<2>(unit);
                 for (int64_t k = 0; k < depth; k += kTwoTiles)
                     multiply_step<2>(unit, left + k * kTile, kTileBytes, apart, right + k / kTwoTiles * kStepOfPanel);
                 store_sums<2>(unit, sums);

@@ -181,68 +181,61 @@ inline void split_points(int64_t first, int64_t dimension, const Points<float>& 
 
 // ---- Products ------------------------------------------------------------------------------------------------------
 
-// Adds up 32 x 32 products over one depth of 32; `passes` as in Points. The left factor's second tile lies 16 rows on.
-MMFAST_INLINE void add_products(MatrixUnit& unit, int passes, const uint16_t* high, const uint16_t* low, int64_t step,
-                                const uint16_t* first, const uint16_t* second) {
-    const int64_t bytes = 2 * step;
+// Adds up 32 x 16 products over one depth of 32; `passes` as in Points. The left factor's second tile lies 16 rows on.
+template <int kRow>
+MMFAST_INLINE void add_row(MatrixUnit& unit, int passes, const uint16_t* high, const uint16_t* low, int64_t bytes) {
     unit.load<4>(high, bytes);
-    unit.load<5>(high + 16 * step, bytes);
-    unit.load<6>(first, kTileBytes);
-    unit.load<7>(second, kTileBytes);
-    unit.multiply_add();
+    unit.multiply<kRow, 4, 6>();
     if (passes == 1) return;
+    if (passes != 2) unit.multiply<kRow, 4, 7>();
     unit.load<4>(low, bytes);
-    unit.load<5>(low + 16 * step, bytes);
-    unit.multiply_add();
-    if (passes == 2) return;
-    unit.load<6>(first + kPart, kTileBytes);
-    unit.load<7>(second + kPart, kTileBytes);
-    if (passes == 4) unit.multiply_add();
-    unit.load<4>(high, bytes);
-    unit.load<5>(high + 16 * step, bytes);
-    unit.multiply_add();
+    unit.multiply<kRow, 4, 6>();
+    if (passes == 4) unit.multiply<kRow, 4, 7>();
+}
+MMFAST_INLINE void add_products(MatrixUnit& unit, int passes, const uint16_t* high, const uint16_t* low, int64_t step,
+                                const uint16_t* right) {
+    unit.load<6>(right, kTileBytes);
+    if (passes > 2) unit.load<7>(right + kPart, kTileBytes);
+    add_row<0>(unit, passes, high, low, 2 * step);
+    add_row<1>(unit, passes, high + 16 * step, low + 16 * step, 2 * step);
 }
 
 MMFAST_INLINE void store_sums(MatrixUnit& unit, float* to, int64_t stride) {
-    const int64_t bytes = 4 * stride;
-    unit.store<0>(to, bytes);
-    unit.store<1>(to + 16, bytes);
-    unit.store<2>(to + 16 * stride, bytes);
-    unit.store<3>(to + 16 * stride + 16, bytes);
+    unit.store<0>(to, 4 * stride);
+    unit.store<1>(to + 16 * stride, 4 * stride);
     unit.fence();
 }
 
 MMFAST_INLINE void load_sums(MatrixUnit& unit, const float* from, int64_t stride) {
-    const int64_t bytes = 4 * stride;
-    unit.load<0>(from, bytes);
-    unit.load<1>(from + 16, bytes);
-    unit.load<2>(from + 16 * stride, bytes);
-    unit.load<3>(from + 16 * stride + 16, bytes);
+    unit.load<0>(from, 4 * stride);
+    unit.load<1>(from + 16 * stride, 4 * stride);
+}
+
+MMFAST_INLINE void clear_sums(MatrixUnit& unit) {
+    unit.zero<0>();
+    unit.zero<1>();
 }
 
 // Dimensions that a tile's products take before the next ones: 32 rows and 64 columns of them, 48 KiB, stay in the first cache.
 constexpr int64_t kSplitDepth = 128;
 
-// z = (if it starts) or += the products of `dimension` values; between() is called 4 x (depth / 32) times.
-template <class F>
+// z = (if it starts) or += the products of `dimension` values.
 MMFAST_INLINE void multiply_split(MatrixUnit& unit, bool starts, int64_t dimension, const Points<float>& a,
-                                  int64_t first, int64_t rows, const Points<float>& b, int64_t columns, float* z,
-                                  const F& between) {
+                                  int64_t first, int64_t rows, const Points<float>& b, int64_t columns, float* z) {
     const int64_t depth = split_depth(dimension), step = split_row_stride(dimension), group = 32 * depth;
     const int64_t slices = (depth + kSplitDepth - 1) / kSplitDepth, steps = depth / 32;
     for (int64_t slice = 0; slice < slices; ++slice)
         for (int64_t i = 0; i < rows; i += 32)
-            for (int64_t n = 0; n < columns; n += 32) {
+            for (int64_t n = 0; n < columns; n += 16) {
                 // There and back, so that of two blocks in a row one factor is the same.
-                const int64_t j = i % 64 == 0 || columns <= 32 ? n : 32 - n;
+                const int64_t j = i % 64 == 0 || columns <= 16 ? n : (columns + 15) / 16 * 16 - 16 - n;
                 float* const sums = z + i * kTile + j;
-                if (starts && slice == 0) unit.zero();
+                if (starts && slice == 0) clear_sums(unit);
                 else load_sums(unit, sums, kTile);
                 for (int64_t k = slice * steps / slices * 32; k < (slice + 1) * steps / slices * 32; k += 32) {
                     const uint16_t* const left = a.split_rows + (first + i) * step + k;
                     const uint16_t* const right = b.split_columns + j / 16 * group + k / 32 * 2 * kPart;
-                    add_products(unit, a.passes, left, left + depth, step, right, right + group);
-                    between();
+                    add_products(unit, a.passes, left, left + depth, step, right);
                 }
                 store_sums(unit, sums, kTile);
             }
@@ -252,7 +245,7 @@ inline void compare_split(bool starts, bool ends_distance, int64_t dimension, co
                           int64_t rows, const Points<float>& b, int64_t columns, float* z) {
     {
         MatrixUnit unit;
-        multiply_split(unit, starts, dimension, a, first, rows, b, columns, z, []() MMFAST_LAMBDA {});
+        multiply_split(unit, starts, dimension, a, first, rows, b, columns, z);
     }
     if (!ends_distance) return;
     for (int64_t i = 0; i < rows; ++i)
@@ -345,14 +338,16 @@ inline void product_split(bool transposed, int64_t rows, int64_t depth, int64_t 
         const int passes = split_right(depth, columns, b + at, b_stride, parts) ? 3 : 2;
         unit.fence();
         for (int64_t i = 0; i < rows; i += 32, ++block) {
-            unit.zero();
-            for (int64_t k = 0; k < depth; k += 32) {
-                const uint16_t* const tile = parts + k / 32 * 4 * kPart;
-                add_products(unit, passes, high + i * kTile + k, low + i * kTile + k, kTile, tile, tile + 2 * kPart);
-                add_some(16);
+            for (int64_t c = 0; c < 32; c += 16) {
+                clear_sums(unit);
+                for (int64_t k = 0; k < depth; k += 32) {
+                    add_products(unit, passes, high + i * kTile + k, low + i * kTile + k, kTile,
+                                 parts + k / 32 * 4 * kPart + c / 16 * 2 * kPart);
+                    add_some(8);
+                }
+                if (c) add_some(32);
+                store_sums(unit, sums[block % 2] + c, 32);
             }
-            add_some(32);
-            store_sums(unit, sums[block % 2], 32);
             last = {sums[block % 2], c + i * c_stride + at, rows - i < 32 ? rows - i : 32, columns, 0};
         }
     }

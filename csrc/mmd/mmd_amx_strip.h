@@ -6,9 +6,7 @@
 //   comparisons want no other. Measured on an Emerald Rapids: 12 products and 64 multiply-adds take 196 cycles, 12 products
 //   and 384 take 730, where one after the other would be 384. So they do not alternate: products of some tiles, then their
 //   values, then what these add to the gradients. The unit falls asleep meanwhile, see [Sleep] in amx.h: a few tiles go
-//   together, so that waking it up is a fiftieth, less than keeping it awake would cost. What does overlap is loads and stores
-//   of sums: a block of 16 x 32 leaves its two tiles while the next one's products go into two others, without which storing
-//   costs a fifth at 64 dimensions.
+//   together, so that waking it up is a fiftieth, less than keeping it awake would cost.
 //   Floors a pair: 3 D / 512 cycles for each product of D dimensions in three parts, of which values take one and gradients
 //   two more; values of five Gaussians 19 instructions for 16 pairs, with derivatives 34, at two a cycle.
 //
@@ -66,74 +64,54 @@ struct Right {
     int64_t next, step;
 };
 
-// Sums of 16 x 32 products. The last block is in memory after finish().
+// Sums of 16 x 32 products, in few tiles: see [Few tiles] in amx.h.
 class Blocks {
 public:
     // 32 rows, of `steps` x 32 dimensions; added to what is there, or not. If kPassing the rows are not used again soon: see
     // [Passing by] in amx.h.
     template <bool kPassing = false>
     MMFAST_INLINE void two(bool adds, int64_t steps, const Left& a, const Right& b, float* to, int64_t stride) {
-        one<0, kPassing>(adds, steps, a.at, a, b, to, stride);
-        one<2, kPassing>(adds, steps, a.at + a.next, a, b, to + 16 * stride, stride);
-    }
-    MMFAST_INLINE void finish() {
-        if (last_) store<2>();
-        last_ = nullptr;
-        unit_.fence();
+        one<kPassing>(adds, steps, a.at, a, b, to, 4 * stride);
+        one<kPassing>(adds, steps, a.at + a.next, a, b, to + 16 * stride, 4 * stride);
     }
     MMFAST_INLINE void fence() { unit_.fence(); }
 
 private:
-    template <int kTile>
-    MMFAST_INLINE void store() {
-        unit_.template store<kTile>(last_, last_bytes_);
-        unit_.template store<kTile + 1>(last_ + 16, last_bytes_);
-    }
     template <int kNumber, bool kPassing>
     MMFAST_INLINE void load(const uint16_t* from, int64_t bytes) {
         if constexpr (kPassing) unit_.template load_passing<kNumber>(from, bytes);
         else unit_.template load<kNumber>(from, bytes);
     }
-    template <int C, bool kPassing>
-    MMFAST_INLINE void step(const uint16_t* left, int64_t bytes, int64_t low, const uint16_t* right, int64_t next) {
-        load<4, kPassing>(left, bytes);
+    template <int kSum>
+    MMFAST_INLINE void multiply(const uint16_t* right) {
         unit_.template load<6>(right, kTileBytes);
-        unit_.template multiply<C, 4, 6>();
-        load<5, kPassing>(left + low, bytes);
-        unit_.template multiply<C, 5, 6>();
-        unit_.template load<7>(right + next, kTileBytes);
-        unit_.template multiply<C + 1, 4, 7>();
-        unit_.template multiply<C + 1, 5, 7>();
+        unit_.template multiply<kSum, 4, 6>();
+        unit_.template multiply<kSum, 5, 6>();
         unit_.template load<6>(right + kPart, kTileBytes);
-        unit_.template multiply<C, 4, 6>();
-        unit_.template load<7>(right + next + kPart, kTileBytes);
-        unit_.template multiply<C + 1, 4, 7>();
+        unit_.template multiply<kSum, 4, 6>();
     }
-    template <int C, bool kPassing>
+    template <bool kPassing>
     MMFAST_INLINE void one(bool adds, int64_t steps, const uint16_t* left, const Left& a, const Right& b, float* to,
-                           int64_t stride) {
+                           int64_t bytes) {
         if (adds) {
-            unit_.template load<C>(to, 4 * stride);
-            unit_.template load<C + 1>(to + 16, 4 * stride);
+            unit_.template load<0>(to, bytes);
+            unit_.template load<1>(to + 16, bytes);
         } else {
-            unit_.template zero<C>();
-            unit_.template zero<C + 1>();
+            unit_.template zero<0>();
+            unit_.template zero<1>();
         }
         const uint16_t* right = b.at;
-        step<C, kPassing>(left, a.bytes, a.low, right, b.next);
-        if (C == 2 || last_) store<2 - C>();
-        last_ = to;
-        last_bytes_ = 4 * stride;
-        for (int64_t k = 1; k < steps; ++k) {
-            left += a.step;
-            right += b.step;
-            step<C, kPassing>(left, a.bytes, a.low, right, b.next);
+        for (int64_t k = 0; k < steps; ++k, left += a.step, right += b.step) {
+            load<4, kPassing>(left, a.bytes);
+            load<5, kPassing>(left + a.low, a.bytes);
+            multiply<0>(right);
+            multiply<1>(right + b.next);
         }
+        unit_.template store<0>(to, bytes);
+        unit_.template store<1>(to + 16, bytes);
     }
 
     MatrixUnit unit_;
-    float* last_ = nullptr;
-    int64_t last_bytes_ = 0;
 };
 
 // Dimensions of 32 points of b, 32 KiB of parts, that stay in the first cache while rows of a pass by.
@@ -393,7 +371,7 @@ bool strip_of(const Strip& strip, double* sum) {
         const bool diagonal = strip.diagonal >= i && strip.diagonal < i + kRows;
         const int64_t pairs = diagonal ? strip.diagonal - i : all;
         multiply_points(blocks, strip.dimension, strip.a, i, all, strip.b, z);
-        blocks.finish();
+        blocks.fence();
         scale_norms(exponent, strip.a.norms + i, rows, all, s.rows);
         if (i == 0 && nearly_constant<C>(strip, s, z)) return false;
         for (int64_t r = pairs; r < rows; ++r) z[r * kTile + r - pairs] = -__builtin_inff();
@@ -411,7 +389,7 @@ bool strip_of(const Strip& strip, double* sum) {
             add_powers<C>(s, z, pairs, all - pairs, of_diagonal);
         }
     }
-    blocks.finish();
+    blocks.fence();
     if constexpr (kGradients)
         for (int64_t j = 0; j < strip.columns; ++j) to->column_sums[j] += column_sums[j];
     *sum = sums.weighted(chain) + of_diagonal.weighted(chain) / 2;

@@ -25,12 +25,20 @@ struct Product {
     void set_right(int k, int j, float x) { right[j / 16][k / 2][2 * (j % 16) + k % 2] = bfloat16(x); }
     void run(int times = 1) {
         MatrixUnit unit;
-        unit.zero();
+        unit.zero<0>();
+        unit.zero<1>();
+        unit.zero<2>();
+        unit.zero<3>();
         unit.load<4>(left, 64);
         unit.load<5>(left + 16, 64);
         unit.load<6>(right[0], 64);
         unit.load<7>(right[1], 64);
-        for (int i = 0; i < times; ++i) unit.multiply_add();
+        for (int i = 0; i < times; ++i) {
+            unit.multiply<0, 4, 6>();
+            unit.multiply<1, 4, 7>();
+            unit.multiply<2, 5, 6>();
+            unit.multiply<3, 5, 7>();
+        }
         unit.store<0>(&sum[0][0], 128);
         unit.store<1>(&sum[0][16], 128);
         unit.store<2>(&sum[16][0], 128);
