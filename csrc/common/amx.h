@@ -14,9 +14,9 @@
 //
 // Note: [Few tiles]
 //   Every load of a tile and every product writes to a register that has to be free, beside those of the tiles that hold something.
-//   At times there are few: a core of which another virtual machine has the other half took 65 to 70 cycles a product in blocks
-//   of 2 x 2 tiles, which keep all eight, and 33 to 40 in blocks of two that keep four or five; at other times both take 18.
-//   So products go through two sums and one tile of the right factor, and what is not in use is left as a zero.
+//   At times there are few, perhaps while another program has the other half of the core: then a product takes 65 to 70 cycles
+//   in blocks of 2 x 2 tiles, which keep all eight, and 33 to 40 in blocks of two that keep four or five; at other times both
+//   take 18. So products go through two sums and one or two tiles of each factor, and the others are left as they begin, zeros.
 //
 // Tiles 0 ... 3 hold sums, 4 and 5 rows of the left factor, 6 and 7 columns of the right one. For files compiled once per
 // instruction set only.

@@ -14,12 +14,12 @@ namespace {
 // Of the largest block of weights the sums, and some hundred rows of what they are sums of, stay in the second cache.
 constexpr int64_t kLargestBlock = 512, kSmallestBlock = 4 * kProjectionStep;
 
-// Nanoseconds of so many multiply-adds: what the matrix unit reaches in blocks of 2 x 2 tiles.
+// Nanoseconds of so many multiply-adds on the matrix unit.
 double cost_of(int64_t rows, int64_t in, int64_t out) {
     return double(rows) * double(in) * double(out) / 600;
 }
 
-// The pieces, as large as possible and equal, of which there are as many as threads, if those are not too small then.
+// The size of so many equal pieces, in whole steps.
 int64_t piece(int64_t all, int64_t pieces) {
     const int64_t size = (all + pieces - 1) / pieces;
     return (size + kProjectionStep - 1) / kProjectionStep * kProjectionStep;
