@@ -43,60 +43,11 @@ void pack_inputs(const Projection& p, int64_t panel, uint32_t* packed) {
                  kPanelColumns);
 }
 
-// Sums of R tiles in memory, [row][column], of a panel's width.
-constexpr int64_t kSumsBytes = kPanelColumns * 4;
-template <int R>
-MMFAST_INLINE void store_sums(MatrixUnit& unit, float* to) {
-    unit.store<0>(to, kSumsBytes);
-    if constexpr (R == 2) unit.store<1>(to + kTile * kPanelColumns, kSumsBytes);
-}
-template <int R>
-MMFAST_INLINE void load_sums(MatrixUnit& unit, const float* from) {
-    unit.load<0>(from, kSumsBytes);
-    if constexpr (R == 2) unit.load<1>(from + kTile * kPanelColumns, kSumsBytes);
-}
-template <int R>
-MMFAST_INLINE void clear_sums(MatrixUnit& unit) {
-    unit.zero<0>();
-    if constexpr (R == 2) unit.zero<1>();
-}
-// Adds to them what a depth of 32 gives: rows `bytes` apart, the second 16 of them `down` elements on, times a part of a panel.
-template <int R>
-MMFAST_INLINE void multiply_step(MatrixUnit& unit, const uint16_t* left, int64_t bytes, int64_t down,
-                                 const uint32_t* right) {
-    unit.load_passing<6>(right, kSumsBytes);
-    unit.load<4>(left, bytes);
-    unit.multiply<0, 4, 6>();
-    if constexpr (R == 1) return;
-    unit.load<4>(left + down, bytes);
-    unit.multiply<1, 4, 6>();
-}
-constexpr int64_t kStepOfPanel = kTile * kPanelColumns;
-
 // Left factors side by side: `depth` columns of each.
 struct Side {
     HalfRows rows;
     int64_t depth;
 };
-
-// The sums of rows and a panel go on from `sums`, unless they begin, and end in `to`. Asks for the rows of `ahead`.
-template <int R>
-MMFAST_INLINE void multiply_slice(MatrixUnit& unit, const HalfRows& left, int64_t depth, const uint32_t* right,
-                                  bool begins, const float* sums, float* to, const HalfRows& ahead) {
-    unit.fence();
-    int64_t asked = 0;
-    for (int64_t c = 0; c < kPanelColumns; c += kTile) {
-        if (begins) clear_sums<R>(unit);
-        else load_sums<R>(unit, sums + c);
-        for (int64_t k = 0; k < depth; k += kTwoTiles) {
-            if (asked < R * kTile) __builtin_prefetch(ahead.data + asked++ * ahead.stride, 1);
-            multiply_step<R>(unit, left.data + k, 2 * left.stride, kTile * left.stride,
-                             right + k / kTwoTiles * kStepOfPanel + c);
-        }
-        store_sums<R>(unit, to + c);
-    }
-    unit.fence();
-}
 
 constexpr int64_t kSums = kTwoTiles * kPanelColumns;
 
@@ -145,9 +96,13 @@ void multiply_rows(const Side* sides, int count, int64_t rows, int64_t first, in
                         float* const to = ends_here ? result : sums;
                         Floats bias[kVectors] = {};
                         HalfRows target = f(group + i, bias);
-                        target.data += r * target.stride;  // rows that are not there are asked for in vain
-                        if (there > kTile) multiply_slice<2>(unit, left, depth, right, begins, sums, to, target);
-                        else multiply_slice<1>(unit, left, depth, right, begins, sums, to, target);
+                        target.data += r * target.stride;
+                        int64_t asked = 0;
+                        multiply(unit, to_tiles(there), depth, kPanelColumns, {left.data, left.stride},
+                                 {right, kPanelColumns}, {to, kPanelColumns, begins ? nullptr : sums, kPanelColumns},
+                                 [&]() MMFAST_LAMBDA {
+                                     if (asked < there) __builtin_prefetch(target.data + asked++ * target.stride, 1);
+                                 });
                         if (ends_here) round_block(result, there, bias, target);
                     }
                 }
@@ -177,9 +132,11 @@ void project_back(const Projection& p, int64_t first, int64_t last, const uint32
         [&](int64_t panel, Floats*) { return HalfRows{p.grad_x.data + panel * kPanelColumns, p.grad_x.stride}; });
 }
 
+constexpr int64_t kTurnedStride = half_stride(kWeightRows);
+
 struct WeightBuffers {
     float *sums, *bias;     // [32 results][32 features][result][feature]; sums of gradients
-    uint16_t *left, *tail;  // [16 results][32 rows][result][row]; the last rows, filled up with zeros
+    uint16_t *left, *tail;  // [result][row]; the last rows, filled up with zeros
     uint32_t* right;        // [32 features][pair of rows][feature]
 };
 
@@ -187,13 +144,13 @@ int64_t lay_out(const WeightBlock& block, float* scratch, WeightBuffers& b) {
     Pieces pieces(scratch);
     pieces.take(b.sums, block.outs * block.ins);
     pieces.take(b.bias, block.outs);
-    pieces.take(b.left, block.outs * kWeightRows);
+    pieces.take(b.left, block.outs * kTurnedStride);
     pieces.take(b.right, block.ins / 2 * kWeightRows);
     pieces.take(b.tail, kTwoTiles * larger(block.outs, block.ins));
     return pieces.taken();
 }
 
-int64_t projection_weights_scratch(const Projection&, const WeightBlock& largest) {
+int64_t projection_weights_scratch(const WeightBlock& largest) {
     WeightBuffers b;
     return lay_out(largest, nullptr, b);
 }
@@ -209,68 +166,47 @@ HalfRows rows_or_zeros(const HalfRows& x, int64_t first, int64_t rows, int64_t c
     return {buffer, width};
 }
 
-// 32 rows to tiles of [column][row], those of the next 16 columns `apart` elements further on; their sums added to `bias`.
-void turn_rows(const HalfRows& from, int64_t width, uint16_t* to, int64_t apart, float* bias) {
-    const auto put = [&](Floats* x, uint16_t* at) MMFAST_LAMBDA {
-        Simd<float>::transpose(x);
-        for (int64_t i = 0; i < kLanes; ++i)
-            __builtin_memcpy(at + i / (kTile / 2) * apart + i % (kTile / 2) * 2 * kTwoTiles, &x[i], sizeof x[i]);
-    };
-    static_assert(kLanes == kTile || kLanes == kTile / 2);
-    for (int64_t k = 0; k < width; k += 2 * kLanes, to += 2 * kLanes / kTile * apart)
-        for (int64_t r = 0; r < kTwoTiles; r += 2 * kLanes) {
-            Floats even[kLanes], odd[kLanes], sums[2]{};  // columns, pairs of rows
-            for (int64_t i = 0; i < kLanes; ++i) {
-                Words upper, lower;
-                __builtin_memcpy(&upper, from.data + (r + 2 * i) * from.stride + k, sizeof upper);
-                __builtin_memcpy(&lower, from.data + (r + 2 * i + 1) * from.stride + k, sizeof lower);
-                const Words low_even = lower << 16, up_odd = upper & 0xffff0000u;
-                sums[0] += number_of(upper << 16) + number_of(low_even);
-                sums[1] += number_of(up_odd) + number_of(lower & 0xffff0000u);
-                even[i] = number_of((upper & 0xffffu) | low_even);
-                odd[i] = number_of((upper >> 16) | (lower & 0xffff0000u));
-            }
-            for (int64_t i = 0; i < 2; ++i) {
-                float* const at = bias + (k / kLanes + i) * kLanes;
-                Simd<float>::store(at, Simd<float>::load(at) + sums[i]);
-            }
-            put(even, to + r);
-            put(odd, to + kTwoTiles + r);
+// Adds the columns of 32 rows to `sums`: of each two vectors the even columns, then the odd ones.
+void add_columns(const HalfRows& from, int64_t width, float* sums) {
+    for (int64_t k = 0; k < width; k += 2 * kLanes) {
+        Floats even = Simd<float>::load(sums + k), odd = Simd<float>::load(sums + k + kLanes);
+        for (int64_t r = 0; r < kTwoTiles; ++r) {
+            Words row;
+            __builtin_memcpy(&row, from.data + r * from.stride + k, sizeof row);
+            even += number_of(row << 16);
+            odd += number_of(row & 0xffff0000u);
         }
+        Simd<float>::store(sums + k, even);
+        Simd<float>::store(sums + k + kLanes, odd);
+    }
 }
 
 void projection_weights(const Projection& p, const WeightBlock& block, float* scratch) {
     WeightBuffers b;
     lay_out(block, scratch, b);
     MatrixUnit unit;
-    const int64_t apart = kWeightRows * kTile;
     clear(b.bias, block.outs);
     const HalfRows& y = p.y[block.part];
     for (int64_t r = 0; r < larger(p.rows, 1); r += kWeightRows) {
         const int64_t depth = smaller(kWeightRows, padded(p.rows - r));
         for (int64_t k = 0; k < depth; k += kTwoTiles) {
-            turn_rows(rows_or_zeros(y, r + k, p.rows, block.first_out, block.outs, b.tail), block.outs,
-                      b.left + k * kTile, apart, b.bias);
+            const HalfRows grads = rows_or_zeros(y, r + k, p.rows, block.first_out, block.outs, b.tail);
+            add_columns(grads, block.outs, b.bias);
+            transpose_rows(grads.data, grads.stride, block.outs, 0, transposed_blocks(block.outs, kTwoTiles),
+                           b.left + k, kTurnedStride);
             const HalfRows x = rows_or_zeros(p.x, r + k, p.rows, block.first_in, block.ins, b.tail);
             for (int64_t c = 0; c < block.ins; c += kPanelColumns)
                 pair_rows<1>(x.data + c, x.stride, kPanelColumns, kTwoTiles,
                              b.right + (c * kWeightRows + k * kPanelColumns) / 2, kPanelColumns);
         }
         if (!p.grad_weight) continue;
-        unit.fence();
         for (int64_t o = 0; o < block.outs; o += kTwoTiles)
-            for (int64_t c = 0; c < block.ins; c += kTile) {
-                const int64_t in_panel = c % kPanelColumns, panel = c - in_panel;
-                float* const sums = b.sums + o * block.ins + panel * kTwoTiles + in_panel;
-                const uint16_t* const left = b.left + o * kWeightRows;
-                const uint32_t* const right = b.right + panel * kWeightRows / 2 + in_panel;
-                if (r) load_sums<2>(unit, sums);
-                else clear_sums<2>(unit);
-                for (int64_t k = 0; k < depth; k += kTwoTiles)
-                    multiply_step<2>(unit, left + k * kTile, kTileBytes, apart, right + k / kTwoTiles * kStepOfPanel);
-                store_sums<2>(unit, sums);
+            for (int64_t c = 0; c < block.ins; c += kPanelColumns) {
+                float* const sums = b.sums + o * block.ins + c * kTwoTiles;
+                multiply(unit, kTwoTiles, depth, kPanelColumns, {b.left + o * kTurnedStride, kTurnedStride},
+                         {b.right + c * kWeightRows / 2, kPanelColumns},
+                         {sums, kPanelColumns, r ? sums : nullptr, kPanelColumns}, Nothing());
             }
-        unit.fence();
     }
     int64_t before = block.first_out;
     for (int j = 0; j < block.part; ++j) before += p.out[j];

@@ -64,7 +64,7 @@ void weight_gradients(const Projection& p) {
         largest.ins = std::max(largest.ins, width);
     }
     deal_out(int64_t(blocks.size()), cost_of(p.rows, largest.ins, largest.outs),
-             size_t(kernels.weights_scratch(p, largest)) * 4, [&](int64_t i, char* scratch) {
+             size_t(kernels.weights_scratch(largest)) * 4, [&](int64_t i, char* scratch) {
                  kernels.weights(p, blocks[size_t(i)], reinterpret_cast<float*>(scratch));
              });
 }

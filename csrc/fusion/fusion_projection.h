@@ -59,7 +59,7 @@ struct ProjectionKernels {
     int64_t (*rows_scratch)(const Projection&);
     void (*forward)(const Projection&, int64_t first, int64_t last, const uint32_t* packed, float* scratch);
     void (*backward)(const Projection&, int64_t first, int64_t last, const uint32_t* packed, float* scratch);
-    int64_t (*weights_scratch)(const Projection&, const WeightBlock& largest);
+    int64_t (*weights_scratch)(const WeightBlock& largest);
     void (*weights)(const Projection&, const WeightBlock&, float* scratch);
 };
 

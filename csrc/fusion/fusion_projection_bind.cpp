@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "common/pages.h"
@@ -144,13 +143,12 @@ bool fits(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, c
     return !bias || (bias->dim() == 1 && bias->size(0) == total && bias->stride(0) == 1);
 }
 
-// The parts of x weightᵀ + bias; None for what is left to torch.
+// The parts of x weightᵀ + bias; None for what is left to torch. Nobody may look on, nor may there be dual tensors: see
+// mmfast/fusion/projection.py.
 optional<vector<Tensor>> linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
                                 const vector<int64_t>& parts) {
     const bool tracked = is_tracked(x) || is_tracked(weight) || (bias && is_tracked(*bias));
-    if (!nobody_looks_on() || torch::autograd::ForwardADLevel::try_get_by_idx(0) ||
-        !fits(x, weight, bias, parts, tracked))
-        return std::nullopt;
+    if (!fits(x, weight, bias, parts, tracked)) return std::nullopt;
     if (tracked) return Project::apply(x, weight, bias, parts);
     return project(x, weight, bias, parts);
 }
