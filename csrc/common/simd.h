@@ -456,6 +456,25 @@ MMFAST_INLINE void exp2_each(Simd<float>::V* x) {
     }
 #endif
 }
+// The first and the last step of 2^x with no table, x <= 0, for those who weave the steps with something else: x less the nearest
+// integer n, which is exact (less the one below it, which scalef takes of x, it would be rounded down), and y times 2^n.
+MMFAST_INLINE Simd<float>::V exp2_rest(Simd<float>::V x) {
+#if defined(__AVX512F__)
+    return (Simd<float>::V)_mm512_reduce_ps((__m512)x, 0x08);
+#else
+    return x < -126.0f ? Simd<float>::V{} : x - ((x + 12582912.0f) - 12582912.0f);
+#endif
+}
+MMFAST_INLINE Simd<float>::V exp2_scaled(Simd<float>::V y, Simd<float>::V n) {
+#if defined(__AVX512F__)
+    return (Simd<float>::V)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    using S = Simd<float>;
+    const S::U exponent = S::bits<S::V, S::U>(n + 12582912.0f) - (0x4b400000u - 127);
+    return n < -126.0f ? S::V{} : y * S::bits<S::U, S::V>(exponent << 23);
+#endif
+}
+
 // The same with no table, whose entries' rounding is the same for all x that are close to each other: for what is summed up over
 // many such. Nor a shuffle or, but for the limit, a comparison, which wait for one port.
 template <int kCount, bool kLimited = true>
@@ -463,8 +482,7 @@ MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {
 #if defined(__AVX512F__)
     using V = Simd<float>::V;
     V f[kCount], y[kCount];
-    // Less the nearest integer, which is exact; less the one below it, which scalef takes of x, it would be rounded down.
-    for (int i = 0; i < kCount; ++i) f[i] = (V)_mm512_reduce_ps((__m512)x[i], 0x08);
+    for (int i = 0; i < kCount; ++i) f[i] = exp2_rest(x[i]);
     for (int i = 0; i < kCount; ++i) y[i] = f[i] * kExp2[0] + kExp2[1];
     for (int k = 2; k < 7; ++k)
         for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kExp2[k];
@@ -474,7 +492,7 @@ MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {
             const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
             x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)y[i], (__m512)n);
         } else {
-            x[i] = (V)_mm512_scalef_ps((__m512)y[i], (__m512)n);
+            x[i] = exp2_scaled(y[i], n);
         }
     }
 #else

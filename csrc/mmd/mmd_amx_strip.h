@@ -1,12 +1,14 @@
 // Whole strips of pairs on the matrix unit: the points of a block with a tile's columns, values and gradients, of one chain of
 // Gaussians each the square of the one before. Part of mmd_amx.h's code for the instruction set amx.
 //
-// Note: [Products, then values]
-//   A product of two tiles takes 16 cycles of the port that half of all vector instructions want as well, and shuffles and
-//   comparisons want no other. Measured on an Emerald Rapids: 12 products and 64 multiply-adds take 196 cycles, 12 products
-//   and 384 take 730, where one after the other would be 384. So they do not alternate: products of some tiles, then their
-//   values, then what these add to the gradients. The unit falls asleep meanwhile, see [Sleep] in amx.h: a few tiles go
-//   together, so that waking it up is a fiftieth, less than keeping it awake would cost.
+// Note: [Values between products]
+//   While tiles are loaded and multiplied, the second of the two units of 512 bits adds and compares bits but does not multiply,
+//   so vectors have half of their speed at most, and whatever waits for it stands in the way of the products that follow.
+//   Measured on an Emerald Rapids: six products and their loads take 112 cycles; with 14 multiply-adds after each, which take 45
+//   by themselves, 124; with 24 of them 164. So the values of 128 rows are computed between the products of the next ones,
+//   some 14 instructions after each product, a step of the exponential at a time for four vectors. What is left
+//   when the products are done follows alone. With gradients it is twice as many, since there are few products in the
+//   64 dimensions that are usual: where the unit has enough registers (see [Few tiles] in amx.h) that is no gain and no loss.
 //   Floors a pair: 3 D / 512 cycles for each product of D dimensions in three parts, of which values take one and gradients
 //   two more; values of five Gaussians 19 instructions for 16 pairs, with derivatives 34, at two a cycle.
 //
@@ -28,8 +30,6 @@ namespace mmfast {
 namespace mmd {
 namespace MMFAST_ISA {
 namespace {
-
-struct Nothing {};
 
 constexpr int kMostPowers = 5;  // a chain takes four squarings at most
 constexpr float kNearlyConstant = 0.75f;
@@ -64,15 +64,19 @@ struct Right {
     int64_t next, step;
 };
 
+constexpr int kPlaces = 6;  // products of a step, after each of which something else is woven in
+
 // Sums of 16 x 32 products, in few tiles: see [Few tiles] in amx.h.
 class Blocks {
 public:
-    // 32 rows, of `steps` x 32 dimensions; added to what is there, or not. If kPassing the rows are not used again soon: see
-    // [Passing by] in amx.h.
-    template <bool kPassing = false>
-    MMFAST_INLINE void two(bool adds, int64_t steps, const Left& a, const Right& b, float* to, int64_t stride) {
-        one<kPassing>(adds, steps, a.at, a, b, to, 4 * stride);
-        one<kPassing>(adds, steps, a.at + a.next, a, b, to + 16 * stride, 4 * stride);
+    // 32 rows, of `steps` x 32 dimensions; added to what is there, or not. After a step's i-th product woven.place<i>() is
+    // called. If kPassing the rows are not used again soon: see [Passing by] in amx.h.
+    template <bool kPassing, class Woven>
+    MMFAST_INLINE void two(bool adds, int64_t steps, const Left& a, const Right& b, float* to, int64_t stride,
+                           Woven& woven) {
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < 2; ++i)
+            one<kPassing>(adds, steps, a.at + i * a.next, a, b, to + i * 16 * stride, 4 * stride, woven);
     }
     MMFAST_INLINE void fence() { unit_.fence(); }
 
@@ -82,17 +86,14 @@ private:
         if constexpr (kPassing) unit_.template load_passing<kNumber>(from, bytes);
         else unit_.template load<kNumber>(from, bytes);
     }
-    template <int kSum>
-    MMFAST_INLINE void multiply(const uint16_t* right) {
-        unit_.template load<6>(right, kTileBytes);
-        unit_.template multiply<kSum, 4, 6>();
-        unit_.template multiply<kSum, 5, 6>();
-        unit_.template load<6>(right + kPart, kTileBytes);
-        unit_.template multiply<kSum, 4, 6>();
+    template <int kSum, int kLeft, int kPlace, class Woven>
+    MMFAST_INLINE void multiply(Woven& woven) {
+        unit_.template multiply<kSum, kLeft, 6>();
+        woven.template place<kPlace>();
     }
-    template <bool kPassing>
+    template <bool kPassing, class Woven>
     MMFAST_INLINE void one(bool adds, int64_t steps, const uint16_t* left, const Left& a, const Right& b, float* to,
-                           int64_t bytes) {
+                           int64_t bytes, Woven& woven) {
         if (adds) {
             unit_.template load<0>(to, bytes);
             unit_.template load<1>(to + 16, bytes);
@@ -104,8 +105,16 @@ private:
         for (int64_t k = 0; k < steps; ++k, left += a.step, right += b.step) {
             load<4, kPassing>(left, a.bytes);
             load<5, kPassing>(left + a.low, a.bytes);
-            multiply<0>(right);
-            multiply<1>(right + b.next);
+            unit_.template load<6>(right, kTileBytes);
+            multiply<0, 4, 0>(woven);
+            multiply<0, 5, 1>(woven);
+            unit_.template load<6>(right + kPart, kTileBytes);
+            multiply<0, 4, 2>(woven);
+            unit_.template load<6>(right + b.next, kTileBytes);
+            multiply<1, 4, 3>(woven);
+            multiply<1, 5, 4>(woven);
+            unit_.template load<6>(right + b.next + kPart, kTileBytes);
+            multiply<1, 4, 5>(woven);
         }
         unit_.template store<0>(to, bytes);
         unit_.template store<1>(to + 16, bytes);
@@ -118,15 +127,16 @@ private:
 constexpr int64_t kStripDepth = 256;
 
 // z[rows][64] = the products of points of a, from `first` on, and the tile's of b.
+template <class Woven>
 MMFAST_INLINE void multiply_points(Blocks& blocks, int64_t dimension, const Points<float>& a, int64_t first,
-                                   int64_t rows, const Points<float>& b, float* z) {
+                                   int64_t rows, const Points<float>& b, float* z, Woven& woven) {
     const int64_t depth = split_depth(dimension), row = split_row_stride(dimension), group = 32 * depth;
     const int64_t slices = (depth + kStripDepth - 1) / kStripDepth, steps = depth / 32;
     const auto two = [&]<bool kPassing>(int64_t slice, int64_t r, int64_t j) MMFAST_LAMBDA {
         const int64_t from = slice * steps / slices, to = (slice + 1) * steps / slices;
         blocks.two<kPassing>(
             slice > 0, to - from, {a.split_rows + (first + r) * row + 32 * from, 16 * row, depth, 32, 2 * row},
-            {b.split_columns + j / 16 * group + from * 2 * kPart, group, 2 * kPart}, z + r * kTile + j, kTile);
+            {b.split_columns + j / 16 * group + from * 2 * kPart, group, 2 * kPart}, z + r * kTile + j, kTile, woven);
     };
     if (depth <= kStripDepth / 2) {  // all of b's are there
         for (int64_t r = 0; r < rows; r += 32)
@@ -140,12 +150,12 @@ MMFAST_INLINE void multiply_points(Blocks& blocks, int64_t dimension, const Poin
 
 // ---- Values ----------------------------------------------------------------------------------------------------------
 
-// Rows whose products are computed before their values.
-constexpr int64_t kPhase = 256, kGradientPhase = 128;
+// Rows whose values are computed while the unit multiplies the next ones.
+constexpr int64_t kPhase = 128;
 
 // Weights as a left factor, [16 rows][32 columns][high, low], and as a right one, [32 rows][16 columns][high, low].
 struct Weights {
-    alignas(64) uint16_t left[2 * kGradientPhase * kTile], right[2 * kGradientPhase * kTile];
+    alignas(64) uint16_t left[2 * kPhase * kTile], right[2 * kPhase * kTile];
 };
 
 struct Scaled {
@@ -162,18 +172,34 @@ inline void scale_norms(float exponent, const float* norms, int64_t count, int64
     }
 }
 
-// t = the widest Gaussian of rows and columns of a tile.
+// The widest Gaussian of rows and columns of a tile, step by step.
 template <int kRows, int kColumns>
-MMFAST_INLINE void widest(const Scaled& s, const float* z, int64_t i, int64_t rows_apart, int64_t j,
-                          Floats (&t)[kRows * kColumns]) {
-    for (int r = 0; r < kRows; ++r)
-        for (int u = 0; u < kColumns; ++u) {
-            const Floats norms = s.rows[i + r * rows_apart] + Simd<float>::load(s.columns + j + 16 * u);
-            const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
-            t[r * kColumns + u] = Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
-        }
-    exp2_without_table<kRows * kColumns, false>(t);
-}
+struct Widest {
+    static constexpr int kCount = kRows * kColumns;
+    Floats t[kCount], f[kCount], y[kCount];
+
+    MMFAST_INLINE void exponents(const Scaled& s, const float* z, int64_t i, int64_t rows_apart, int64_t j) {
+        for (int r = 0; r < kRows; ++r)
+            for (int u = 0; u < kColumns; ++u) {
+                const Floats norms = s.rows[i + r * rows_apart] + Simd<float>::load(s.columns + j + 16 * u);
+                const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
+                t[r * kColumns + u] = Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
+            }
+    }
+    MMFAST_INLINE void rests() {
+        for (int u = 0; u < kCount; ++u) f[u] = exp2_rest(t[u]);
+        for (int u = 0; u < kCount; ++u) y[u] = f[u] * kExp2[0] + kExp2[1];
+        for (int u = 0; u < kCount; ++u) t[u] -= f[u];
+    }
+    template <int kFirst, int kLast>
+    MMFAST_INLINE void polynomial() {
+        for (int k = kFirst; k <= kLast; ++k)
+            for (int u = 0; u < kCount; ++u) y[u] = y[u] * f[u] + kExp2[k];
+    }
+    MMFAST_INLINE void scale() {
+        for (int u = 0; u < kCount; ++u) t[u] = exp2_scaled(y[u], t[u]);
+    }
+};
 
 template <int C>
 struct PowerSums {
@@ -190,99 +216,210 @@ struct PowerSums {
 
 constexpr int64_t kRowsOfPowers = 8;  // whose powers are added up before the sums go on in double: 32 to a lane
 
+// Adds up the powers of rows, a row in a step's places.
 template <int C>
-MMFAST_INLINE void add_powers(const Scaled& s, const float* z, int64_t first, int64_t rows, PowerSums<C>& sums) {
-    for (int64_t i = first; i < first + rows; i += kRowsOfPowers) {
-        Floats some[C] = {};
-        for (int64_t r = i; r < i + kRowsOfPowers; ++r) {
-            Floats t[kWide];
-            widest<1, kWide>(s, z, r, 0, 0, t);
-            for (int u = 0; u < kWide; ++u) some[0] += t[u];
-            for (int c = 1; c < C; ++c)
-                for (int u = 0; u < kWide; ++u) {
-                    some[c] += t[u] * t[u];
-                    if (c + 1 < C) t[u] *= t[u];
-                }
-        }
-        sums.add(some);
+class Adding {
+public:
+    void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums) {
+        s_ = &s;
+        z_ = z;
+        row_ = first;
+        end_ = end;
+        sums_ = &sums;
     }
-}
+    template <int kPlace>
+    MMFAST_INLINE void place() {
+        if (row_ >= end_) return;
+        part<kPlace>();
+        if constexpr (kPlace == kPlaces - 1) next();
+    }
+    MMFAST_INLINE void finish() {
+        while (row_ < end_) all(std::make_index_sequence<kPlaces>());
+    }
+
+private:
+    template <size_t... K>
+    MMFAST_INLINE void all(std::index_sequence<K...>) {
+        (part<int(K)>(), ...);
+        next();
+    }
+    template <int kFirst, int kLast>
+    MMFAST_INLINE void square() {
+        for (int c = kFirst; c <= kLast && c < C; ++c)
+            for (int u = 0; u < kWide; ++u) {
+                some_[c] += w_.t[u] * w_.t[u];
+                if (c + 1 < C) w_.t[u] *= w_.t[u];
+            }
+    }
+    template <int kStep>
+    MMFAST_INLINE void part() {
+        if constexpr (kStep == 0) w_.exponents(*s_, z_, row_, 0, 0);
+        if constexpr (kStep == 1) w_.rests();
+        if constexpr (kStep == 2) w_.template polynomial<2, 4>();
+        if constexpr (kStep == 3) {
+            w_.template polynomial<5, 6>();
+            w_.scale();
+        }
+        if constexpr (kStep == 4) {
+            for (int u = 0; u < kWide; ++u) some_[0] += w_.t[u];
+            square<1, 2>();
+        }
+        if constexpr (kStep == 5) square<3, 4>();
+    }
+    MMFAST_INLINE void next() {
+        if (++row_ % kRowsOfPowers) return;
+        sums_->add(some_);
+        for (int c = 0; c < C; ++c) some_[c] = Floats{};
+    }
+
+    Widest<1, kWide> w_;
+    Floats some_[C] = {};
+    const Scaled* s_ = nullptr;
+    const float* z_ = nullptr;
+    PowerSums<C>* sums_ = nullptr;
+    int64_t row_ = 0, end_ = 0;
+};
 
 // Lines of memory that are asked for while values are computed: tiles of the unit would wait for each.
 class Ahead {
 public:
-    void add(const void* from, int64_t bytes) { range_[count_++] = {static_cast<const char*>(from), bytes}; }
-    // A share of 1 / `parts` of each, at the `part`-th call.
-    MMFAST_INLINE void fetch(int64_t part, int64_t parts) const {
+    // In `parts` calls of fetch() at most.
+    explicit Ahead(int64_t parts = 1) : parts_(parts) {}
+    void add(const void* from, int64_t bytes) {
+        range_[count_++] = {static_cast<const char*>(from), (bytes / 64 + parts_ - 1) / parts_ * 64};
+    }
+    MMFAST_INLINE void fetch() {
         for (int64_t n = 0; n < count_; ++n) {
-            const int64_t each = (range_[n].bytes / 64 + parts - 1) / parts * 64;
-            const char* const from = range_[n].at + part * each;
-            for (int64_t i = 0; i < each; i += 64) __builtin_prefetch(from + i, 0, 2);
+            Range& r = range_[n];
+            for (const char* const end = r.at + r.each; r.at < end; r.at += 64) __builtin_prefetch(r.at, 0, 2);
         }
     }
 
 private:
     struct Range {
         const char* at;
-        int64_t bytes;
+        int64_t each;
     };
     Range range_[4];
-    int64_t count_ = 0;
+    int64_t parts_, count_ = 0;
 };
 
-// As add_powers; derivatives by the squared distances as factors, and their sums by rows (of each lane) and columns.
+// As Adding; derivatives by the squared distances as factors, and their sums by rows (of each lane) and columns.
 template <int C>
-MMFAST_INLINE void differentiate(const Scaled& s, const Chain<float>& chain, float factor, const float* z,
-                                 int64_t first, int64_t rows, PowerSums<C>& sums, Weights& w, float* row_lanes,
-                                 double* column_sums, const Ahead& ahead) {
-    float slope[C];
-    for (int c = 0; c < C; ++c) slope[c] = factor * chain.slope[c];
-    Floats columns[kTile / 16] = {};
-    for (int64_t g = first; g < first + rows; g += 32)
-        for (int64_t p = 0; p < 16; p += kRowsOfPowers / 2) {
-            Floats some[C] = {};
-            for (int64_t i = g + p; i < g + p + kRowsOfPowers / 2; ++i) {
-                ahead.fetch((g - first) / 2 + i - g, rows / 2);
-                Floats row[2] = {Simd<float>::load(row_lanes + i * 16), Simd<float>::load(row_lanes + (i + 16) * 16)};
-#pragma GCC unroll 2
-                for (int64_t q = 0; q < 2; ++q) {
-                    Floats t[4], h[4];  // two rows, 16 apart, of two vectors
-                    widest<2, 2>(s, z, i, 16, 32 * q, t);
-                    for (int u = 0; u < 4; ++u) {
-                        some[0] += t[u];
-                        h[u] = slope[0] * t[u];
-                    }
-                    for (int c = 1; c < C; ++c)
-                        for (int u = 0; u < 4; ++u) {
-                            t[u] *= t[u];
-                            some[c] += t[u];
-                            h[u] += slope[c] * t[u];
-                        }
-                    for (int r = 0; r < 2; ++r) row[r] += h[2 * r] + h[2 * r + 1];
-                    columns[2 * q] += h[0] + h[2];
-                    columns[2 * q + 1] += h[1] + h[3];
-                    Words high[4], low[4];
-                    for (int u = 0; u < 4; ++u) {
-                        high[u] = rounded_half(Simd<float>::bits<Floats, Words>(h[u])) & kHighHalf;
-                        low[u] = rounded_half(Simd<float>::bits<Floats, Words>(h[u] - as_floats(high[u])));
-                    }
-                    for (int r = 0; r < 2; ++r) {
-                        uint16_t* const left = w.left + ((g / 16 + r) * 2 + q) * 2 * kPart + (i - g) * 32;
-                        put(left, upper_halves(high[2 * r], high[2 * r + 1]));
-                        put(left + kPart, upper_halves(low[2 * r], low[2 * r + 1]));
-                    }
-                    for (int u = 0; u < 2; ++u) {
-                        uint16_t* const right = w.right + (g / 32 * 4 + 2 * q + u) * 2 * kPart + (i - g) * 32;
-                        put(right, upper_halves(high[u], high[u + 2]));
-                        put(right + kPart, upper_halves(low[u], low[u + 2]));
-                    }
-                }
-                for (int r = 0; r < 2; ++r) Simd<float>::store(row_lanes + (i + 16 * r) * 16, row[r]);
+class Differentiating {
+public:
+    Differentiating(const Chain<float>& chain, float factor) {
+        for (int c = 0; c < C; ++c) slope_[c] = factor * chain.slope[c];
+    }
+    void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums, Weights& w,
+               float* row_lanes, double* column_sums) {
+        s_ = &s;
+        z_ = z;
+        row_ = first;
+        end_ = end;
+        sums_ = &sums;
+        weights_ = &w;
+        row_lanes_ = row_lanes;
+        column_sums_ = column_sums;
+    }
+    void fetch(const Ahead& ahead) { ahead_ = ahead; }
+    template <int kPlace>
+    MMFAST_INLINE void place() {
+        if (row_ >= end_) return;
+        part<2 * kPlace>();
+        part<2 * kPlace + 1>();
+        if constexpr (kPlace == kPlaces - 1) next();
+    }
+    MMFAST_INLINE void finish() {
+        while (row_ < end_) all(std::make_index_sequence<2 * kPlaces>());
+        if (column_sums_) add_to<float>(columns_, column_sums_);
+        for (auto& x : columns_) x = Floats{};
+    }
+
+private:
+    template <size_t... K>
+    MMFAST_INLINE void all(std::index_sequence<K...>) {
+        (part<int(K)>(), ...);
+        next();
+    }
+    template <int c>
+    MMFAST_INLINE void power() {
+        if constexpr (c < C)
+            for (int u = 0; u < 4; ++u) {
+                if (c) w_.t[u] *= w_.t[u];
+                some_[c] += w_.t[u];
+                h_[u] = c ? h_[u] + slope_[c] * w_.t[u] : slope_[c] * w_.t[u];
             }
-            sums.add(some);
+    }
+    // Two rows, 16 apart, of two vectors.
+    template <int kStep>
+    MMFAST_INLINE void part() {
+        const int64_t i = row_;
+        if constexpr (kStep == 0) {
+            if (!q_) ahead_.fetch();
+            w_.exponents(*s_, z_, i, 16, 32 * q_);
         }
-    add_to<float>(columns, column_sums);
-}
+        if constexpr (kStep == 1) w_.rests();
+        if constexpr (kStep == 2) w_.template polynomial<2, 4>();
+        if constexpr (kStep == 3) {
+            w_.template polynomial<5, 6>();
+            w_.scale();
+        }
+        if constexpr (kStep == 4) {
+            power<0>();
+            power<1>();
+        }
+        if constexpr (kStep == 5) power<2>();
+        if constexpr (kStep == 6) power<3>();
+        if constexpr (kStep == 7) power<4>();
+        if constexpr (kStep == 8) {
+            for (int r = 0; r < 2; ++r) {
+                float* const lanes = row_lanes_ + (i + 16 * r) * 16;
+                Simd<float>::store(lanes, Simd<float>::load(lanes) + (h_[2 * r] + h_[2 * r + 1]));
+            }
+            for (int u = 0; u < 2; ++u) columns_[2 * q_ + u] += h_[u] + h_[u + 2];
+        }
+        if constexpr (kStep == 9)
+            for (int u = 0; u < 4; ++u) {
+                high_[u] = rounded_half(Simd<float>::bits<Floats, Words>(h_[u])) & kHighHalf;
+                low_[u] = rounded_half(Simd<float>::bits<Floats, Words>(h_[u] - as_floats(high_[u])));
+            }
+        if constexpr (kStep == 10)
+            for (int r = 0; r < 2; ++r) {
+                uint16_t* const left = weights_->left + ((i / 32 * 2 + r) * 2 + q_) * 2 * kPart + i % 16 * 32;
+                put(left, upper_halves(high_[2 * r], high_[2 * r + 1]));
+                put(left + kPart, upper_halves(low_[2 * r], low_[2 * r + 1]));
+            }
+        if constexpr (kStep == 11)
+            for (int u = 0; u < 2; ++u) {
+                uint16_t* const right = weights_->right + (i / 32 * 4 + 2 * q_ + u) * 2 * kPart + i % 16 * 32;
+                put(right, upper_halves(high_[u], high_[u + 2]));
+                put(right + kPart, upper_halves(low_[u], low_[u + 2]));
+            }
+    }
+    MMFAST_INLINE void next() {
+        q_ ^= 1;
+        if (q_) return;
+        ++row_;
+        if (row_ % 16 == 0) row_ += 16;
+        if (row_ % (kRowsOfPowers / 2)) return;
+        sums_->add(some_);
+        for (int c = 0; c < C; ++c) some_[c] = Floats{};
+    }
+
+    Widest<2, 2> w_;
+    Floats h_[4], columns_[4] = {}, some_[C] = {};
+    Words high_[4], low_[4];
+    float slope_[C];
+    const Scaled* s_ = nullptr;
+    const float* z_ = nullptr;
+    PowerSums<C>* sums_ = nullptr;
+    Weights* weights_ = nullptr;
+    float* row_lanes_ = nullptr;
+    double* column_sums_ = nullptr;
+    Ahead ahead_;
+    int64_t row_ = 0, end_ = 0, q_ = 0;
+};
 
 // ---- Strips ----------------------------------------------------------------------------------------------------------
 
@@ -301,9 +438,12 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
     const Chain<float>& chain = strip.program.chain[0];
     float least = 1, value = 0, all = 0;
     for (int64_t j = 0; j < strip.columns; j += 16) {
-        Floats t[1];
-        widest<1, 1>(s, z, 0, 0, j, t);
-        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = t[0][l] < least ? t[0][l] : least;
+        Widest<1, 1> w;
+        w.exponents(s, z, 0, 0, j);
+        w.rests();
+        w.template polynomial<2, 6>();
+        w.scale();
+        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.t[0][l] < least ? w.t[0][l] : least;
     }
     for (int c = 0; c < C; ++c, least *= least) {
         value += chain.weight[c] * least;
@@ -312,10 +452,10 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
     return __builtin_fabsf(value) > kNearlyConstant * __builtin_fabsf(all);
 }
 
-// What the products after the values of rows [i, i + rows), and those of the next ones, read that is in no near cache.
+// What the products after the values of rows [i, i + rows) read, and those after these, that is in no near cache.
 inline Ahead what_follows(const Strip& strip, int64_t i, int64_t rows) {
-    const int64_t depth = split_depth(strip.dimension), row = split_row_stride(strip.dimension), next = i + rows;
-    Ahead ahead;
+    const int64_t depth = split_depth(strip.dimension), row = split_row_stride(strip.dimension), next = i + 2 * rows;
+    Ahead ahead((rows + 31) / 32 * 16);
     if (strip.cold) {
         ahead.add(strip.a.split_turned + i * 2 * depth, rows * 4 * depth);
         if (next < strip.rows) ahead.add(strip.a.split_rows + next * row, rows * 2 * row);
@@ -329,16 +469,17 @@ inline Ahead what_follows(const Strip& strip, int64_t i, int64_t rows) {
 }
 
 // The products of weights with points: rows [i, i + rows) with those of b, the first `pairs` of them as columns.
+template <class Woven>
 MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weights& w, int64_t i, int64_t rows,
-                                 int64_t pairs) {
+                                 int64_t pairs, Woven& woven) {
     const StripGradients<float>& to = *strip.gradients;
     const int64_t depth = split_depth(strip.dimension), group = depth / 16 * 2 * kPart;  // of 32 points
     if (to.rows)
         for (int64_t d = 0; d < depth; d += 32) {
             const Right right{strip.b.split_across + d / 16 * 2 * kPart, 2 * kPart, group};
             for (int64_t r = 0; r < rows; r += 32)
-                blocks.two(!to.first, 2, {w.left + r / 16 * 4 * kPart, 4 * kPart, kPart, 2 * kPart, kTileBytes}, right,
-                           to.rows + (i + r) * to.stride + d, to.stride);
+                blocks.two<false>(!to.first, 2, {w.left + r / 16 * 4 * kPart, 4 * kPart, kPart, 2 * kPart, kTileBytes},
+                                  right, to.rows + (i + r) * to.stride + d, to.stride, woven);
         }
     if (!to.columns || !pairs) return;
     for (int64_t d = 0; d < depth; d += 32) {
@@ -346,52 +487,93 @@ MMFAST_INLINE void add_gradients(Blocks& blocks, const Strip& strip, const Weigh
                         kTileBytes};
         for (int64_t j = 0; j < kTile; j += 32)
             blocks.two<true>(i > 0, pairs / 32, left, {w.right + j / 16 * 2 * kPart, 2 * kPart, 8 * kPart},
-                             to.columns + d * kTile + j, kTile);
+                             to.columns + d * kTile + j, kTile, woven);
     }
+}
+
+// Some rows of a strip with all of its columns.
+struct Phase {
+    int64_t first, rows, all;  // of which `rows`, and `all` in whole blocks
+    int64_t pairs;             // the rows up to those that are the columns' own points
+};
+inline Phase phase_of(const Strip& strip, int64_t number) {
+    const int64_t i = number * kPhase, left = strip.rows - i, rows = left < kPhase ? left : kPhase;
+    const int64_t all = (rows + 31) / 32 * 32;
+    return {i, rows, all, strip.diagonal >= i && strip.diagonal < i + kPhase ? strip.diagonal - i : all};
 }
 
 template <int C, bool kGradients>
 bool strip_of(const Strip& strip, double* sum) {
-    constexpr int64_t kRows = kGradients ? kGradientPhase : kPhase;
     const Chain<float>& chain = strip.program.chain[0];
     const float exponent = chain.exponent * 1.4426950408889634f;
     const StripGradients<float>* const to = strip.gradients;
     const FlushTinyNumbers flush;
     Blocks blocks;
-    alignas(64) float z[kRows * kTile];
+    // While the products of a phase go into one, the values of the phase before are made of the other.
+    alignas(64) float z[2][kPhase * kTile];
     alignas(64) double column_sums[kTile] = {};
-    [[maybe_unused]] std::conditional_t<kGradients, Weights, Nothing> w;
-    Scaled s;
-    s.of_products = -2.0f * exponent;
-    scale_norms(exponent, strip.b.norms, strip.columns, kTile, s.columns);
-    PowerSums<C> sums, of_diagonal;
-    for (int64_t i = 0; i < strip.rows; i += kRows) {
-        const int64_t left = strip.rows - i, rows = left < kRows ? left : kRows, all = (rows + 31) / 32 * 32;
-        // The tile of b's own points is the last one; a point with itself is no pair.
-        const bool diagonal = strip.diagonal >= i && strip.diagonal < i + kRows;
-        const int64_t pairs = diagonal ? strip.diagonal - i : all;
-        multiply_points(blocks, strip.dimension, strip.a, i, all, strip.b, z);
-        blocks.fence();
-        scale_norms(exponent, strip.a.norms + i, rows, all, s.rows);
-        if (i == 0 && nearly_constant<C>(strip, s, z)) return false;
-        for (int64_t r = pairs; r < rows; ++r) z[r * kTile + r - pairs] = -__builtin_inff();
-        if constexpr (kGradients) {
-            double no_sums[kTile] = {};
-            float* const lanes = to->row_lanes + i * 16;
-            const Ahead ahead = what_follows(strip, i, kRows);
-            if (pairs) differentiate<C>(s, chain, to->factor, z, 0, pairs, sums, w, lanes, column_sums, ahead);
-            if (diagonal)
-                differentiate<C>(s, chain, to->factor, z, pairs, all - pairs, of_diagonal, w, lanes, no_sums, ahead);
-            blocks.fence();
-            add_gradients(blocks, strip, w, i, all, pairs);
-        } else {
-            add_powers<C>(s, z, 0, pairs, sums);
-            add_powers<C>(s, z, pairs, all - pairs, of_diagonal);
-        }
+    Scaled scaled[2];
+    for (Scaled& s : scaled) {
+        s.of_products = -2.0f * exponent;
+        scale_norms(exponent, strip.b.norms, strip.columns, kTile, s.columns);
     }
-    blocks.fence();
-    if constexpr (kGradients)
+    PowerSums<C> sums, of_diagonal;
+    const int64_t phases = (strip.rows + kPhase - 1) / kPhase;
+    const auto products = [&](int64_t n, auto& woven) MMFAST_LAMBDA {
+        const Phase p = phase_of(strip, n);
+        multiply_points(blocks, strip.dimension, strip.a, p.first, p.all, strip.b, z[n % 2], woven);
+        blocks.fence();
+    };
+    // False if digits would be lost.
+    const auto prepare = [&](int64_t n) MMFAST_LAMBDA {
+        const Phase p = phase_of(strip, n);
+        float* const at = z[n % 2];
+        Scaled& s = scaled[n % 2];
+        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, s.rows);
+        if (n == 0 && nearly_constant<C>(strip, s, at)) return false;
+        // A point with itself is no pair.
+        for (int64_t r = p.pairs; r < p.rows; ++r) at[r * kTile + r - p.pairs] = -__builtin_inff();
+        return true;
+    };
+    if constexpr (kGradients) {
+        Weights weights[2];
+        Differentiating<C> values(chain, to->factor);
+        for (int64_t n = 0; n < phases + 2; ++n) {
+            if (n < phases) products(n, values);
+            if (n >= 2) {
+                const Phase p = phase_of(strip, n - 2);
+                add_gradients(blocks, strip, weights[n % 2], p.first, p.all, p.pairs, values);
+            }
+            values.finish();
+            blocks.fence();
+            if (n >= phases) continue;
+            if (!prepare(n)) return false;
+            const Phase p = phase_of(strip, n);
+            values.fetch(what_follows(strip, p.first, kPhase));
+            const auto begin = [&](int64_t from, int64_t end, PowerSums<C>& to_sums, double* columns) MMFAST_LAMBDA {
+                values.begin(scaled[n % 2], z[n % 2], from, end, to_sums, weights[n % 2], to->row_lanes + p.first * 16,
+                             columns);
+            };
+            if (p.pairs < p.all) {
+                begin(p.pairs, p.all, of_diagonal, nullptr);
+                values.finish();
+            }
+            begin(0, p.pairs, sums, column_sums);
+        }
         for (int64_t j = 0; j < strip.columns; ++j) to->column_sums[j] += column_sums[j];
+    } else {
+        Adding<C> values;
+        for (int64_t n = 0; n < phases; ++n) {
+            products(n, values);
+            values.finish();
+            if (!prepare(n)) return false;
+            const Phase p = phase_of(strip, n);
+            values.begin(scaled[n % 2], z[n % 2], p.pairs, p.all, of_diagonal);
+            values.finish();
+            values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums);
+        }
+        values.finish();
+    }
     *sum = sums.weighted(chain) + of_diagonal.weighted(chain) / 2;
     return true;
 }
