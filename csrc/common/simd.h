@@ -456,44 +456,62 @@ MMFAST_INLINE void exp2_each(Simd<float>::V* x) {
     }
 #endif
 }
-// The first and the last step of 2^x with no table, x <= 0, for those who weave the steps with something else: x less the nearest
-// integer n, which is exact (less the one below it, which scalef takes of x, it would be rounded down), and y times 2^n.
-MMFAST_INLINE Simd<float>::V exp2_rest(Simd<float>::V x) {
-#if defined(__AVX512F__)
-    return (Simd<float>::V)_mm512_reduce_ps((__m512)x, 0x08);
-#else
-    return x < -126.0f ? Simd<float>::V{} : x - ((x + 12582912.0f) - 12582912.0f);
-#endif
-}
-MMFAST_INLINE Simd<float>::V exp2_scaled(Simd<float>::V y, Simd<float>::V n) {
-#if defined(__AVX512F__)
-    return (Simd<float>::V)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
+// 2^x of kCount values x <= 0 step by step, for those who weave them with something else: x less the nearest integer n, a polynomial
+// in that, times 2^n. There is no table, whose entries' rounding is the same for all x that are close to each other: for what is
+// summed up over many such. Nor a shuffle or a comparison, which wait for one port.
+template <int kCount>
+struct Exp2Steps {
     using S = Simd<float>;
-    const S::U exponent = S::bits<S::V, S::U>(n + 12582912.0f) - (0x4b400000u - 127);
-    return n < -126.0f ? S::V{} : y * S::bits<S::U, S::V>(exponent << 23);
-#endif
-}
+    using V = S::V;
+    static constexpr int kSteps = 3;
+    V x[kCount], f[kCount], y[kCount];  // x is n after the first step and the result after the last one
 
-// The same with no table, whose entries' rounding is the same for all x that are close to each other: for what is summed up over
-// many such. Nor a shuffle or, but for the limit, a comparison, which wait for one port.
-template <int kCount, bool kLimited = true>
+    template <int kStep>
+    MMFAST_INLINE void step() {
+        static_assert(kStep >= 0 && kStep < kSteps);
+        if constexpr (kStep == 0) subtract_nearest();
+        if constexpr (kStep == 1) go_on<2, 4>();
+        if constexpr (kStep == 2) {
+            go_on<5, 6>();
+            for (int i = 0; i < kCount; ++i) x[i] = scaled(y[i], x[i]);
+        }
+    }
+    // Exact. Less the integer below, which scalef takes of x, it would be rounded down.
+    MMFAST_INLINE void subtract_nearest() {
+        for (int i = 0; i < kCount; ++i) f[i] = rest(x[i]);
+        for (int i = 0; i < kCount; ++i) y[i] = f[i] * kExp2[0] + kExp2[1];
+        for (int i = 0; i < kCount; ++i) x[i] -= f[i];
+    }
+    template <int kFirst, int kLast>
+    MMFAST_INLINE void go_on() {
+        for (int k = kFirst; k <= kLast; ++k)
+            for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kExp2[k];
+    }
+
+private:
+#if defined(__AVX512F__)
+    static MMFAST_INLINE V rest(V z) { return (V)_mm512_reduce_ps((__m512)z, 0x08); }
+    static MMFAST_INLINE V scaled(V z, V n) { return (V)_mm512_scalef_ps((__m512)z, (__m512)n); }
+#else
+    static MMFAST_INLINE V rest(V z) { return z < -126.0f ? V{} : z - ((z + 12582912.0f) - 12582912.0f); }
+    static MMFAST_INLINE V scaled(V z, V n) {
+        const S::U exponent = S::bits<V, S::U>(n + 12582912.0f) - (0x4b400000u - 127);
+        return n < -126.0f ? V{} : z * S::bits<S::U, V>(exponent << 23);
+    }
+#endif
+};
+// All of them at once; below the normal numbers 0.
+template <int kCount>
 MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {
 #if defined(__AVX512F__)
     using V = Simd<float>::V;
-    V f[kCount], y[kCount];
-    for (int i = 0; i < kCount; ++i) f[i] = exp2_rest(x[i]);
-    for (int i = 0; i < kCount; ++i) y[i] = f[i] * kExp2[0] + kExp2[1];
-    for (int k = 2; k < 7; ++k)
-        for (int i = 0; i < kCount; ++i) y[i] = y[i] * f[i] + kExp2[k];
+    Exp2Steps<kCount> e;
+    for (int i = 0; i < kCount; ++i) e.x[i] = x[i];
+    e.subtract_nearest();
+    e.template go_on<2, 6>();
     for (int i = 0; i < kCount; ++i) {
-        const V n = x[i] - f[i];
-        if constexpr (kLimited) {
-            const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-            x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)y[i], (__m512)n);
-        } else {
-            x[i] = exp2_scaled(y[i], n);
-        }
+        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+        x[i] = (V)_mm512_maskz_scalef_ps(normal, (__m512)e.y[i], (__m512)e.x[i]);
     }
 #else
     exp2_each<kCount>(x);

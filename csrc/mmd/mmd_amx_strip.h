@@ -172,32 +172,17 @@ inline void scale_norms(float exponent, const float* norms, int64_t count, int64
     }
 }
 
-// The widest Gaussian of rows and columns of a tile, step by step.
+// The widest Gaussian of rows and columns of a tile: exponents first, then the steps.
 template <int kRows, int kColumns>
-struct Widest {
-    static constexpr int kCount = kRows * kColumns;
-    Floats t[kCount], f[kCount], y[kCount];
-
+struct Widest : Exp2Steps<kRows * kColumns> {
     MMFAST_INLINE void exponents(const Scaled& s, const float* z, int64_t i, int64_t rows_apart, int64_t j) {
         for (int r = 0; r < kRows; ++r)
             for (int u = 0; u < kColumns; ++u) {
                 const Floats norms = s.rows[i + r * rows_apart] + Simd<float>::load(s.columns + j + 16 * u);
                 const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
-                t[r * kColumns + u] = Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
+                this->x[r * kColumns + u] =
+                    Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
             }
-    }
-    MMFAST_INLINE void rests() {
-        for (int u = 0; u < kCount; ++u) f[u] = exp2_rest(t[u]);
-        for (int u = 0; u < kCount; ++u) y[u] = f[u] * kExp2[0] + kExp2[1];
-        for (int u = 0; u < kCount; ++u) t[u] -= f[u];
-    }
-    template <int kFirst, int kLast>
-    MMFAST_INLINE void polynomial() {
-        for (int k = kFirst; k <= kLast; ++k)
-            for (int u = 0; u < kCount; ++u) y[u] = y[u] * f[u] + kExp2[k];
-    }
-    MMFAST_INLINE void scale() {
-        for (int u = 0; u < kCount; ++u) t[u] = exp2_scaled(y[u], t[u]);
     }
 };
 
@@ -247,21 +232,16 @@ private:
     MMFAST_INLINE void square() {
         for (int c = kFirst; c <= kLast && c < C; ++c)
             for (int u = 0; u < kWide; ++u) {
-                some_[c] += w_.t[u] * w_.t[u];
-                if (c + 1 < C) w_.t[u] *= w_.t[u];
+                some_[c] += w_.x[u] * w_.x[u];
+                if (c + 1 < C) w_.x[u] *= w_.x[u];
             }
     }
     template <int kStep>
     MMFAST_INLINE void part() {
         if constexpr (kStep == 0) w_.exponents(*s_, z_, row_, 0, 0);
-        if constexpr (kStep == 1) w_.rests();
-        if constexpr (kStep == 2) w_.template polynomial<2, 4>();
-        if constexpr (kStep == 3) {
-            w_.template polynomial<5, 6>();
-            w_.scale();
-        }
+        if constexpr (kStep >= 1 && kStep < 4) w_.template step<kStep - 1>();
         if constexpr (kStep == 4) {
-            for (int u = 0; u < kWide; ++u) some_[0] += w_.t[u];
+            for (int u = 0; u < kWide; ++u) some_[0] += w_.x[u];
             square<1, 2>();
         }
         if constexpr (kStep == 5) square<3, 4>();
@@ -346,9 +326,9 @@ private:
     MMFAST_INLINE void power() {
         if constexpr (c < C)
             for (int u = 0; u < 4; ++u) {
-                if (c) w_.t[u] *= w_.t[u];
-                some_[c] += w_.t[u];
-                h_[u] = c ? h_[u] + slope_[c] * w_.t[u] : slope_[c] * w_.t[u];
+                if (c) w_.x[u] *= w_.x[u];
+                some_[c] += w_.x[u];
+                h_[u] = c ? h_[u] + slope_[c] * w_.x[u] : slope_[c] * w_.x[u];
             }
     }
     // Two rows, 16 apart, of two vectors.
@@ -359,12 +339,7 @@ private:
             if (!q_) ahead_.fetch();
             w_.exponents(*s_, z_, i, 16, 32 * q_);
         }
-        if constexpr (kStep == 1) w_.rests();
-        if constexpr (kStep == 2) w_.template polynomial<2, 4>();
-        if constexpr (kStep == 3) {
-            w_.template polynomial<5, 6>();
-            w_.scale();
-        }
+        if constexpr (kStep >= 1 && kStep < 4) w_.template step<kStep - 1>();
         if constexpr (kStep == 4) {
             power<0>();
             power<1>();
@@ -440,10 +415,10 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
     for (int64_t j = 0; j < strip.columns; j += 16) {
         Widest<1, 1> w;
         w.exponents(s, z, 0, 0, j);
-        w.rests();
-        w.template polynomial<2, 6>();
-        w.scale();
-        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.t[0][l] < least ? w.t[0][l] : least;
+        w.template step<0>();
+        w.template step<1>();
+        w.template step<2>();
+        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.x[0][l] < least ? w.x[0][l] : least;
     }
     for (int c = 0; c < C; ++c, least *= least) {
         value += chain.weight[c] * least;
