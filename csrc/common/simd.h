@@ -500,6 +500,37 @@ private:
     }
 #endif
 };
+// The same where all x are from -kExp2Near to 0 or little above, and given as x + kExp2NearMiddle: nothing is to be reduced then,
+// nor scaled, which takes 7 operations instead of 12. Off by at most 1.4e-9 beside what rounding does, so that results may be
+// mixed with those of Exp2Steps: what both are off by is hardly seen in differences of their sums.
+constexpr float kExp2Near = 1.5f, kExp2NearMiddle = 0.75219864f;
+constexpr float kExp2NearMiddleOf[] = {9.00553e-06f,   9.2269875e-05f, 7.916862e-04f, 5.710012e-03f,
+                                       3.2952666e-02f, 0.14262204f,    0.41152015f,   0.5936981f};
+template <int kCount>
+struct Exp2NearSteps {
+    using V = Simd<float>::V;
+    static constexpr int kSteps = 3;
+    V x[kCount], y[kCount];
+
+    template <int kStep>
+    MMFAST_INLINE void step() {
+        static_assert(kStep >= 0 && kStep < kSteps);
+        if constexpr (kStep == 0)
+            for (int i = 0; i < kCount; ++i) y[i] = x[i] * kExp2NearMiddleOf[0] + kExp2NearMiddleOf[1];
+        if constexpr (kStep == 1) go_on<2, 4>();
+        if constexpr (kStep == 2) {
+            go_on<5, 7>();
+            for (int i = 0; i < kCount; ++i) x[i] = y[i];
+        }
+    }
+
+private:
+    template <int kFirst, int kLast>
+    MMFAST_INLINE void go_on() {
+        for (int k = kFirst; k <= kLast; ++k)
+            for (int i = 0; i < kCount; ++i) y[i] = y[i] * x[i] + kExp2NearMiddleOf[k];
+    }
+};
 // All of them at once; below the normal numbers 0.
 template <int kCount>
 MMFAST_INLINE void exp2_without_table(Simd<float>::V* x) {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -79,19 +80,46 @@ private:
     Block block_;
 };
 
-// f(i, scratch) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking. Runs of
-// neighbours are dealt out as threads become free; each thread has `bytes` of scratch.
+// The indices of one thread, in runs of neighbours that are dealt out as threads become free.
+class Hand {
+public:
+    Hand(std::atomic<int64_t>& dealt, int64_t n, int64_t run) : dealt_(dealt), n_(n), run_(run) {}
+    // The next one, or -1.
+    int64_t take() {
+        const int64_t i = ahead();
+        if (i >= 0) ++at_;
+        return i;
+    }
+    // What take() is going to return: no other thread gets it then.
+    int64_t ahead() {
+        if (at_ == end_) {
+            at_ = std::min(n_, dealt_.fetch_add(run_, std::memory_order_relaxed));
+            end_ = std::min(n_, at_ + run_);
+        }
+        return at_ < end_ ? at_ : -1;
+    }
+
+private:
+    std::atomic<int64_t>& dealt_;
+    const int64_t n_, run_;
+    int64_t at_ = 0, end_ = 0;
+};
+
+// f(i, scratch) or f(i, scratch, hand) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking, each
+// of which has `bytes` of scratch.
 template <class F>
 void deal_out(int64_t n, double cost, size_t bytes, const F& f) {
     constexpr double kWorthAThread = 30e3;
     const int64_t worth = int64_t(double(n) * cost / kWorthAThread);
     const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth}));
     const int64_t run = std::clamp<int64_t>(n / (threads * 8), 1, 16);
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> dealt{0};
     parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         const Scratch scratch(bytes);
-        for (int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < n;)
-            for (int64_t j = i; j < std::min(n, i + run); ++j) f(j, scratch.data());
+        Hand hand(dealt, n, run);
+        for (int64_t i; (i = hand.take()) >= 0;)
+            if constexpr (std::is_invocable_v<F, int64_t, char*, Hand&>) f(i, scratch.data(), hand);
+            else f(i, scratch.data());
     });
 }
 

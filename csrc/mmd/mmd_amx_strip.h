@@ -10,7 +10,14 @@
 //   when the products are done follows alone. With gradients it is twice as many, since there are few products in the
 //   64 dimensions that are usual: where the unit has enough registers (see [Few tiles] in amx.h) that is no gain and no loss.
 //   Floors a pair: 3 D / 512 cycles for each product of D dimensions in three parts, of which values take one and gradients
-//   two more; values of five Gaussians 19 instructions for 16 pairs, with derivatives 34, at two a cycle.
+//   two more; values of five Gaussians 22 operations for 16 pairs, with derivatives 37, at two a cycle; where exponents are
+//   near, 17 and 32.
+//
+// Note: [Near exponents]
+//   By the lengths of its points alone a strip may know that all of its exponents are from -1.5 to 0: with a bandwidth about as
+//   large as the mean of distances most have. 2^x is one polynomial then, and squares are added up by additions, for which
+//   both units are there while tiles are under way. It leaves registers for two rows at once, which
+//   is worth it where there are few products for each row.
 //
 // Note: [Sums of powers]
 //   The value of a chain is the sum of w_i t^(2^i), t of its widest Gaussian. Each power is added up by itself, and the sums
@@ -165,26 +172,37 @@ struct Scaled {
 };
 
 // A NaN becomes the one whose lower half is 0, which rounded_half() keeps.
-inline void scale_norms(float exponent, const float* norms, int64_t count, int64_t all, float* to) {
+inline void scale_norms(float exponent, const float* norms, int64_t count, int64_t all, float* to, float more = 0) {
     for (int64_t i = 0; i < all; ++i) {
-        const float x = i < count ? exponent * norms[i] : -__builtin_inff();
+        const float x = i < count ? exponent * norms[i] + more : -__builtin_inff();
         to[i] = x == x ? x : __builtin_nanf("");
     }
 }
 
-// The widest Gaussian of rows and columns of a tile: exponents first, then the steps.
-template <int kRows, int kColumns>
-struct Widest : Exp2Steps<kRows * kColumns> {
-    MMFAST_INLINE void exponents(const Scaled& s, const float* z, int64_t i, int64_t rows_apart, int64_t j) {
-        for (int r = 0; r < kRows; ++r)
-            for (int u = 0; u < kColumns; ++u) {
-                const Floats norms = s.rows[i + r * rows_apart] + Simd<float>::load(s.columns + j + 16 * u);
-                const Floats products = Simd<float>::load(z + (i + r * rows_apart) * kTile + j + 16 * u);
-                this->x[r * kColumns + u] =
-                    Simd<float>::min(Floats{}, products * s.of_products + norms);  // a NaN stays
-            }
+// The widest Gaussian of rows and columns of a tile: exponents first, then the steps. If kNear, those of Exp2NearSteps; the
+// norms of rows have its middle added then.
+template <int kRows, int kColumns, bool kNear>
+struct Widest : std::conditional_t<kNear, Exp2NearSteps<kRows * kColumns>, Exp2Steps<kRows * kColumns>> {
+    static constexpr int kParts = kNear ? 3 : 4;
+
+    template <int kStep>
+    MMFAST_INLINE void part(const float* rows, const Floats (&columns)[kColumns], Floats of_products, const float* z,
+                            int64_t apart) {
+        if constexpr (kStep == 0)
+            for (int r = 0; r < kRows; ++r)
+                for (int u = 0; u < kColumns; ++u) {
+                    const Floats products = Simd<float>::load(z + r * apart * kTile + 16 * u);
+                    const Floats exponent = products * of_products + (rows[r * apart] + columns[u]);
+                    this->x[r * kColumns + u] = kNear ? exponent : Simd<float>::min(Floats{}, exponent);  // a NaN stays
+                }
+        if constexpr (kNear) this->template step<kStep>();
+        else if constexpr (kStep > 0) this->template step<kStep - 1>();
     }
 };
+template <int kColumns>
+MMFAST_INLINE void load_columns(const Scaled& s, int64_t j, Floats (&to)[kColumns]) {
+    for (int u = 0; u < kColumns; ++u) to[u] = Simd<float>::load(s.columns + j + 16 * u);
+}
 
 template <int C>
 struct PowerSums {
@@ -201,12 +219,55 @@ struct PowerSums {
 
 constexpr int64_t kRowsOfPowers = 8;  // whose powers are added up before the sums go on in double: 32 to a lane
 
-// Adds up the powers of rows, a row in a step's places.
-template <int C>
+// Lines of memory that are asked for while values are computed: tiles of the unit would wait for each.
+class Ahead {
+public:
+    // In `parts` calls of fetch().
+    Ahead(const Soon& soon, int64_t parts) : count_(soon.count) {
+        for (int n = 0; n < count_; ++n) {
+            const int64_t lines = (soon.range[n].bytes + 63) / 64;
+            range_[n] = {static_cast<const char*>(soon.range[n].at), lines, (lines + parts - 1) / parts};
+        }
+    }
+    MMFAST_INLINE void fetch() {
+        for (int n = 0; n < count_; ++n) {
+            Lines& l = range_[n];
+            const int64_t some = l.each < l.left ? l.each : l.left;
+            for (int64_t i = 0; i < some; ++i) __builtin_prefetch(l.at + 64 * i, 0, 2);
+            l.at += 64 * some;
+            l.left -= some;
+        }
+    }
+
+private:
+    struct Lines {
+        const char* at;
+        int64_t left, each;
+    };
+    Lines range_[sizeof(Soon::range) / sizeof(Soon::Range)];
+    int count_;
+};
+
+// t^(2^c) of kCount values, of the power before, and added up. A square is multiplied and then added: additions find a unit
+// while tiles are under way.
+template <int c, int C, int kCount>
+MMFAST_INLINE void add_power(Floats (&t)[kCount], Floats (&sums)[C]) {
+    if constexpr (c < C)
+        for (int u = 0; u < kCount; ++u) {
+            if (c) t[u] *= t[u];
+            sums[c] += t[u];
+        }
+}
+
+// Adds up the powers of rows, so many in a step's places.
+template <int C, bool kNear, int kRows>
 class Adding {
 public:
+    explicit Adding(Ahead& ahead) : ahead_(&ahead) {}
     void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums) {
-        s_ = &s;
+        rows_ = s.rows;
+        of_products_ = Floats{} + s.of_products;
+        load_columns(s, 0, columns_);
         z_ = z;
         row_ = first;
         end_ = end;
@@ -228,67 +289,44 @@ private:
         (part<int(K)>(), ...);
         next();
     }
-    template <int kFirst, int kLast>
-    MMFAST_INLINE void square() {
-        for (int c = kFirst; c <= kLast && c < C; ++c)
-            for (int u = 0; u < kWide; ++u) {
-                some_[c] += w_.x[u] * w_.x[u];
-                if (c + 1 < C) w_.x[u] *= w_.x[u];
-            }
+    template <int... c>
+    MMFAST_INLINE void powers() {
+        (add_power<c>(w_.x, some_), ...);
     }
     template <int kStep>
     MMFAST_INLINE void part() {
-        if constexpr (kStep == 0) w_.exponents(*s_, z_, row_, 0, 0);
-        if constexpr (kStep >= 1 && kStep < 4) w_.template step<kStep - 1>();
-        if constexpr (kStep == 4) {
-            for (int u = 0; u < kWide; ++u) some_[0] += w_.x[u];
-            square<1, 2>();
+        if (kStep == 0 && row_ % 2 == 0) ahead_->fetch();
+        if constexpr (kStep < Wide::kParts)
+            w_.template part<kStep>(rows_ + row_, columns_, of_products_, z_ + row_ * kTile, 1);
+        if constexpr (kNear) {
+            if constexpr (kStep == 3) powers<0, 1>();
+            if constexpr (kStep == 4) powers<2>();
+        } else if constexpr (kStep == 4) {
+            powers<0, 1, 2>();
         }
-        if constexpr (kStep == 5) square<3, 4>();
+        if constexpr (kStep == 5) powers<3, 4>();
     }
     MMFAST_INLINE void next() {
-        if (++row_ % kRowsOfPowers) return;
+        row_ += kRows;
+        if (row_ % kRowsOfPowers) return;
         sums_->add(some_);
         for (int c = 0; c < C; ++c) some_[c] = Floats{};
     }
 
-    Widest<1, kWide> w_;
-    Floats some_[C] = {};
-    const Scaled* s_ = nullptr;
-    const float* z_ = nullptr;
+    using Wide = Widest<kRows, kWide, kNear>;
+    Wide w_;
+    Floats some_[C] = {}, columns_[kWide] = {}, of_products_ = {};
+    const float *rows_ = nullptr, *z_ = nullptr;
     PowerSums<C>* sums_ = nullptr;
+    Ahead* ahead_;
     int64_t row_ = 0, end_ = 0;
 };
 
-// Lines of memory that are asked for while values are computed: tiles of the unit would wait for each.
-class Ahead {
-public:
-    // In `parts` calls of fetch() at most.
-    explicit Ahead(int64_t parts = 1) : parts_(parts) {}
-    void add(const void* from, int64_t bytes) {
-        range_[count_++] = {static_cast<const char*>(from), (bytes / 64 + parts_ - 1) / parts_ * 64};
-    }
-    MMFAST_INLINE void fetch() {
-        for (int64_t n = 0; n < count_; ++n) {
-            Range& r = range_[n];
-            for (const char* const end = r.at + r.each; r.at < end; r.at += 64) __builtin_prefetch(r.at, 0, 2);
-        }
-    }
-
-private:
-    struct Range {
-        const char* at;
-        int64_t each;
-    };
-    Range range_[4];
-    int64_t parts_, count_ = 0;
-};
-
 // As Adding; derivatives by the squared distances as factors, and their sums by rows (of each lane) and columns.
-template <int C>
+template <int C, bool kNear>
 class Differentiating {
 public:
-    Differentiating(const Chain<float>& chain, float factor) {
+    Differentiating(const Chain<float>& chain, float factor, Ahead& ahead) : ahead_(&ahead) {
         for (int c = 0; c < C; ++c) slope_[c] = factor * chain.slope[c];
     }
     void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums, Weights& w,
@@ -302,7 +340,6 @@ public:
         row_lanes_ = row_lanes;
         column_sums_ = column_sums;
     }
-    void fetch(const Ahead& ahead) { ahead_ = ahead; }
     template <int kPlace>
     MMFAST_INLINE void place() {
         if (row_ >= end_) return;
@@ -335,12 +372,16 @@ private:
     template <int kStep>
     MMFAST_INLINE void part() {
         const int64_t i = row_;
-        if constexpr (kStep == 0) {
-            if (!q_) ahead_.fetch();
-            w_.exponents(*s_, z_, i, 16, 32 * q_);
+        if (kStep == 0 && !q_) ahead_->fetch();
+        if constexpr (kStep < Wide::kParts) {
+            Floats columns[2];
+            load_columns(*s_, 32 * q_, columns);
+            w_.template part<kStep>(s_->rows + i, columns, Floats{} + s_->of_products, z_ + i * kTile + 32 * q_, 16);
         }
-        if constexpr (kStep >= 1 && kStep < 4) w_.template step<kStep - 1>();
-        if constexpr (kStep == 4) {
+        if constexpr (kNear) {
+            if constexpr (kStep == 3) power<0>();
+            if constexpr (kStep == 4) power<1>();
+        } else if constexpr (kStep == 4) {
             power<0>();
             power<1>();
         }
@@ -382,7 +423,8 @@ private:
         for (int c = 0; c < C; ++c) some_[c] = Floats{};
     }
 
-    Widest<2, 2> w_;
+    using Wide = Widest<2, 2, kNear>;
+    Wide w_;
     Floats h_[4], columns_[4] = {}, some_[C] = {};
     Words high_[4], low_[4];
     float slope_[C];
@@ -392,7 +434,7 @@ private:
     Weights* weights_ = nullptr;
     float* row_lanes_ = nullptr;
     double* column_sums_ = nullptr;
-    Ahead ahead_;
+    Ahead* ahead_;
     int64_t row_ = 0, end_ = 0, q_ = 0;
 };
 
@@ -403,21 +445,22 @@ struct Strip {
     int64_t dimension, rows, columns;
     const Points<float>&a, &b;
     int64_t diagonal;  // the row of a that is b's first column, or -1
-    bool cold, more;   // a's points were not met before; another tile follows b's in memory
+    const Soon& soon;
     const StripGradients<float>* gradients;
 };
 
 // Whether digits would be lost, by the first row and its columns.
-template <int C>
+template <int C, bool kNear>
 bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
     const Chain<float>& chain = strip.program.chain[0];
     float least = 1, value = 0, all = 0;
     for (int64_t j = 0; j < strip.columns; j += 16) {
-        Widest<1, 1> w;
-        w.exponents(s, z, 0, 0, j);
-        w.template step<0>();
-        w.template step<1>();
-        w.template step<2>();
+        Widest<1, 1, kNear> w;
+        Floats columns[1];
+        load_columns(s, j, columns);
+        [&]<size_t... K>(std::index_sequence<K...>) MMFAST_LAMBDA {
+            (w.template part<int(K)>(s.rows, columns, Floats{} + s.of_products, z + j, 0), ...);
+        }(std::make_index_sequence<w.kParts>());
         for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.x[0][l] < least ? w.x[0][l] : least;
     }
     for (int c = 0; c < C; ++c, least *= least) {
@@ -425,22 +468,6 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
         all += chain.weight[c];
     }
     return __builtin_fabsf(value) > kNearlyConstant * __builtin_fabsf(all);
-}
-
-// What the products after the values of rows [i, i + rows) read, and those after these, that is in no near cache.
-inline Ahead what_follows(const Strip& strip, int64_t i, int64_t rows) {
-    const int64_t depth = split_depth(strip.dimension), row = split_row_stride(strip.dimension), next = i + 2 * rows;
-    Ahead ahead((rows + 31) / 32 * 16);
-    if (strip.cold) {
-        ahead.add(strip.a.split_turned + i * 2 * depth, rows * 4 * depth);
-        if (next < strip.rows) ahead.add(strip.a.split_rows + next * row, rows * 2 * row);
-    }
-    if (strip.more) {
-        const int64_t parts = (strip.rows + rows - 1) / rows, share = kTile * 2 * depth / parts;
-        for (const uint16_t* tile : {strip.b.split_columns, strip.b.split_across})
-            ahead.add(tile + kTile * 2 * depth + i / rows * share, 2 * share);
-    }
-    return ahead;
 }
 
 // The products of weights with points: rows [i, i + rows) with those of b, the first `pairs` of them as columns.
@@ -477,22 +504,35 @@ inline Phase phase_of(const Strip& strip, int64_t number) {
     return {i, rows, all, strip.diagonal >= i && strip.diagonal < i + kPhase ? strip.diagonal - i : all};
 }
 
-template <int C, bool kGradients>
-bool strip_of(const Strip& strip, double* sum) {
+// Whether all exponents are near by the lengths of points: |a - b| <= |a| + |b|.
+inline bool all_near(const Strip& strip, float exponent) {
+    if (strip.columns < kTile || strip.rows % 32) return false;  // what is no point is infinitely far
+    const auto longest = [](const float* norms, int64_t count) {
+        Floats most{};
+        for (int64_t i = 0; i < count; i += 16) most = Simd<float>::max(most, Simd<float>::load(norms + i));
+        return __builtin_sqrtf(Simd<float>::highest(most));
+    };
+    const float most = longest(strip.a.norms, strip.rows) + longest(strip.b.norms, kTile);
+    return -exponent * most * most <= kExp2Near;
+}
+
+template <int C, bool kGradients, bool kNear>
+bool strip_of(const Strip& strip, float exponent, double* sum) {
     const Chain<float>& chain = strip.program.chain[0];
-    const float exponent = chain.exponent * 1.4426950408889634f;
     const StripGradients<float>* const to = strip.gradients;
     const FlushTinyNumbers flush;
     Blocks blocks;
     // While the products of a phase go into one, the values of the phase before are made of the other.
     alignas(64) float z[2][kPhase * kTile];
     alignas(64) double column_sums[kTile] = {};
-    Scaled scaled[2];
-    for (Scaled& s : scaled) {
+    Scaled scaled[2], scaled_with_diagonal;
+    const auto scale_columns = [&](Scaled& s) {
         s.of_products = -2.0f * exponent;
         scale_norms(exponent, strip.b.norms, strip.columns, kTile, s.columns);
-    }
+    };
+    for (Scaled& s : scaled) scale_columns(s);
     PowerSums<C> sums, of_diagonal;
+    Ahead ahead(strip.soon, (strip.rows + 1) / 2);
     const int64_t phases = (strip.rows + kPhase - 1) / kPhase;
     const auto products = [&](int64_t n, auto& woven) MMFAST_LAMBDA {
         const Phase p = phase_of(strip, n);
@@ -504,15 +544,18 @@ bool strip_of(const Strip& strip, double* sum) {
         const Phase p = phase_of(strip, n);
         float* const at = z[n % 2];
         Scaled& s = scaled[n % 2];
-        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, s.rows);
-        if (n == 0 && nearly_constant<C>(strip, s, at)) return false;
-        // A point with itself is no pair.
+        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, s.rows, kNear ? kExp2NearMiddle : 0);
+        if (n == 0 && nearly_constant<C, kNear>(strip, s, at)) return false;
+        if (p.pairs == p.all) return true;
+        // A point with itself is no pair: infinitely far.
+        scale_columns(scaled_with_diagonal);
+        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, scaled_with_diagonal.rows);
         for (int64_t r = p.pairs; r < p.rows; ++r) at[r * kTile + r - p.pairs] = -__builtin_inff();
         return true;
     };
     if constexpr (kGradients) {
         Weights weights[2];
-        Differentiating<C> values(chain, to->factor);
+        Differentiating<C, kNear> values(chain, to->factor, ahead);
         for (int64_t n = 0; n < phases + 2; ++n) {
             if (n < phases) products(n, values);
             if (n >= 2) {
@@ -524,30 +567,39 @@ bool strip_of(const Strip& strip, double* sum) {
             if (n >= phases) continue;
             if (!prepare(n)) return false;
             const Phase p = phase_of(strip, n);
-            values.fetch(what_follows(strip, p.first, kPhase));
-            const auto begin = [&](int64_t from, int64_t end, PowerSums<C>& to_sums, double* columns) MMFAST_LAMBDA {
-                values.begin(scaled[n % 2], z[n % 2], from, end, to_sums, weights[n % 2], to->row_lanes + p.first * 16,
-                             columns);
-            };
+            float* const row_lanes = to->row_lanes + p.first * 16;
             if (p.pairs < p.all) {
-                begin(p.pairs, p.all, of_diagonal, nullptr);
-                values.finish();
+                Differentiating<C, false> diagonal(chain, to->factor, ahead);
+                diagonal.begin(scaled_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal, weights[n % 2], row_lanes,
+                               nullptr);
+                diagonal.finish();
             }
-            begin(0, p.pairs, sums, column_sums);
+            values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums, weights[n % 2], row_lanes, column_sums);
         }
         for (int64_t j = 0; j < strip.columns; ++j) to->column_sums[j] += column_sums[j];
     } else {
-        Adding<C> values;
-        for (int64_t n = 0; n < phases; ++n) {
-            products(n, values);
+        const auto add_up = [&](auto values) MMFAST_LAMBDA {
+            for (int64_t n = 0; n < phases; ++n) {
+                products(n, values);
+                values.finish();
+                if (!prepare(n)) return false;
+                const Phase p = phase_of(strip, n);
+                if (p.pairs < p.all) {
+                    Adding<C, false, 1> diagonal(ahead);
+                    diagonal.begin(scaled_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal);
+                    diagonal.finish();
+                }
+                values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums);
+            }
             values.finish();
-            if (!prepare(n)) return false;
-            const Phase p = phase_of(strip, n);
-            values.begin(scaled[n % 2], z[n % 2], p.pairs, p.all, of_diagonal);
-            values.finish();
-            values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums);
+            return true;
+        };
+        // Where there are few products, twice the values between two of them.
+        if (kNear && split_depth(strip.dimension) <= kStripDepth / 2) {
+            if (!add_up(Adding<C, kNear, 2>(ahead))) return false;
+        } else if (!add_up(Adding<C, kNear, 1>(ahead))) {
+            return false;
         }
-        values.finish();
     }
     *sum = sums.weighted(chain) + of_diagonal.weighted(chain) / 2;
     return true;
@@ -555,13 +607,18 @@ bool strip_of(const Strip& strip, double* sum) {
 
 template <int C>
 bool strip_of(const Strip& strip, double* sum) {
-    return strip.gradients ? strip_of<C, true>(strip, sum) : strip_of<C, false>(strip, sum);
+    const float exponent = strip.program.chain[0].exponent * 1.4426950408889634f;
+    if (all_near(strip, exponent))
+        return strip.gradients ? strip_of<C, true, true>(strip, exponent, sum)
+                               : strip_of<C, false, true>(strip, exponent, sum);
+    return strip.gradients ? strip_of<C, true, false>(strip, exponent, sum)
+                           : strip_of<C, false, false>(strip, exponent, sum);
 }
 
 inline bool strip_sums(const Program<float>& program, int64_t dimension, const Points<float>& a, int64_t rows,
-                       const Points<float>& b, int64_t columns, int64_t diagonal, bool cold, bool more,
+                       const Points<float>& b, int64_t columns, int64_t diagonal, const Soon& soon,
                        const StripGradients<float>* gradients, double* sum) {
-    const Strip strip{program, dimension, rows, columns, a, b, diagonal, cold, more, gradients};
+    const Strip strip{program, dimension, rows, columns, a, b, diagonal, soon, gradients};
     switch (program.chain[0].count) {
         case 1: return strip_of<1>(strip, sum);
         case 2: return strip_of<2>(strip, sum);

@@ -55,6 +55,10 @@ struct Block {
     int side;  // 0: x, 1: y
     int64_t first, count, index;
 };
+struct BlockPair {
+    int64_t batch = 0;
+    const Block *a = nullptr, *b = nullptr;
+};
 
 // A tile as a reducer sees it: rows i0 .. of side a, columns j0 .. of side b. The values beyond `columns`, and those of a
 // pair that is met elsewhere, are 0.
@@ -109,7 +113,7 @@ public:
     using Tasks = std::vector<std::pair<int, int>>;
 
     // The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for reducers that add to
-    // nothing but the slot of the task.
+    // nothing but the slot of the task: those of a block follow each other, so that its points stay near.
     std::vector<Tasks> rounds(const bool (&wanted)[3], bool flat = false) const {
         std::vector<Tasks> all(1);
         const int n = int(blocks_.size());
@@ -120,9 +124,13 @@ public:
             if (wanted[s != t ? 2 : s]) all.back().emplace_back(a, b);
         };
         const auto next = [&] {
-            if (!flat && !all.back().empty()) all.emplace_back();
+            if (!all.back().empty()) all.emplace_back();
         };
-        if (pairs_ == Pairs::between) {
+        const bool between = pairs_ == Pairs::between;
+        if (flat) {
+            for (int a = 0; a < (between ? x_blocks_ : n); ++a)
+                for (int b = between ? x_blocks_ : a; b < n; ++b) add(a, b);
+        } else if (between) {
             const int rows = x_blocks_, columns = n - x_blocks_, most = std::max(rows, columns);
             for (int r = 0; r < most; next(), ++r)
                 for (int a = 0; a < rows; ++a)
@@ -151,12 +159,18 @@ public:
         const Scratch packed = pack_all();
         for (const Tasks& tasks : rounds) {
             const int64_t n = int64_t(tasks.size());
-            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch) {
-                const int64_t batch = i / n;
-                const auto [a, b] = tasks[i % n];
-                const int64_t slot = rounds.size() == 1 ? i : batch * blocks() + a;
-                if (sliced_) sliced_task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
-                else task(batch, slot, blocks_[a], blocks_[b], scratch, reducer);
+            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch, Hand& hand) {
+                const auto pair = [&](int64_t task) {
+                    const auto [a, b] = tasks[task % n];
+                    return BlockPair{task / n, &blocks_[a], &blocks_[b]};
+                };
+                const auto [batch, a, b] = pair(i);
+                const int64_t slot = rounds.size() == 1 ? i : batch * blocks() + a->index;
+                if (sliced_) return sliced_task(batch, slot, *a, *b, scratch, reducer);
+                task(batch, slot, *a, *b, scratch, reducer, [&] {
+                    const int64_t next = hand.ahead();
+                    return next < 0 ? BlockPair{} : pair(next);
+                });
             });
         }
         put_packed();
@@ -305,8 +319,9 @@ private:
         return reinterpret_cast<double*>(scratch + a_sums_) + (q * kMostLayers + l) * block_size_;
     }
 
-    template <class R>
-    void task(int64_t batch, int64_t slot, const Block& a, const Block& b, char* s, R& reducer) {
+    // `next` gives the blocks of the thread's next task, if any.
+    template <class R, class Next>
+    void task(int64_t batch, int64_t slot, const Block& a, const Block& b, char* s, R& reducer, const Next& next) {
         const int kind = a.side != b.side ? 2 : a.side;
         const bool diagonal = a.index == b.index;
         Tile<T> tile{};
@@ -344,7 +359,7 @@ private:
             double column_sums[2 * kMostLayers][kTile] = {};
             int64_t i = 0;
             T factor = 0;
-            if (strips_ && take_strip(tile, a, b, j, s, column_sums[0], reducer)) i = a.count;
+            if (strips_ && take_strip(tile, a, b, j, s, column_sums[0], reducer, next)) i = a.count;
             else if (strips_ && gradients_) {
                 const Part& p = parts_[0][0];
                 if (j == 0 && !diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
@@ -384,9 +399,9 @@ private:
     }
 
     // All rows of a with a tile of b at once; false where they have to be taken tile by tile.
-    template <class R>
-    bool take_strip(Tile<T>& tile, const Block& a, const Block& b, int64_t j, char* s, double* column_sums,
-                    R& reducer) const {
+    template <class R, class Next>
+    bool take_strip(Tile<T>& tile, const Block& a, const Block& b, int64_t j, char* s, double* column_sums, R& reducer,
+                    const Next& next) const {
         const auto& t = tiles<T>();
         const Part& p = parts_[0][0];
         const int64_t dimension = groups_[0].kernel.layers[0].dimension;
@@ -409,12 +424,38 @@ private:
             }
         }
         if (!t.strip_sums(programs_[0][0], dimension, a_points(p, tile, s), tile.rows, b_points(p, tile, s),
-                          tile.columns, diagonal ? j : -1, packed_.at && j == 0, packed_.at && j + kTile < b.count,
+                          tile.columns, diagonal ? j : -1, packed_.at ? wanted_soon(tile, a, b, j, next) : Soon{},
                           gradients_ ? &to : nullptr, &sum))
             return false;
         reducer.add(tile, sum);
         if (to.columns) t.turn_sums(tile.columns, dimension, to.columns, at(s, p.b_gradient), p.stride);
         return true;
+    }
+
+    // What a strip's own gradients and the next strip read. The gradients in memory that a task adds to, and the points of the
+    // next one in all of their forms, are too much: they push out what the strip itself comes back to.
+    template <class Next>
+    Soon wanted_soon(const Tile<T>& tile, const Block& a, const Block& b, int64_t j, const Next& next) const {
+        const int64_t dimension = groups_[0].kernel.layers[0].dimension;
+        const int64_t bytes = 2 * split_depth(dimension) * int64_t(sizeof(uint16_t));  // of a point in parts
+        Soon soon;
+        const auto add_tile_of = [&](int64_t batch, int side, int64_t first) {
+            const Points<T> points = packed_points(batch, side, first);
+            soon.add(points.split_columns, kTile * bytes);
+            if (gradients_) soon.add(points.split_across, kTile * bytes);
+        };
+        if (j == 0 && gradients_) soon.add(packed_points(tile.batch, a.side, a.first).split_turned, a.count * bytes);
+        if (j + kTile < b.count) {
+            add_tile_of(tile.batch, tile.b, tile.j0 + kTile);
+            return soon;
+        }
+        const BlockPair then = next();
+        if (!then.a) return soon;
+        add_tile_of(then.batch, then.b->side, then.b->first);
+        if (then.a->index != a.index || then.batch != tile.batch)
+            soon.add(packed_points(then.batch, then.a->side, then.a->first).split_rows,
+                     then.a->count * split_row_stride(dimension) * int64_t(sizeof(uint16_t)));
+        return soon;
     }
 
     template <class F>

@@ -78,6 +78,17 @@ struct Source {
     int64_t row_stride, column_stride, dimension;
 };
 
+// Memory that is read, or added to, before long.
+struct Soon {
+    struct Range {
+        const void* at;
+        int64_t bytes;
+    };
+    Range range[4];
+    int count = 0;
+    void add(const void* at, int64_t bytes) { range[count++] = {at, bytes}; }
+};
+
 // Where a strip's derivatives by the squared distances go: times `factor`, their sums by rows (one for each of 16 lanes) and
 // columns, the sums of each row of a with the points of b, and of each column of b with those of a, [dimension][kTile].
 template <class T>
@@ -116,10 +127,10 @@ struct TileKernels {
                            double* column_sums);
     // The sum of the kernel's values for the first `rows` of a and the `columns` of b, split points, of a program that only doubles,
     // and with `gradients` what derivatives add to them. The tile of a that begins at row `diagonal` holds the points of b: each of
-    // its pairs counts once, a point with itself not. `cold`: a's points were not met lately; `more`: the next tile's lie behind
-    // b's. False, and nothing done, where digits would be lost. Null where nothing is gained by it.
+    // its pairs counts once, a point with itself not. What is wanted `soon` is brought near meanwhile. False, and nothing
+    // done, where digits would be lost. Null where nothing is gained by it.
     bool (*strip_sums)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
-                       const Points<T>& b, int64_t columns, int64_t diagonal, bool cold, bool more,
+                       const Points<T>& b, int64_t columns, int64_t diagonal, const Soon& soon,
                        const StripGradients<T>* gradients, double* sum);
     // rows[j][:] = sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
     void (*turn_sums)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);

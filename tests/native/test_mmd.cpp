@@ -533,41 +533,50 @@ void check_many_dimensions() {
     }
 }
 
-// Gradients of so many points that distances may be split, block after block of rows, beside those in float64: of the largest one
-// by less than pytest allows them, 5e-6.
-void check_split_gradients() {
+// Sums and gradients of so many points that distances may be split, block after block of rows, beside those in float64: of the
+// largest gradient by less than pytest allows them, 5e-6. The widest Gaussians are near 1 at all pairs, or not.
+void check_split() {
     Random random(11);
-    for (const auto& [n, m, d] : {std::array<int64_t, 3>{600, 230, 20}, {330, 150, 140}})
-        for (const int powers : {1, 5}) {
-            current = "gradients, " + std::to_string(n) + " and " + std::to_string(m);
-            Kernel kernel{{{Metric::l2, d, {}}}};
-            for (int i = 0; i < powers; ++i)
-                kernel.layers[0].terms.push_back(
-                    {Family::gaussian, 1 + 0.1 * i, 0.05 * double(1 << i) / double(d), 0, 0});
-            const Stored x = stored(random_sample(1, n, d, 1, random), ScalarType::float32, random);
-            const Stored y = stored(random_sample(1, m, d, 0, random), ScalarType::float32, random);
-            const double coefs[3] = {1, 1.5, -2};
-            const auto gradients = [&]<class T>(T) {
-                const Stored of_x = stored(x.sample, mmfast::scalar_type_of<T>(), random);
-                const Stored of_y = stored(y.sample, mmfast::scalar_type_of<T>(), random);
-                const Buffer<T> to_x(n * d, 0), to_y(m * d, 0);
-                fill(to_x, T(0));
-                fill(to_y, T(0));
-                double sums[3];
-                quadratic_cpu<T>(1, kernel, of_x.set(), of_y.set(), nullptr, nullptr, coefs, false, sums,
-                                 {to_x.data(), to_y.data(), nullptr, nullptr, nullptr});
-                std::vector<double> all(to_x.data(), to_x.data() + n * d);
-                all.insert(all.end(), to_y.data(), to_y.data() + m * d);
-                return all;
-            };
-            const std::vector<double> is = gradients(float()), should = gradients(double());
-            double largest = 0, worst = 0;
-            for (size_t i = 0; i < is.size(); ++i) {
-                largest = std::max(largest, std::abs(should[i]));
-                worst = std::max(worst, std::abs(is[i] - should[i]));
-            }
-            CHECK(worst <= 5e-6 * largest, "in %s: off by %g of %g", current.c_str(), worst, largest);
+    const auto check = [&](int64_t n, int64_t m, int64_t d, int powers, double widest) {
+        current = std::to_string(powers) + " Gaussians from " + std::to_string(widest) + " on, " + std::to_string(n) +
+                  " and " + std::to_string(m) + " points";
+        Kernel kernel{{{Metric::l2, d, {}}}};
+        for (int i = 0; i < powers; ++i)
+            kernel.layers[0].terms.push_back(
+                {Family::gaussian, 1 + 0.1 * i, widest * double(1 << i) / double(d), 0, 0});
+        const Stored x = stored(random_sample(1, n, d, 1, random), ScalarType::float32, random);
+        const Stored y = stored(random_sample(1, m, d, 0, random), ScalarType::float32, random);
+        const double coefs[3] = {1, 1.5, -2};
+        const auto results = [&]<class T>(T, bool gradients) {
+            const Stored of_x = stored(x.sample, mmfast::scalar_type_of<T>(), random);
+            const Stored of_y = stored(y.sample, mmfast::scalar_type_of<T>(), random);
+            const Buffer<T> to_x(n * d, 0), to_y(m * d, 0);
+            fill(to_x, T(0));
+            fill(to_y, T(0));
+            std::vector<double> sums(3);
+            quadratic_cpu<T>(1, kernel, of_x.set(), of_y.set(), nullptr, nullptr, coefs, false, sums.data(),
+                             {gradients ? to_x.data() : nullptr, gradients ? to_y.data() : nullptr, nullptr, nullptr});
+            std::vector<double> all(to_x.data(), to_x.data() + n * d);
+            all.insert(all.end(), to_y.data(), to_y.data() + m * d);
+            return std::pair{sums, all};
+        };
+        const auto [should_sums, should] = results(double(), true);
+        const auto [sums, is] = results(float(), true);
+        const auto sums_alone = results(float(), false).first;
+        for (int kind = 0; kind < 3; ++kind)
+            for (const double sum : {sums[kind], sums_alone[kind]})
+                CHECK(std::abs(sum - should_sums[kind]) <= 1e-6 * std::abs(should_sums[kind]), "%s: %.9g, not %.9g",
+                      current.c_str(), sum, should_sums[kind]);
+        double largest = 0, worst = 0;
+        for (size_t i = 0; i < is.size(); ++i) {
+            largest = std::max(largest, std::abs(should[i]));
+            worst = std::max(worst, std::abs(is[i] - should[i]));
         }
+        CHECK(worst <= 5e-6 * largest, "%s: off by %g of %g", current.c_str(), worst, largest);
+    };
+    for (const auto& [n, m, d] : {std::array<int64_t, 3>{600, 230, 20}, {330, 150, 140}})
+        for (const int powers : {1, 5})
+            for (const double widest : {0.05, 0.4}) check(n, m, d, powers, widest);
 }
 
 // Ladders of Gaussians where the narrowest counts: each value as exact as its own exponential.
@@ -604,7 +613,7 @@ int main(int argc, char** argv) {
     check_ladders<double>();
     check_random<float>(cases, seed);
     check_random<double>(cases / 2, seed + 1);
-    check_split_gradients();
+    check_split();
     check_many_dimensions<float>();
     check_many_dimensions<double>();
     check_many_points<float>(3);
