@@ -105,8 +105,8 @@ private:
     int64_t at_ = 0, end_ = 0;
 };
 
-// f(i, scratch) or f(i, scratch, hand) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth waking, each
-// of which has `bytes` of scratch.
+// f(i, scratch) or f(i, scratch, hand) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth
+// waking, each of which has `bytes` of scratch.
 template <class F>
 void deal_out(int64_t n, double cost, size_t bytes, const F& f) {
     constexpr double kWorthAThread = 30e3;

@@ -78,7 +78,7 @@ struct Source {
     int64_t row_stride, column_stride, dimension;
 };
 
-// Memory that is read, or added to, before long.
+// Memory that is read before long.
 struct Soon {
     struct Range {
         const void* at;
