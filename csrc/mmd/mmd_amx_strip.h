@@ -16,8 +16,8 @@
 // Note: [Near exponents]
 //   By the lengths of its points alone a strip may know that all of its exponents are from -1.5 to 0: with a bandwidth about as
 //   large as the mean of distances most have. 2^x is one polynomial then, and squares are added up by additions, for which
-//   both units are there while tiles are under way. It leaves registers for two rows at once, which
-//   is worth it where there are few products for each row.
+//   both units are there while tiles are under way. It leaves registers for two rows at once, which is worth it where there are
+//   few products for each row.
 //
 // Note: [Sums of powers]
 //   The value of a chain is the sum of w_i t^(2^i), t of its widest Gaussian. Each power is added up by itself, and the sums
@@ -167,8 +167,8 @@ struct Weights {
 
 struct Scaled {
     float of_products;  // the exponent of 2 is this times the product of two points,
-    alignas(64) float rows[kPhase],
-        columns[kTile];  // and these for their norms; minus infinity where there is no point
+    alignas(64) float columns
+        [kTile];  // and this, and the same of rows, for their norms; minus infinity where there is no point
 };
 
 // A NaN becomes the one whose lower half is 0, which rounded_half() keeps.
@@ -183,20 +183,20 @@ inline void scale_norms(float exponent, const float* norms, int64_t count, int64
 // norms of rows have its middle added then.
 template <int kRows, int kColumns, bool kNear>
 struct Widest : std::conditional_t<kNear, Exp2NearSteps<kRows * kColumns>, Exp2Steps<kRows * kColumns>> {
-    static constexpr int kParts = kNear ? 3 : 4;
-
-    template <int kStep>
-    MMFAST_INLINE void part(const float* rows, const Floats (&columns)[kColumns], Floats of_products, const float* z,
-                            int64_t apart) {
-        if constexpr (kStep == 0)
-            for (int r = 0; r < kRows; ++r)
-                for (int u = 0; u < kColumns; ++u) {
-                    const Floats products = Simd<float>::load(z + r * apart * kTile + 16 * u);
-                    const Floats exponent = products * of_products + (rows[r * apart] + columns[u]);
-                    this->x[r * kColumns + u] = kNear ? exponent : Simd<float>::min(Floats{}, exponent);  // a NaN stays
-                }
-        if constexpr (kNear) this->template step<kStep>();
-        else if constexpr (kStep > 0) this->template step<kStep - 1>();
+    MMFAST_INLINE void exponents(const float* rows, const Floats (&columns)[kColumns], Floats of_products,
+                                 const float* z, int64_t apart) {
+        for (int r = 0; r < kRows; ++r)
+            for (int u = 0; u < kColumns; ++u) {
+                const Floats products = Simd<float>::load(z + r * apart * kTile + 16 * u);
+                const Floats exponent = products * of_products + (rows[r * apart] + columns[u]);
+                this->x[r * kColumns + u] = kNear ? exponent : Simd<float>::min(Floats{}, exponent);  // a NaN stays
+            }
+    }
+    // What of the steps goes with a part of those who weave them: of kNear the first one with the exponents.
+    template <int kPlace>
+    MMFAST_INLINE void part() {
+        constexpr int kOf = kNear ? kPlace : kPlace - 1;
+        if constexpr (kOf >= 0 && kOf < Widest::kSteps) this->template step<kOf>();
     }
 };
 template <int kColumns>
@@ -264,8 +264,8 @@ template <int C, bool kNear, int kRows>
 class Adding {
 public:
     explicit Adding(Ahead& ahead) : ahead_(&ahead) {}
-    void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums) {
-        rows_ = s.rows;
+    void begin(const Scaled& s, const float* rows, const float* z, int64_t first, int64_t end, PowerSums<C>& sums) {
+        rows_ = rows;
         of_products_ = Floats{} + s.of_products;
         load_columns(s, 0, columns_);
         z_ = z;
@@ -296,8 +296,8 @@ private:
     template <int kStep>
     MMFAST_INLINE void part() {
         if (kStep == 0 && row_ % 2 == 0) ahead_->fetch();
-        if constexpr (kStep < Wide::kParts)
-            w_.template part<kStep>(rows_ + row_, columns_, of_products_, z_ + row_ * kTile, 1);
+        if constexpr (kStep == 0) w_.exponents(rows_ + row_, columns_, of_products_, z_ + row_ * kTile, 1);
+        w_.template part<kStep>();
         if constexpr (kNear) {
             if constexpr (kStep == 3) powers<0, 1>();
             if constexpr (kStep == 4) powers<2>();
@@ -313,8 +313,7 @@ private:
         for (int c = 0; c < C; ++c) some_[c] = Floats{};
     }
 
-    using Wide = Widest<kRows, kWide, kNear>;
-    Wide w_;
+    Widest<kRows, kWide, kNear> w_;
     Floats some_[C] = {}, columns_[kWide] = {}, of_products_ = {};
     const float *rows_ = nullptr, *z_ = nullptr;
     PowerSums<C>* sums_ = nullptr;
@@ -329,9 +328,10 @@ public:
     Differentiating(const Chain<float>& chain, float factor, Ahead& ahead) : ahead_(&ahead) {
         for (int c = 0; c < C; ++c) slope_[c] = factor * chain.slope[c];
     }
-    void begin(const Scaled& s, const float* z, int64_t first, int64_t end, PowerSums<C>& sums, Weights& w,
-               float* row_lanes, double* column_sums) {
+    void begin(const Scaled& s, const float* rows, const float* z, int64_t first, int64_t end, PowerSums<C>& sums,
+               Weights& w, float* row_lanes, double* column_sums) {
         s_ = &s;
+        rows_ = rows;
         z_ = z;
         row_ = first;
         end_ = end;
@@ -373,11 +373,12 @@ private:
     MMFAST_INLINE void part() {
         const int64_t i = row_;
         if (kStep == 0 && !q_) ahead_->fetch();
-        if constexpr (kStep < Wide::kParts) {
+        if constexpr (kStep == 0) {
             Floats columns[2];
             load_columns(*s_, 32 * q_, columns);
-            w_.template part<kStep>(s_->rows + i, columns, Floats{} + s_->of_products, z_ + i * kTile + 32 * q_, 16);
+            w_.exponents(rows_ + i, columns, Floats{} + s_->of_products, z_ + i * kTile + 32 * q_, 16);
         }
+        w_.template part<kStep>();
         if constexpr (kNear) {
             if constexpr (kStep == 3) power<0>();
             if constexpr (kStep == 4) power<1>();
@@ -423,13 +424,12 @@ private:
         for (int c = 0; c < C; ++c) some_[c] = Floats{};
     }
 
-    using Wide = Widest<2, 2, kNear>;
-    Wide w_;
+    Widest<2, 2, kNear> w_;
     Floats h_[4], columns_[4] = {}, some_[C] = {};
     Words high_[4], low_[4];
     float slope_[C];
     const Scaled* s_ = nullptr;
-    const float* z_ = nullptr;
+    const float *rows_ = nullptr, *z_ = nullptr;
     PowerSums<C>* sums_ = nullptr;
     Weights* weights_ = nullptr;
     float* row_lanes_ = nullptr;
@@ -451,16 +451,17 @@ struct Strip {
 
 // Whether digits would be lost, by the first row and its columns.
 template <int C, bool kNear>
-bool nearly_constant(const Strip& strip, const Scaled& s, const float* z) {
+bool nearly_constant(const Strip& strip, const Scaled& s, const float* rows, const float* z) {
     const Chain<float>& chain = strip.program.chain[0];
     float least = 1, value = 0, all = 0;
     for (int64_t j = 0; j < strip.columns; j += 16) {
         Widest<1, 1, kNear> w;
         Floats columns[1];
         load_columns(s, j, columns);
-        [&]<size_t... K>(std::index_sequence<K...>) MMFAST_LAMBDA {
-            (w.template part<int(K)>(s.rows, columns, Floats{} + s.of_products, z + j, 0), ...);
-        }(std::make_index_sequence<w.kParts>());
+        w.exponents(rows, columns, Floats{} + s.of_products, z + j, 0);
+        w.template step<0>();
+        w.template step<1>();
+        w.template step<2>();
         for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.x[0][l] < least ? w.x[0][l] : least;
     }
     for (int c = 0; c < C; ++c, least *= least) {
@@ -525,12 +526,10 @@ bool strip_of(const Strip& strip, float exponent, double* sum) {
     // While the products of a phase go into one, the values of the phase before are made of the other.
     alignas(64) float z[2][kPhase * kTile];
     alignas(64) double column_sums[kTile] = {};
-    Scaled scaled[2], scaled_with_diagonal;
-    const auto scale_columns = [&](Scaled& s) {
-        s.of_products = -2.0f * exponent;
-        scale_norms(exponent, strip.b.norms, strip.columns, kTile, s.columns);
-    };
-    for (Scaled& s : scaled) scale_columns(s);
+    Scaled scaled;
+    scaled.of_products = -2.0f * exponent;
+    scale_norms(exponent, strip.b.norms, strip.columns, kTile, scaled.columns);
+    float scaled_rows[2][kPhase], rows_with_diagonal[kPhase];
     PowerSums<C> sums, of_diagonal;
     Ahead ahead(strip.soon, (strip.rows + 1) / 2);
     const int64_t phases = (strip.rows + kPhase - 1) / kPhase;
@@ -543,13 +542,11 @@ bool strip_of(const Strip& strip, float exponent, double* sum) {
     const auto prepare = [&](int64_t n) MMFAST_LAMBDA {
         const Phase p = phase_of(strip, n);
         float* const at = z[n % 2];
-        Scaled& s = scaled[n % 2];
-        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, s.rows, kNear ? kExp2NearMiddle : 0);
-        if (n == 0 && nearly_constant<C, kNear>(strip, s, at)) return false;
+        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, scaled_rows[n % 2], kNear ? kExp2NearMiddle : 0);
+        if (n == 0 && nearly_constant<C, kNear>(strip, scaled, scaled_rows[n % 2], at)) return false;
         if (p.pairs == p.all) return true;
         // A point with itself is no pair: infinitely far.
-        scale_columns(scaled_with_diagonal);
-        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, scaled_with_diagonal.rows);
+        scale_norms(exponent, strip.a.norms + p.first, p.rows, p.all, rows_with_diagonal);
         for (int64_t r = p.pairs; r < p.rows; ++r) at[r * kTile + r - p.pairs] = -__builtin_inff();
         return true;
     };
@@ -570,11 +567,12 @@ bool strip_of(const Strip& strip, float exponent, double* sum) {
             float* const row_lanes = to->row_lanes + p.first * 16;
             if (p.pairs < p.all) {
                 Differentiating<C, false> diagonal(chain, to->factor, ahead);
-                diagonal.begin(scaled_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal, weights[n % 2], row_lanes,
-                               nullptr);
+                diagonal.begin(scaled, rows_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal, weights[n % 2],
+                               row_lanes, nullptr);
                 diagonal.finish();
             }
-            values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums, weights[n % 2], row_lanes, column_sums);
+            values.begin(scaled, scaled_rows[n % 2], z[n % 2], 0, p.pairs, sums, weights[n % 2], row_lanes,
+                         column_sums);
         }
         for (int64_t j = 0; j < strip.columns; ++j) to->column_sums[j] += column_sums[j];
     } else {
@@ -586,10 +584,10 @@ bool strip_of(const Strip& strip, float exponent, double* sum) {
                 const Phase p = phase_of(strip, n);
                 if (p.pairs < p.all) {
                     Adding<C, false, 1> diagonal(ahead);
-                    diagonal.begin(scaled_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal);
+                    diagonal.begin(scaled, rows_with_diagonal, z[n % 2], p.pairs, p.all, of_diagonal);
                     diagonal.finish();
                 }
-                values.begin(scaled[n % 2], z[n % 2], 0, p.pairs, sums);
+                values.begin(scaled, scaled_rows[n % 2], z[n % 2], 0, p.pairs, sums);
             }
             values.finish();
             return true;
