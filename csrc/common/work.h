@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -19,31 +20,36 @@
 namespace mmfast {
 
 // Blocks of memory kept from call to call, since a fresh page costs as much as computing several frames. One block serves
-// one thread at a time; blocks over kLargest are given back.
+// one thread at a time. Threads that begin a task at the same moment all ask at the same moment: each waits for its turn, far
+// less than the pages of a fresh block would take, and gets what it had last if that is free, which its cache may still hold.
+// Of blocks over kLargest only kMostLent bytes are kept, and lent to the system, which takes their pages where it is short.
 class Scratch {
 public:
-    static constexpr size_t kLargest = size_t(4) << 20;
+    static constexpr size_t kLargest = size_t(4) << 20, kMostLent = size_t(64) << 20;
     Scratch() = default;
     explicit Scratch(size_t bytes) {
-        const auto lock = try_lock();
-        if (lock) {
+        Block spare;
+        if (const auto lock = take_lock()) {
             auto& idle = blocks();
             // The smallest that is large enough: a large one given to a small request would be missed by the next large one.
-            size_t best = idle.size();
-            for (size_t i = 0; i < idle.size(); ++i)
-                if (idle[i].size >= bytes && (best == idle.size() || idle[i].size < idle[best].size)) best = i;
+            size_t best = idle.size(), worst = best;
+            for (size_t i = 0; i < idle.size(); ++i) {
+                if (idle[i].large() != (bytes > kLargest)) continue;
+                worst = i;
+                if (idle[i].size >= bytes && (best == idle.size() || idle[i].before(idle[best]))) best = i;
+            }
             if (best < idle.size()) {
                 block_ = idle[best];
                 idle.erase(idle.begin() + best);
                 return;
             }
-            if (!idle.empty() && bytes <= kLargest) {  // rather a larger one than one more
-                std::free(idle.back().data);
-                idle.pop_back();
+            if (worst < idle.size()) {  // rather a larger one than one more
+                spare = idle[worst];
+                idle.erase(idle.begin() + worst);
             }
         }
-        // What is not kept is made of large pages where there are any: these are filled with zeros at the speed of memory.
-        constexpr size_t kLargePage = size_t(2) << 20;
+        std::free(spare.data);
+        // What is large is made of large pages where there are any: these are filled with zeros at the speed of memory.
         const size_t page = bytes > 4 * kLargePage ? kLargePage : 4096;
         block_.size = (bytes + page - 1) / page * page;
         block_.data = std::aligned_alloc(page == kLargePage ? page : 64, block_.size);
@@ -56,22 +62,58 @@ public:
     Scratch& operator=(Scratch&&) = delete;
     ~Scratch() {
         if (!block_.data) return;
-        const auto lock = try_lock();
-        if (lock && block_.size <= kLargest) blocks().push_back(block_);
-        else std::free(block_.data);
+        if (!block_.large() || lend())
+            if (const auto lock = take_lock()) {
+                size_t lent = 0;
+                for (const Block& b : blocks()) lent += b.large() ? b.size : 0;
+                if (!block_.large() || lent + block_.size <= kMostLent) {
+                    block_.owner = me();
+                    blocks().push_back(block_);
+                    return;
+                }
+            }
+        std::free(block_.data);
     }
     char* data() const { return static_cast<char*>(block_.data); }
 
 private:
+    static constexpr size_t kLargePage = size_t(2) << 20;
     struct Block {
         void* data = nullptr;
         size_t size = 0;
+        const void* owner = nullptr;  // the thread that had it last
+        bool large() const { return size > kLargest; }
+        bool before(const Block& other) const {
+            return size != other.size ? size < other.size : owner == me() && other.owner != me();
+        }
     };
-    // Never waits: in the child of a fork() that came at a bad moment the lock is held for ever. Never destroyed: threads may
-    // still return blocks while the process ends.
-    static std::unique_lock<std::mutex> try_lock() {
+    static const void* me() {
+        static thread_local const char here = 0;
+        return &here;
+    }
+    // Pages that the system may take as long as nobody writes to them again; false where it knows no such pages.
+    bool lend() const {
+#if defined(__linux__) && defined(MADV_FREE)
+        if (block_.size > kMostLent) return false;
+        const uintptr_t from = reinterpret_cast<uintptr_t>(block_.data), first = (from + 4095) / 4096 * 4096;
+        return madvise(reinterpret_cast<void*>(first), (from + block_.size - first) / 4096 * 4096, MADV_FREE) == 0;
+#else
+        return false;
+#endif
+    }
+    // Nobody holds it for longer than it takes to look through a few blocks, but in the child of a fork() that came at a bad
+    // moment it is held for ever. Never destroyed: threads may still return blocks while the process ends.
+    static std::unique_lock<std::mutex> take_lock() {
         static auto* m = new std::mutex;
-        return std::unique_lock<std::mutex>(*m, std::try_to_lock);
+        std::unique_lock<std::mutex> lock(*m, std::try_to_lock);
+        if (forked()) return lock;
+        // A thread that sleeps is woken late: it asks a few times before.
+        for (int i = 0; !lock && i < 100; ++i) {
+            std::this_thread::yield();
+            (void)lock.try_lock();
+        }
+        if (!lock) lock.lock();
+        return lock;
     }
     static std::vector<Block>& blocks() {
         static auto* b = new std::vector<Block>;

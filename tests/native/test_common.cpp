@@ -1,4 +1,5 @@
 // csrc/common, without torch.
+#include <atomic>
 #include <cassert>
 #include <cmath>
 #include <cstdint>
@@ -6,13 +7,19 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/resource.h>
+#endif
 
 #include "check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scalar_types.h"
+#include "common/work.h"
 
 namespace {
 
@@ -117,6 +124,74 @@ void check_dispatch() {
     static_assert(mmfast::scalar_type_of<double>() == ScalarType::float64);
 }
 
+long page_faults() {
+#if defined(__linux__)
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_minflt;
+#else
+    return 0;
+#endif
+}
+
+void write_pages(char* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 4096) static_cast<volatile char*>(data)[i] = 1;
+}
+
+// Threads that ask for memory in the same moment, again and again, as those of a loop in rounds do: each gets what it had.
+void check_scratch_of_threads() {
+    constexpr int kThreads = 4, kRounds = 300;
+    constexpr size_t kBytes = size_t(1) << 20;
+    std::atomic<int> waiting{0}, strange{0};
+    std::atomic<long> faults{0};
+    const auto meet = [&](int round) {
+        waiting.fetch_add(1);
+        while (waiting.load() < kThreads * (round + 1)) std::this_thread::yield();
+    };
+    std::vector<std::thread> threads;
+    for (int t = 0; t < kThreads; ++t)
+        threads.emplace_back([&] {
+            const char* had = nullptr;
+            for (int round = 0; round < kRounds; ++round) {
+                const mmfast::Scratch scratch(kBytes);
+                strange += had && scratch.data() != had;
+                had = scratch.data();
+                write_pages(scratch.data(), kBytes);
+                meet(2 * round);  // all have one
+                if (round == 0) faults = page_faults();
+                meet(2 * round + 1);
+            }
+        });
+    for (std::thread& t : threads) t.join();
+    CHECK(strange == 0, "%d times in %d another block", strange.load(), kThreads * kRounds);
+    const long fresh = page_faults() - faults;
+    CHECK(fresh < kRounds, "%ld fresh pages in %d rounds", fresh, kRounds);
+}
+
+// Large blocks are kept up to a limit, and are not spent on small requests.
+void check_large_scratch() {
+    using mmfast::Scratch;
+    const auto place = [](size_t bytes) {
+        const Scratch scratch(bytes);
+        write_pages(scratch.data(), bytes);
+        return scratch.data();
+    };
+    const char* const large = place(Scratch::kMostLent / 2);
+    CHECK(place(Scratch::kLargest) != large, "a small request got a large block");
+    const long faults = page_faults();
+    for (int i = 0; i < 20; ++i) CHECK(place(Scratch::kMostLent / 2 - i) == large, "a large block was not kept");
+    const long fresh = page_faults() - faults;
+    CHECK(fresh < 100, "%ld fresh pages", fresh);
+    {
+        // Two at once of more than half of what may be kept: one of them goes back to the system.
+        const Scratch one(Scratch::kMostLent * 3 / 4), two(Scratch::kMostLent * 3 / 4);
+        CHECK(one.data() != two.data(), "one block for two");
+    }
+    const Scratch first(Scratch::kMostLent * 3 / 4), second(Scratch::kMostLent * 2);
+    CHECK(first.data() != second.data(), "one block for two");
+    write_pages(second.data(), Scratch::kMostLent * 2);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -128,6 +203,8 @@ int main(int argc, char** argv) {
     check_half<mmfast::Float16>(10);
     check_half<mmfast::BFloat16>(7);
     check_dispatch();
+    check_scratch_of_threads();
+    check_large_scratch();
     for (const char* limit : {"baseline", "avx2", "avx512", "amx", "sse9"}) {
         const int status = std::system((std::string(argv[0]) + " " + limit).c_str());
         assert(status == 0);
