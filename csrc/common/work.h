@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -122,10 +124,17 @@ private:
     Block block_;
 };
 
-// The indices of one thread, in runs of neighbours that are dealt out as threads become free.
+// How indices are dealt out.
+struct Dealing {
+    int64_t threads = std::numeric_limits<int64_t>::max();  // at most
+    int64_t run = 16;                                       // neighbours at once, at most
+};
+
+// The indices of one thread, in runs of neighbours that are dealt out as threads become free, shorter ones towards the end.
 class Hand {
 public:
-    Hand(std::atomic<int64_t>& dealt, int64_t n, int64_t run) : dealt_(dealt), n_(n), run_(run) {}
+    Hand(std::atomic<int64_t>& dealt, int64_t n, int64_t threads, int64_t run)
+        : dealt_(dealt), n_(n), threads_(threads), run_(run) {}
     // The next one, or -1.
     int64_t take() {
         const int64_t i = ahead();
@@ -135,34 +144,57 @@ public:
     // What take() is going to return: no other thread gets it then.
     int64_t ahead() {
         if (at_ == end_) {
-            at_ = std::min(n_, dealt_.fetch_add(run_, std::memory_order_relaxed));
-            end_ = std::min(n_, at_ + run_);
+            const int64_t left = n_ - dealt_.load(std::memory_order_relaxed);
+            const int64_t run = std::clamp<int64_t>(left / (threads_ * 8), 1, run_);
+            at_ = std::min(n_, dealt_.fetch_add(run, std::memory_order_relaxed));
+            end_ = std::min(n_, at_ + run);
         }
         return at_ < end_ ? at_ : -1;
     }
 
 private:
     std::atomic<int64_t>& dealt_;
-    const int64_t n_, run_;
+    const int64_t n_, threads_, run_;
     int64_t at_ = 0, end_ = 0;
 };
 
 // f(i, scratch) or f(i, scratch, hand) for i in [0, n), by as many threads as `cost` (nanoseconds each, roughly) makes worth
-// waking, each of which has `bytes` of scratch.
+// waking, each of which has `bytes` of scratch. A thread gets its indices in ascending order.
 template <class F>
-void deal_out(int64_t n, double cost, size_t bytes, const F& f) {
+void deal_out(int64_t n, double cost, size_t bytes, const F& f, const Dealing& how = {}) {
     constexpr double kWorthAThread = 30e3;
     const int64_t worth = int64_t(double(n) * cost / kWorthAThread);
-    const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth}));
-    const int64_t run = std::clamp<int64_t>(n / (threads * 8), 1, 16);
+    const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth, how.threads}));
     std::atomic<int64_t> dealt{0};
     parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         const Scratch scratch(bytes);
-        Hand hand(dealt, n, run);
+        Hand hand(dealt, n, threads, how.run);
         for (int64_t i; (i = hand.take()) >= 0;)
             if constexpr (std::is_invocable_v<F, int64_t, char*, Hand&>) f(i, scratch.data(), hand);
             else f(i, scratch.data());
     });
 }
+
+// Lets tasks use what they share in the order of their indices, where deal_out() deals these out: a task waits for those before
+// it alone that use what it uses, rather than for all of a round. No task waits for ever: of those that are under way the first
+// waits for nothing.
+class Turns {
+public:
+    explicit Turns(int64_t shared) : done_(new std::atomic<int>[size_t(shared)]()) {}
+    // Waits until `before` tasks have used it. False where one has failed: it will not be used then.
+    bool wait(int64_t i, int before) const {
+        while (done_[i].load(std::memory_order_acquire) < before) {
+            if (failed_.load(std::memory_order_relaxed)) return false;
+            std::this_thread::yield();
+        }
+        return true;
+    }
+    void done(int64_t i) { done_[i].fetch_add(1, std::memory_order_release); }
+    void fail() { failed_ = true; }
+
+private:
+    const std::unique_ptr<std::atomic<int>[]> done_;
+    std::atomic<bool> failed_{false};
+};
 
 }  // namespace mmfast

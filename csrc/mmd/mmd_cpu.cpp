@@ -406,16 +406,41 @@ void quadratic_cpu(int64_t batch, const Kernel& kernel, const Set& x, const Set&
     reducer.put(batch, sums);
 }
 
+// Of parts that stay in the second cache: their own means and the squares about these, then what the means differ by (Chan,
+// Golub & LeVeque 1983). Which parts there are depends on the sizes alone.
 template <class T>
 double squares_about_mean_cpu(int64_t dimension, const Set& x, const Set& y) {
-    const auto& t = tiles<T>();
-    std::vector<double> mean(dimension);
+    constexpr int64_t kPart = int64_t(1) << 17, kMostParts = 256;  // bytes
+    struct Part {
+        const Set* set;
+        int64_t first, count;
+        double squares;
+    };
+    const int64_t all = x.count + y.count, row = std::max<int64_t>(dimension, 1) * int64_t(sizeof(T));
+    const int64_t rows = std::max({int64_t(1), kPart / row, (all + kMostParts - 1) / kMostParts});
+    std::vector<Part> parts;
+    for (const Set* s : {&x, &y})
+        for (int64_t i = 0; i < s->count; i += rows) parts.push_back({s, i, std::min(rows, s->count - i), 0});
+    std::vector<double> means(parts.size() * dimension);
+    deal_out(int64_t(parts.size()), 0.3 * double(rows * dimension), 64, [&](int64_t i, char*) {
+        Part& p = parts[i];
+        const T* const from = static_cast<const T*>(p.set->data) + p.first * p.set->row_stride;
+        double* const mean = means.data() + i * dimension;
+        tiles<T>().add_rows(p.count, dimension, from, p.set->row_stride, mean);
+        for (int64_t k = 0; k < dimension; ++k) mean[k] /= double(p.count);
+        p.squares = tiles<T>().squares_about(p.count, dimension, from, p.set->row_stride, mean);
+    });
     double squares = 0;
-    for (const Set* s : {&x, &y})
-        t.add_rows(s->count, dimension, static_cast<const T*>(s->data), s->row_stride, mean.data());
-    for (double& m : mean) m /= double(std::max<int64_t>(x.count + y.count, 1));
-    for (const Set* s : {&x, &y})
-        squares += t.squares_about(s->count, dimension, static_cast<const T*>(s->data), s->row_stride, mean.data());
+    for (const Part& p : parts) squares += p.squares;
+    for (int64_t k = 0; k < dimension; ++k) {
+        double mean = 0;
+        for (size_t i = 0; i < parts.size(); ++i) mean += means[i * dimension + k] * double(parts[i].count);
+        mean /= double(all);
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const double apart = means[i * dimension + k] - mean;
+            squares += apart * apart * double(parts[i].count);
+        }
+    }
     return squares;
 }
 

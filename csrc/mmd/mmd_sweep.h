@@ -1,13 +1,5 @@
 // A sweep over all pairs of points, tile by tile, with a reducer that takes each tile of kernel values and may say what
 // the derivative by each value is.
-//
-// Note: [Rounds]
-//   Points come in blocks, and a task is a pair of blocks. Each pair of points is met once: what is symmetric is computed
-//   once and counted for both. In a round no block takes part in two tasks, so that a task adds to the rows of both its
-//   blocks (row sums, gradients) without locks, and in an order that depends on the sizes alone: the result is the same for
-//   any number of threads. The rounds of n blocks among themselves are those of a round-robin tournament (n - 1 rounds of
-//   n / 2 pairs), after one round of each block with itself; between two sets they are the cyclic shifts. A reducer that
-//   only adds up numbers needs no rounds.
 #pragma once
 
 #include <algorithm>
@@ -55,9 +47,15 @@ struct Block {
     int side;  // 0: x, 1: y
     int64_t first, count, index;
 };
+// A task in the order of rounds: its blocks, how many tasks use them before it, and where its round begins.
+struct Turn {
+    int a, b, before_a, before_b;
+    int64_t first, count;
+};
 struct BlockPair {
     int64_t batch = 0;
     const Block *a = nullptr, *b = nullptr;
+    const Turn* turn = nullptr;
 };
 
 // A tile as a reducer sees it: rows i0 .. of side a, columns j0 .. of side b. The values beyond `columns`, and those of a
@@ -112,40 +110,9 @@ public:
 
     using Tasks = std::vector<std::pair<int, int>>;
 
-    // The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for reducers that add to
-    // nothing but the slot of the task: those of a block follow each other, so that its points stay near.
-    std::vector<Tasks> rounds(const bool (&wanted)[3], bool flat = false) const {
-        std::vector<Tasks> all(1);
-        const int n = int(blocks_.size());
-        const auto add = [&](int a, int b) {
-            if (a > b) std::swap(a, b);
-            if (b >= n) return;
-            const int s = blocks_[a].side, t = blocks_[b].side;
-            if (wanted[s != t ? 2 : s]) all.back().emplace_back(a, b);
-        };
-        const auto next = [&] {
-            if (!all.back().empty()) all.emplace_back();
-        };
-        const bool between = pairs_ == Pairs::between;
-        if (flat) {
-            for (int a = 0; a < (between ? x_blocks_ : n); ++a)
-                for (int b = between ? x_blocks_ : a; b < n; ++b) add(a, b);
-        } else if (between) {
-            const int rows = x_blocks_, columns = n - x_blocks_, most = std::max(rows, columns);
-            for (int r = 0; r < most; next(), ++r)
-                for (int a = 0; a < rows; ++a)
-                    if ((a + r) % most < columns) add(a, rows + (a + r) % most);
-        } else {
-            for (int a = 0; a < n; ++a) add(a, a);
-            next();
-            const int even = (n + 1) / 2 * 2, m = even - 1;
-            for (int r = 0; r < m; next(), ++r) {
-                add(m, r);
-                for (int i = 1; i < even / 2; ++i) add((r + i) % m, (r - i + m) % m);
-            }
-        }
-        return all;
-    }
+    // Of mmd_rounds.h. The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for reducers that
+    // add to nothing but the slot of the task: those of a block follow each other, so that its points stay near.
+    std::vector<Tasks> rounds(const bool (&wanted)[3], bool flat = false) const;
 
     // A task's slot is that of its first block in the batch, or with one round only its own.
     int64_t slots(const std::vector<Tasks>& rounds) const {
@@ -153,29 +120,7 @@ public:
     }
 
     template <class R>
-    void run(R& reducer, const std::vector<Tasks>& rounds) {
-        if (parameters_) parameter_sums_.assign(slots(rounds) * 2 * most_terms() * 4, 0);
-        const size_t own = sizes_ + reducer.scratch_bytes(block_size_);
-        const Scratch packed = pack_all();
-        for (const Tasks& tasks : rounds) {
-            const int64_t n = int64_t(tasks.size());
-            deal_out(n * batch_, task_cost(), own, [&](int64_t i, char* scratch, Hand& hand) {
-                const auto pair = [&](int64_t task) {
-                    const auto [a, b] = tasks[task % n];
-                    return BlockPair{task / n, &blocks_[a], &blocks_[b]};
-                };
-                const auto [batch, a, b] = pair(i);
-                const int64_t slot = rounds.size() == 1 ? i : batch * blocks() + a->index;
-                if (sliced_) return sliced_task(batch, slot, *a, *b, scratch, reducer);
-                task(batch, slot, *a, *b, scratch, reducer, [&] {
-                    const int64_t next = hand.ahead();
-                    return next < 0 ? BlockPair{} : pair(next);
-                });
-            });
-        }
-        put_packed();
-        if (parameters_) add_up_parameters(slots(rounds) / std::max<int64_t>(1, batch_));
-    }
+    void run(R& reducer, const std::vector<Tasks>& rounds);
 
 private:
     struct Part {  // offsets in a thread's scratch, of one layer
@@ -184,6 +129,8 @@ private:
         int64_t stride;
         int passes;  // of split products, or 0
     };
+
+    std::vector<Turn> in_turn(const std::vector<Tasks>& rounds) const;  // of mmd_rounds.h
 
     void make_blocks() {
         int64_t count = groups_[0].x->count + (groups_[0].y && pairs_ != Pairs::within_x ? groups_[0].y->count : 0);
@@ -674,4 +621,5 @@ private:
 
 #include "mmd/mmd_centres.h"
 #include "mmd/mmd_packed.h"
+#include "mmd/mmd_rounds.h"
 #include "mmd/mmd_slices.h"

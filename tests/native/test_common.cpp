@@ -168,6 +168,63 @@ void check_scratch_of_threads() {
     CHECK(fresh < kRounds, "%ld fresh pages in %d rounds", fresh, kRounds);
 }
 
+// Tasks that use two of a few things each, dealt out to threads: all use a thing in the order of their indices, and none at the
+// same time as another.
+void check_turns() {
+    constexpr int kThreads = 4, kThings = 5, kTasks = 3000;
+    test::Random random(7);
+    std::vector<std::pair<int, int>> uses, before;
+    std::vector<int> used(kThings);
+    for (int i = 0; i < kTasks; ++i) {
+        const int a = int(random.below(kThings)), b = int(random.below(kThings));
+        uses.emplace_back(a, b);
+        before.emplace_back(used[a], used[b]);
+        ++used[a];
+        if (a != b) ++used[b];
+    }
+    const auto run = [&](int failing, const auto& f) {
+        mmfast::Turns turns(kThings);
+        std::atomic<int64_t> dealt{0};
+        std::atomic<int> given_up{0};
+        std::vector<std::thread> threads;
+        for (int t = 0; t < kThreads; ++t)
+            threads.emplace_back([&] {
+                mmfast::Hand hand(dealt, kTasks, kThreads, 3);
+                for (int64_t i; (i = hand.take()) >= 0;) {
+                    const auto [a, b] = uses[i];
+                    if (!turns.wait(a, before[i].first) || !turns.wait(b, before[i].second)) {
+                        ++given_up;
+                        continue;
+                    }
+                    if (i == failing) {
+                        turns.fail();
+                        continue;
+                    }
+                    f(int(i), a, b);
+                    turns.done(a);
+                    if (a != b) turns.done(b);
+                }
+            });
+        for (std::thread& t : threads) t.join();
+        return given_up.load();
+    };
+    std::vector<std::vector<int>> users(kThings);  // no locks: the turns are what keeps threads apart
+    CHECK(run(-1,
+              [&](int i, int a, int b) {
+                  users[a].push_back(i);
+                  if (a != b) users[b].push_back(i);
+              }) == 0,
+          "gave up without a failure");
+    for (int thing = 0; thing < kThings; ++thing) {
+        CHECK(int(users[thing].size()) == used[thing], "%zu of %d tasks", users[thing].size(), used[thing]);
+        for (size_t i = 1; i < users[thing].size(); ++i)
+            CHECK(users[thing][i - 1] < users[thing][i], "task %d came after %d", users[thing][i - 1], users[thing][i]);
+    }
+    std::atomic<int> ran{0};
+    const int given_up = run(kTasks / 2, [&](int, int, int) { ++ran; });
+    CHECK(given_up > 0 && ran + given_up + 1 == kTasks, "%d ran and %d gave up", ran.load(), given_up);
+}
+
 // Large blocks are kept up to a limit, and are not spent on small requests.
 void check_large_scratch() {
     using mmfast::Scratch;
@@ -205,6 +262,7 @@ int main(int argc, char** argv) {
     check_dispatch();
     check_scratch_of_threads();
     check_large_scratch();
+    check_turns();
     for (const char* limit : {"baseline", "avx2", "avx512", "amx", "sse9"}) {
         const int status = std::system((std::string(argv[0]) + " " + limit).c_str());
         assert(status == 0);
