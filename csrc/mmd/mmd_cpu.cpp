@@ -422,7 +422,7 @@ double squares_about_mean_cpu(int64_t dimension, const Set& x, const Set& y) {
     for (const Set* s : {&x, &y})
         for (int64_t i = 0; i < s->count; i += rows) parts.push_back({s, i, std::min(rows, s->count - i), 0});
     std::vector<double> means(parts.size() * dimension);
-    deal_out(int64_t(parts.size()), 0.3 * double(rows * dimension), 64, [&](int64_t i, char*) {
+    deal_out(int64_t(parts.size()), 0.6 * double(rows * dimension), 64, [&](int64_t i, char*) {
         Part& p = parts[i];
         const T* const from = static_cast<const T*>(p.set->data) + p.first * p.set->row_stride;
         double* const mean = means.data() + i * dimension;

@@ -192,8 +192,9 @@ class _Single(Kernel):
         if not _is_mean(getattr(self, "rule", None)) or self._parameters or self._buffers:
             return None
         # What the rule multiplies the mean with goes with the constants.
-        terms = self._cached((x[0].device, "means"), lambda: self._terms(self.rule.scale, x))
-        return replace(terms, rule=self.rule)
+        return self._cached(
+            (x[0].device, "means", self.rule), lambda: replace(self._terms(self.rule.scale, x), rule=self.rule)
+        )
 
     _transform: Transform | None = None
 
@@ -479,8 +480,9 @@ class MultiGaussian(Kernel):
         if not _is_mean(self.rule) or isinstance(self.weights, Tensor):
             return None
         device = x[0].device
-        terms = self._cached((device, "means"), lambda: self._terms(device, self.rule.scale))
-        return replace(terms, rule=self.rule)
+        return self._cached(
+            (device, "means", self.rule), lambda: replace(self._terms(device, self.rule.scale), rule=self.rule)
+        )
 
     def _terms(self, device: torch.device, bandwidth: float | Tensor | None) -> Terms:
         if isinstance(self.weights, Tensor) or isinstance(self.bandwidths, Tensor):
