@@ -226,14 +226,18 @@ public:
     Ahead(const Soon& soon, int64_t parts) : count_(soon.count) {
         for (int n = 0; n < count_; ++n) {
             const int64_t lines = (soon.range[n].bytes + 63) / 64;
-            range_[n] = {static_cast<const char*>(soon.range[n].at), lines, (lines + parts - 1) / parts};
+            range_[n] = {static_cast<const char*>(soon.range[n].at), lines, (lines + parts - 1) / parts,
+                         soon.range[n].written};
         }
     }
     MMFAST_INLINE void fetch() {
         for (int n = 0; n < count_; ++n) {
             Lines& l = range_[n];
             const int64_t some = l.each < l.left ? l.each : l.left;
-            for (int64_t i = 0; i < some; ++i) __builtin_prefetch(l.at + 64 * i, 0, 2);
+            if (l.written)
+                for (int64_t i = 0; i < some; ++i) __builtin_prefetch(l.at + 64 * i, 1);
+            else
+                for (int64_t i = 0; i < some; ++i) __builtin_prefetch(l.at + 64 * i, 0, 2);
             l.at += 64 * some;
             l.left -= some;
         }
@@ -243,6 +247,7 @@ private:
     struct Lines {
         const char* at;
         int64_t left, each;
+        bool written;
     };
     Lines range_[sizeof(Soon::range) / sizeof(Soon::Range)];
     int count_;
@@ -627,14 +632,17 @@ inline bool strip_sums(const Program<float>& program, int64_t dimension, const P
     }
 }
 
-// rows[j][:] = the sums of a strip for its columns, [dimension][kTile].
-inline void turn_sums(int64_t columns, int64_t dimension, const float* sums, float* rows, int64_t stride) {
+// rows[j][:] += the sums of a strip for its columns, [dimension][kTile].
+inline void add_turned(int64_t columns, int64_t dimension, const float* sums, float* rows, int64_t stride) {
     for (int64_t k = 0; k < dimension; k += 16)
         for (int64_t j = 0; j < columns; j += 16) {
             Floats x[16];
             for (int64_t d = 0; d < 16; ++d) x[d] = Simd<float>::load(sums + (k + d) * kTile + j);
             Simd<float>::transpose(x);
-            for (int64_t l = 0; l < 16 && j + l < columns; ++l) Simd<float>::store(rows + (j + l) * stride + k, x[l]);
+            for (int64_t l = 0; l < 16 && j + l < columns; ++l) {
+                float* const to = rows + (j + l) * stride + k;
+                Simd<float>::store(to, Simd<float>::load(to) + x[l]);
+            }
         }
 }
 

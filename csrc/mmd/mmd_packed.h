@@ -5,8 +5,8 @@
 //   the matrix unit wants; so where strips of pairs are taken, and there is one centre for all of them, all points are packed
 //   first. What that saves comes back in part: packed points then wait in the third cache, which gives a thread some 13 bytes a
 //   cycle, and a task of 256 x 256 points of 256 dimensions reads and writes 40 bytes a pair of points and gradients. Hence
-//   Ahead in mmd_amx_strip.h, and hence a task adds only the sums over the other points to a gradient: the part that is the
-//   point itself, times the sum of its derivatives, follows once at the end. The memory is that of the points for each form, in
+//   Ahead in mmd_amx_strip.h, and hence a task adds the sums over the other points to rows that lie here, whose strips begin with
+//   what is in them: the part that is the point itself, times the sum of its derivatives, follows once at the end. The memory is that of the points for each form, in
 //   fresh pages, of which there should be few. More than kMostPacked is left to the tasks.
 #pragma once
 
@@ -31,6 +31,7 @@ void Sweep<T>::lay_out_packed() {
     if (gradients_) {
         p.sums = take(p.bytes, all * int64_t(sizeof(double) / sizeof(T)));
         p.rows = take(p.bytes, all * p.stride);
+        p.gradient = take(p.bytes, all * p.stride);
         p.across = take(p.bytes, all * depth);
         p.turned = take(p.bytes, all * depth);
     }
@@ -68,6 +69,12 @@ double* Sweep<T>::packed_sums(int64_t batch, int64_t side, int64_t first) const 
     return reinterpret_cast<double*>(packed_.at + packed_.sums) + packed_at(batch, side, first);
 }
 
+// The sums over the other points that a point's gradient is made of.
+template <class T>
+T* Sweep<T>::packed_gradient(int64_t batch, int64_t side, int64_t first) const {
+    return at(packed_.at, packed_.gradient) + packed_at(batch, side, first) * packed_.stride;
+}
+
 // f(batch, side, first, count, scratch) for all tiles of points.
 template <class T>
 template <class F>
@@ -89,15 +96,19 @@ Scratch Sweep<T>::pack_all() {
     for_packed(double(values) * (gradients_ ? 2.5 : 1.3), size_t(values) * sizeof(T),
                [&](int64_t batch, int side, int64_t first, int64_t count, char* scratch) {
                    Points<T> to = packed_points(batch, side, first);
-                   if (gradients_) std::fill_n(packed_sums(batch, side, first), kTile, 0.0);
-                   else to.rows = at(scratch, 0);
+                   if (gradients_) {
+                       std::fill_n(packed_sums(batch, side, first), kTile, 0.0);
+                       std::fill_n(packed_gradient(batch, side, first), values, T(0));
+                   } else {
+                       to.rows = at(scratch, 0);
+                   }
                    tiles<T>().pack(source(batch, 0, 0, side), first, count,
                                    centre(batch, 0, 0, pairs_ == Pairs::between ? 2 : side), to);
                });
     return memory;
 }
 
-// The parts of the gradients that are the points themselves.
+// The gradients, when all sums are complete.
 template <class T>
 void Sweep<T>::put_packed() const {
     if (!packed_.at || !gradients_) return;
@@ -105,8 +116,8 @@ void Sweep<T>::put_packed() const {
         T* const to = gradient(0, side);
         if (!to) return;
         const int64_t d = groups_[0].kernel.dimension(), n = (side ? *groups_[0].y : *groups_[0].x).count;
-        tiles<T>().put(count, d, T(2), nullptr, packed_points(batch, side, first).rows, packed_.stride,
-                       packed_sums(batch, side, first), to + (batch * n + first) * d, d);
+        tiles<T>().put(count, d, T(2), packed_gradient(batch, side, first), packed_points(batch, side, first).rows,
+                       packed_.stride, packed_sums(batch, side, first), to + (batch * n + first) * d, d);
     });
 }
 

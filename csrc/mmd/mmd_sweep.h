@@ -249,6 +249,13 @@ private:
         b.passes = p.passes;
         return b;
     }
+    // Where the sums that make up the gradients of a task's rows and of a tile's columns go.
+    T* a_gradient(const Part& p, const Tile<T>& t, char* s) const {
+        return packed_.at ? packed_gradient(t.batch, t.a, t.first) : at(s, p.a_gradient);
+    }
+    T* b_gradient(const Part& p, const Tile<T>& t, char* s) const {
+        return packed_.at ? packed_gradient(t.batch, t.b, t.j0) : at(s, p.b_gradient);
+    }
     // A tile's points from a panel on; not for split columns.
     static Points<T> columns_from(Points<T> b, int64_t j) {
         if (j == 0) return b;
@@ -283,7 +290,8 @@ private:
                                 a_points(p, tile, s));
             if (!gradients_) return;
             // A strip of all rows sets what the next ones add to.
-            if (!strips_ || diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
+            if (!packed_.at && (!strips_ || diagonal))
+                std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
             if (strips_) std::memset(at(s, p.a_lanes), 0, whole_tiles(a.count) * 16 * sizeof(T));
             std::fill_n(row_sums(s, q, l), a.count, 0.0);
         });
@@ -301,17 +309,14 @@ private:
                 if (!packed_.at)
                     tiles<T>().pack(source(batch, q, l, b.side), tile.j0, tile.columns, centre(batch, q, l, kind),
                                     b_points(p, tile, s));
-                if (gradients_ && !strips_) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
+                if (gradients_ && !packed_.at) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
             double column_sums[2 * kMostLayers][kTile] = {};
             int64_t i = 0;
             T factor = 0;
             if (strips_ && take_strip(tile, a, b, j, s, column_sums[0], reducer, next)) i = a.count;
-            else if (strips_ && gradients_) {
-                const Part& p = parts_[0][0];
-                if (j == 0 && !diagonal) std::memset(at(s, p.a_gradient), 0, a.count * p.stride * sizeof(T));
-                std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
-            }
+            else if (strips_ && gradients_ && !packed_.at && j == 0 && !diagonal)
+                std::memset(at(s, parts_[0][0].a_gradient), 0, a.count * parts_[0][0].stride * sizeof(T));
             for (; i < a.count && !(diagonal && i > j); i += kTile) {
                 tile.i0 = a.first + i;
                 tile.rows = std::min(kTile, a.count - i);
@@ -326,7 +331,7 @@ private:
             }
             if (gradients_)
                 for_layers([&](size_t q, size_t l, const Part& p) {
-                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, at(s, p.b_gradient),
+                    put_gradient(q, l, b.side, batch, tile.j0, tile.columns, b_gradient(p, tile, s),
                                  b_points(p, tile, s).rows, p.stride, column_sums[q * kMostLayers + l], 0,
                                  groups_[q].kernel.layers[l].dimension);
                 });
@@ -334,7 +339,7 @@ private:
         if (gradients_)
             for_layers([&](size_t q, size_t l, const Part& p) {
                 if (strips_) add_lanes(a.count, at(s, p.a_lanes), row_sums(s, q, l));
-                put_gradient(q, l, a.side, batch, a.first, a.count, at(s, p.a_gradient), a_points(p, tile, s).rows,
+                put_gradient(q, l, a.side, batch, a.first, a.count, a_gradient(p, tile, s), a_points(p, tile, s).rows,
                              p.stride, row_sums(s, q, l), 0, groups_[q].kernel.layers[l].dimension);
             });
         reducer.end(tile, a.count);
@@ -363,8 +368,8 @@ private:
             to.row_lanes = at(s, p.a_lanes);
             to.column_sums = column_sums;
             to.stride = p.stride;
-            to.first = j == 0 && !diagonal;
-            if (gradient(0, a.side)) to.rows = at(s, p.a_gradient);
+            to.first = j == 0 && !diagonal && !packed_.at;
+            if (gradient(0, a.side)) to.rows = a_gradient(p, tile, s);
             if (gradient(0, b.side)) {
                 to.columns = at(s, p.b_sums);
                 if (diagonal && j == 0) std::memset(to.columns, 0, split_depth(dimension) * kTile * sizeof(T));
@@ -375,7 +380,7 @@ private:
                           gradients_ ? &to : nullptr, &sum))
             return false;
         reducer.add(tile, sum);
-        if (to.columns) t.turn_sums(tile.columns, dimension, to.columns, at(s, p.b_gradient), p.stride);
+        if (to.columns) t.add_turned(tile.columns, dimension, to.columns, b_gradient(p, tile, s), p.stride);
         return true;
     }
 
@@ -391,7 +396,12 @@ private:
             soon.add(points.split_columns, kTile * bytes);
             if (gradients_) soon.add(points.split_across, kTile * bytes);
         };
-        if (j == 0 && gradients_) soon.add(packed_points(tile.batch, a.side, a.first).split_turned, a.count * bytes);
+        if (j == 0 && gradients_) {
+            soon.add(packed_points(tile.batch, a.side, a.first).split_turned, a.count * bytes);
+            if (gradient(0, a.side))
+                soon.add(packed_gradient(tile.batch, a.side, a.first), a.count * packed_.stride * int64_t(sizeof(T)),
+                         true);
+        }
         if (j + kTile < b.count) {
             add_tile_of(tile.batch, tile.b, tile.j0 + kTile);
             return soon;
@@ -508,8 +518,8 @@ private:
         const int64_t width = (groups_[q].kernel.layers[l].dimension + t.lanes - 1) / t.lanes * t.lanes;
         const T* const from_a = a_points(p, tile, s).rows + i * p.stride;
         const T* const from_b = b_points(p, tile, s).rows;
-        T* const to_a = at(s, p.a_gradient) + i * p.stride;
-        T* const to_b = at(s, p.b_gradient);
+        T* const to_a = a_gradient(p, tile, s) + i * p.stride;
+        T* const to_b = b_gradient(p, tile, s);
         const Metric metric = programs_[q][l].metric;
         if (metric == Metric::l1)
             return t.signs(tile.rows, tile.columns, width, w, from_a, from_b, p.stride, to_a, to_b);
@@ -530,7 +540,7 @@ private:
     }
 
     // gradient[row] += 2 (sum of w times the row - sum of w times the others) for squared distances, else what was summed;
-    // `width` dimensions of the layer from `at` on. Of points that are packed the first part follows at the end.
+    // `width` dimensions of the layer from `at` on. Of points that are packed only the sums of w are taken here.
     void put_gradient(size_t q, size_t l, int side, int64_t batch, int64_t first, int64_t count, const T* summed,
                       const T* points, int64_t stride, const double* sums, int64_t at, int64_t width) const {
         T* const to = gradient(q, side);
@@ -541,8 +551,9 @@ private:
         if (packed_.at) {
             double* const total = packed_sums(batch, side, first);
             for (int64_t i = 0; i < count; ++i) total[i] += sums[i];
+            return;
         }
-        tiles<T>().put(count, width, l2 ? T(2) : T(-1), summed, l2 && !packed_.at ? points : nullptr, stride, sums,
+        tiles<T>().put(count, width, l2 ? T(2) : T(-1), summed, l2 ? points : nullptr, stride, sums,
                        to + (batch * n + first) * all + column_[q][l] + at, all);
     }
 
@@ -584,8 +595,8 @@ private:
 
     // Of mmd_packed.h.
     struct Packed {
-        char* at;                                                                    // the memory, or null
-        size_t rows, norms, split_rows, split_columns, across, turned, sums, bytes;  // offsets in it
+        char* at;                                                                              // the memory, or null
+        size_t rows, norms, split_rows, split_columns, across, turned, sums, gradient, bytes;  // offsets in it
         int64_t points, stride;  // of an item, with gaps after its x and its y; values of a row
     };
     Packed packed_{};
@@ -594,6 +605,7 @@ private:
     Points<T> packed_points(int64_t batch, int64_t side, int64_t first) const;
     int64_t packed_at(int64_t batch, int64_t side, int64_t first) const;
     double* packed_sums(int64_t batch, int64_t side, int64_t first) const;
+    T* packed_gradient(int64_t batch, int64_t side, int64_t first) const;
     Scratch pack_all();
     void put_packed() const;
     template <class F>

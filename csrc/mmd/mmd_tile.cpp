@@ -393,14 +393,14 @@ MMFAST_INLINE TileKernels<T> tiles_of() {
 #if defined(MMFAST_AMX_TILES)
     constexpr bool splits = true;
     constexpr auto strip_sums = mmd::MMFAST_ISA::strip_sums;
-    constexpr auto turn_sums = mmd::MMFAST_ISA::turn_sums;
+    constexpr auto add_turned = mmd::MMFAST_ISA::add_turned;
 #else
     constexpr bool splits = false;
-    constexpr auto strip_sums = nullptr, turn_sums = nullptr;
+    constexpr auto strip_sums = nullptr, add_turned = nullptr;
 #endif
     return {Simd<T>::lanes,   splits,           pack<T>,     compare<T>,      add_rows<T>,
             squares_about<T>, compare_slice<T>, evaluate<T>, evaluate_sum<T>, strip_sums,
-            turn_sums,        parameters<T>,    reduce<T>,   add_sums<T>,     inner<T>,
+            add_turned,       parameters<T>,    reduce<T>,   add_sums<T>,     inner<T>,
             combine<T>,       multiply<T>,      scale<T>,    product<T>,      product_averaged<T>,
             differences<T>,   put<T>,           signs<T>};
 }

@@ -83,10 +83,11 @@ struct Soon {
     struct Range {
         const void* at;
         int64_t bytes;
+        bool written;
     };
-    Range range[4];
+    Range range[5];
     int count = 0;
-    void add(const void* at, int64_t bytes) { range[count++] = {at, bytes}; }
+    void add(const void* at, int64_t bytes, bool written = false) { range[count++] = {at, bytes, written}; }
 };
 
 // Where a strip's derivatives by the squared distances go: times `factor`, their sums by rows (one for each of 16 lanes) and
@@ -133,7 +134,7 @@ struct TileKernels {
                        const Points<T>& b, int64_t columns, int64_t diagonal, const Soon& soon,
                        const StripGradients<T>* gradients, double* sum);
     // rows[j][:] = sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
-    void (*turn_sums)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);
+    void (*add_turned)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);
     // Sum of u_i v_j k_ij; null stands for ones. row_sums[i] += sum_j v_j k_ij, column_sums[j] += sum_i u_i k_ij and
