@@ -458,7 +458,7 @@ struct Strip {
 template <int C, bool kNear>
 bool nearly_constant(const Strip& strip, const Scaled& s, const float* rows, const float* z) {
     const Chain<float>& chain = strip.program.chain[0];
-    float least = 1, value = 0, all = 0;
+    Floats lowest = Floats{} + 1;
     for (int64_t j = 0; j < strip.columns; j += 16) {
         Widest<1, 1, kNear> w;
         Floats columns[1];
@@ -467,8 +467,11 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* rows, con
         w.template step<0>();
         w.template step<1>();
         w.template step<2>();
-        for (int64_t l = 0; l < 16 && j + l < strip.columns; ++l) least = w.x[0][l] < least ? w.x[0][l] : least;
+        for (int64_t l = strip.columns - j; l < 16; ++l) w.x[0][l] = 1;
+        lowest = w.x[0] < lowest ? w.x[0] : lowest;
     }
+    float least = 1, value = 0, all = 0;
+    for (int64_t l = 0; l < 16; ++l) least = lowest[l] < least ? lowest[l] : least;
     for (int c = 0; c < C; ++c, least *= least) {
         value += chain.weight[c] * least;
         all += chain.weight[c];

@@ -311,7 +311,11 @@ private:
                                     b_points(p, tile, s));
                 if (gradients_ && !packed_.at) std::memset(at(s, p.b_gradient), 0, tile.columns * p.stride * sizeof(T));
             });
-            double column_sums[2 * kMostLayers][kTile] = {};
+            double column_sums[2 * kMostLayers][kTile];
+            if (gradients_)
+                for_layers([&](size_t q, size_t l, const Part&) {
+                    std::fill_n(column_sums[q * kMostLayers + l], kTile, 0.0);
+                });
             int64_t i = 0;
             T factor = 0;
             if (strips_ && take_strip(tile, a, b, j, s, column_sums[0], reducer, next)) i = a.count;
