@@ -128,13 +128,16 @@ private:
 struct Dealing {
     int64_t threads = std::numeric_limits<int64_t>::max();  // at most
     int64_t run = 16;                                       // neighbours at once, at most
+    bool shrinks =
+        false;  // shorter runs towards the end: for long tasks that gain nothing from what neighbours have read
 };
 
-// The indices of one thread, in runs of neighbours that are dealt out as threads become free, shorter ones towards the end.
+// The indices of one thread, in runs of neighbours that are dealt out as threads become free.
 class Hand {
 public:
-    Hand(std::atomic<int64_t>& dealt, int64_t n, int64_t threads, int64_t run)
-        : dealt_(dealt), n_(n), threads_(threads), run_(run) {}
+    // With `threads` runs get shorter towards the end.
+    Hand(std::atomic<int64_t>& dealt, int64_t n, int64_t run, int64_t threads = 0)
+        : dealt_(dealt), n_(n), run_(run), threads_(threads) {}
     // The next one, or -1.
     int64_t take() {
         const int64_t i = ahead();
@@ -144,8 +147,11 @@ public:
     // What take() is going to return: no other thread gets it then.
     int64_t ahead() {
         if (at_ == end_) {
-            const int64_t left = n_ - dealt_.load(std::memory_order_relaxed);
-            const int64_t run = std::clamp<int64_t>(left / (threads_ * 8), 1, run_);
+            int64_t run = run_;
+            if (threads_) {
+                const int64_t left = n_ - dealt_.load(std::memory_order_relaxed);
+                run = std::clamp<int64_t>(left / (threads_ * 8), 1, run_);
+            }
             at_ = std::min(n_, dealt_.fetch_add(run, std::memory_order_relaxed));
             end_ = std::min(n_, at_ + run);
         }
@@ -154,7 +160,7 @@ public:
 
 private:
     std::atomic<int64_t>& dealt_;
-    const int64_t n_, threads_, run_;
+    const int64_t n_, run_, threads_;
     int64_t at_ = 0, end_ = 0;
 };
 
@@ -165,10 +171,11 @@ void deal_out(int64_t n, double cost, size_t bytes, const F& f, const Dealing& h
     constexpr double kWorthAThread = 30e3;
     const int64_t worth = int64_t(double(n) * cost / kWorthAThread);
     const int64_t threads = std::max<int64_t>(1, std::min({n, max_threads(), worth, how.threads}));
+    const int64_t run = std::clamp<int64_t>(n / (threads * 8), 1, how.run);
     std::atomic<int64_t> dealt{0};
     parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         const Scratch scratch(bytes);
-        Hand hand(dealt, n, threads, how.run);
+        Hand hand(dealt, n, run, how.shrinks ? threads : 0);
         for (int64_t i; (i = hand.take()) >= 0;)
             if constexpr (std::is_invocable_v<F, int64_t, char*, Hand&>) f(i, scratch.data(), hand);
             else f(i, scratch.data());

@@ -108,9 +108,9 @@ void Sweep<T>::run(R& reducer, const std::vector<Tasks>& rounds) {
     if (shared) {
         size_t most = 0;
         for (const Tasks& tasks : rounds) most = std::max(most, tasks.size());
-        deal_out(n, task_cost(), own, compute_in_turn, {int64_t(most) * batch_, 1});
+        deal_out(n, task_cost(), own, compute_in_turn, {.threads = int64_t(most) * batch_, .run = 1});
     } else {
-        deal_out(n, task_cost(), own, compute);
+        deal_out(n, task_cost(), own, compute, {.shrinks = true});
     }
     put_packed();
     if (parameters_) add_up_parameters(slots / std::max<int64_t>(1, batch_));

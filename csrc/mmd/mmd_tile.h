@@ -133,7 +133,7 @@ struct TileKernels {
     bool (*strip_sums)(const Program<T>& program, int64_t dimension, const Points<T>& a, int64_t rows,
                        const Points<T>& b, int64_t columns, int64_t diagonal, const Soon& soon,
                        const StripGradients<T>* gradients, double* sum);
-    // rows[j][:] = sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
+    // rows[j][:] += sums[:][j], [dimension][kTile] in whole vectors. Null as strip_sums.
     void (*add_turned)(int64_t columns, int64_t dimension, const T* sums, T* rows, int64_t stride);
     // sums[term][4] += the derivatives by the parameters, weighted with g.
     void (*parameters)(const Program<T>& program, int64_t rows, const T* z, const T* g, double* sums);

@@ -188,8 +188,8 @@ void check_turns() {
         std::atomic<int> given_up{0};
         std::vector<std::thread> threads;
         for (int t = 0; t < kThreads; ++t)
-            threads.emplace_back([&] {
-                mmfast::Hand hand(dealt, kTasks, kThreads, 3);
+            threads.emplace_back([&, t] {
+                mmfast::Hand hand(dealt, kTasks, 3, t % 2 ? kThreads : 0);
                 for (int64_t i; (i = hand.take()) >= 0;) {
                     const auto [a, b] = uses[i];
                     if (!turns.wait(a, before[i].first) || !turns.wait(b, before[i].second)) {
