@@ -51,8 +51,9 @@ public:
             }
         }
         std::free(spare.data);
-        // What is large is made of large pages where there are any: these are filled with zeros at the speed of memory.
-        const size_t page = bytes > 4 * kLargePage ? kLargePage : 4096;
+        // What is large is made of large pages where there are any: these are filled with zeros at the speed of memory, and
+        // writing to one that was lent costs no more than to a small one.
+        const size_t page = bytes > kLargest ? kLargePage : 4096;
         block_.size = (bytes + page - 1) / page * page;
         block_.data = std::aligned_alloc(page == kLargePage ? page : 64, block_.size);
         if (!block_.data) throw std::bad_alloc();
@@ -124,12 +125,12 @@ private:
     Block block_;
 };
 
-// How indices are dealt out.
+// How indices are dealt out: to so many threads and so many neighbours at once, at most.
 struct Dealing {
-    int64_t threads = std::numeric_limits<int64_t>::max();  // at most
-    int64_t run = 16;                                       // neighbours at once, at most
-    bool shrinks =
-        false;  // shorter runs towards the end: for long tasks that gain nothing from what neighbours have read
+    int64_t threads = std::numeric_limits<int64_t>::max();
+    int64_t run = 16;
+    // Shorter runs towards the end: for long tasks that gain nothing from what neighbours have read.
+    bool shrinks = false;
 };
 
 // The indices of one thread, in runs of neighbours that are dealt out as threads become free.

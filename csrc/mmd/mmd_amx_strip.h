@@ -166,9 +166,10 @@ struct Weights {
 };
 
 struct Scaled {
-    float of_products;  // the exponent of 2 is this times the product of two points,
-    alignas(64) float columns
-        [kTile];  // and this, and the same of rows, for their norms; minus infinity where there is no point
+    // The exponent of 2 is this times the product of two points, and these, and the same of rows, for their norms; minus
+    // infinity where there is no point.
+    float of_products;
+    alignas(64) float columns[kTile];
 };
 
 // A NaN becomes the one whose lower half is 0, which rounded_half() keeps.
@@ -470,8 +471,7 @@ bool nearly_constant(const Strip& strip, const Scaled& s, const float* rows, con
         for (int64_t l = strip.columns - j; l < 16; ++l) w.x[0][l] = 1;
         lowest = w.x[0] < lowest ? w.x[0] : lowest;
     }
-    float least = 1, value = 0, all = 0;
-    for (int64_t l = 0; l < 16; ++l) least = lowest[l] < least ? lowest[l] : least;
+    float least = Simd<float>::lowest(lowest), value = 0, all = 0;
     for (int c = 0; c < C; ++c, least *= least) {
         value += chain.weight[c] * least;
         all += chain.weight[c];

@@ -5,9 +5,9 @@
 //   the matrix unit wants; so where strips of pairs are taken, and there is one centre for all of them, all points are packed
 //   first. What that saves comes back in part: packed points then wait in the third cache, which gives a thread some 13 bytes a
 //   cycle, and a task of 256 x 256 points of 256 dimensions reads and writes 40 bytes a pair of points and gradients. Hence
-//   Ahead in mmd_amx_strip.h, and hence a task adds the sums over the other points to rows that lie here, whose strips begin with
-//   what is in them: the part that is the point itself, times the sum of its derivatives, follows once at the end. The memory is that of the points for each form, in
-//   fresh pages, of which there should be few. More than kMostPacked is left to the tasks.
+//   Ahead in mmd_amx_strip.h, and hence a task's strips add the sums over the other points to rows that lie here: the part that
+//   is the point itself, times the sum of its derivatives, follows once at the end. The memory is that of the points for each
+//   form. More than kMostPacked is left to the tasks.
 #pragma once
 
 #include "mmd/mmd_sweep.h"

@@ -82,9 +82,8 @@ void Sweep<T>::run(R& reducer, const std::vector<Tasks>& rounds) {
         const Turn& turn = turns[t.first + in_round % t.count];
         return BlockPair{batch, &blocks_[turn.a], &blocks_[turn.b], &turn};
     };
-    const auto compute = [&](int64_t i, char* scratch, Hand& hand) {
-        const auto [batch, a, b, turn] = pair(i);
-        const int64_t slot = shared ? batch * blocks() + a->index : i;
+    const auto compute = [&](int64_t slot, const BlockPair& of, char* scratch, Hand& hand) {
+        const auto [batch, a, b, turn] = of;
         if (sliced_) return sliced_task(batch, slot, *a, *b, scratch, reducer);
         task(batch, slot, *a, *b, scratch, reducer, [&] {
             const int64_t next = hand.ahead();
@@ -92,11 +91,12 @@ void Sweep<T>::run(R& reducer, const std::vector<Tasks>& rounds) {
         });
     };
     const auto compute_in_turn = [&](int64_t i, char* scratch, Hand& hand) {
-        const auto [batch, a, b, turn] = pair(i);
+        const BlockPair of = pair(i);
+        const auto [batch, a, b, turn] = of;
         const int64_t at_a = batch * blocks() + a->index, at_b = batch * blocks() + b->index;
         if (!of_blocks.wait(at_a, turn->before_a) || !of_blocks.wait(at_b, turn->before_b)) return;
         try {
-            compute(i, scratch, hand);
+            compute(at_a, of, scratch, hand);
         } catch (...) {
             of_blocks.fail();
             throw;
@@ -110,7 +110,8 @@ void Sweep<T>::run(R& reducer, const std::vector<Tasks>& rounds) {
         for (const Tasks& tasks : rounds) most = std::max(most, tasks.size());
         deal_out(n, task_cost(), own, compute_in_turn, {.threads = int64_t(most) * batch_, .run = 1});
     } else {
-        deal_out(n, task_cost(), own, compute, {.shrinks = true});
+        deal_out(n, task_cost(), own, [&](int64_t i, char* scratch, Hand& hand) { compute(i, pair(i), scratch, hand); },
+                 {.shrinks = true});
     }
     put_packed();
     if (parameters_) add_up_parameters(slots / std::max<int64_t>(1, batch_));

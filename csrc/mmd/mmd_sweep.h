@@ -110,8 +110,8 @@ public:
 
     using Tasks = std::vector<std::pair<int, int>>;
 
-    // Of mmd_rounds.h. The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for reducers that
-    // add to nothing but the slot of the task: those of a block follow each other, so that its points stay near.
+    // Of mmd_rounds.h. The tasks of each round; `wanted[kind]`: pairs in x, in y, of both. With `flat` all in one, for
+    // reducers that add to nothing but the slot of the task: those of a block follow each other, so that its points stay near.
     std::vector<Tasks> rounds(const bool (&wanted)[3], bool flat = false) const;
 
     // A task's slot is that of its first block in the batch, or with one round only its own.
