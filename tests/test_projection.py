@@ -1,4 +1,4 @@
-"""Linear layers of half precision: by way of float32, or on the matrix unit."""
+"""Linear layers of half precision: by way of float32, or by units for it."""
 
 import pytest
 import torch
@@ -110,14 +110,14 @@ def test_modules(units, dtype, compiled):
     torch.testing.assert_close(out.double(), expected, rtol=8 * _bound(dtype), atol=8 * _bound(dtype))
 
 
-# ---- Our own kernels, where the CPU has a matrix unit
+# ---- Our own kernels, where the CPU has AMX or AVX512_BF16
 
 
 def _projects():
     return _backend._C is not None and _backend._C.fusion_projects()
 
 
-needs_matrix_unit = pytest.mark.skipif("not _projects()", reason="needs a CPU with a matrix unit")
+needs_units = pytest.mark.skipif("not _projects()", reason="needs a CPU with AMX or AVX512_BF16")
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def _error(got, exact):
     return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-@needs_matrix_unit
+@needs_units
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("rows", [(1500,), (3, 511), (5, 7, 19)])
@@ -172,7 +172,7 @@ def test_as_exact_as_torch(calls, rows, parts, bias):
         assert _error(mine, truth) <= 1.1 * _error(other, truth) < 2.0**-7
 
 
-@needs_matrix_unit
+@needs_units
 def test_strided_inputs_and_gradients(calls):
     x, weight, bias = _large((300, 2), 160, 192)
     plain = linear(x.transpose(0, 1).contiguous(), weight, bias)
@@ -189,7 +189,7 @@ def test_strided_inputs_and_gradients(calls):
     assert all(calls) and len(calls) == 4
 
 
-@needs_matrix_unit
+@needs_units
 def test_gradients_of_some(calls):
     x, weight, bias = _large()
     k, v = linear_parts(x, weight, bias, 2)
@@ -207,7 +207,7 @@ def test_gradients_of_some(calls):
     assert all(calls)
 
 
-@needs_matrix_unit
+@needs_units
 def test_gradients_of_gradients(calls):
     inputs = _large()
 
@@ -227,7 +227,7 @@ def test_gradients_of_gradients(calls):
     assert calls == [True, True]
 
 
-@needs_matrix_unit
+@needs_units
 def test_the_number_of_threads_changes_nothing(calls):
     inputs = _large((4, 333), 224, 640)
     upstream = torch.randn(4, 333, 640).bfloat16()
@@ -248,7 +248,7 @@ def test_the_number_of_threads_changes_nothing(calls):
     assert calls == [True] * 3
 
 
-@needs_matrix_unit
+@needs_units
 def test_autocast_and_what_is_left_to_torch(calls, monkeypatch):
     inputs = _large()
     numbers = [x.detach().float().requires_grad_() for x in inputs]
@@ -283,7 +283,7 @@ def test_autocast_and_what_is_left_to_torch(calls, monkeypatch):
         linear(inputs[0][..., :128], *inputs[1:])
 
 
-@needs_matrix_unit
+@needs_units
 def test_modules_use_them(calls):
     torch.manual_seed(0)
     attention = MultiheadAttention(256, 4, batch_first=True, dtype=torch.bfloat16)

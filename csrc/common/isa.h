@@ -8,11 +8,11 @@
 
 namespace mmfast {
 
-// amx: AVX-512, its conversions to bfloat16 and the matrix unit for that, of use to some kernels only.
-enum class Isa { baseline, avx2, avx512, amx };
+// Two are of use to some kernels only: avx512_bf16, AVX-512 with products of bfloat16, and amx, with the matrix unit for them too.
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // Best instruction set that was built and that the processor and the operating system support, but none above the
-// environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512", "amx"). Read once.
+// environment variable MMFAST_CPU_ISA ("baseline", "avx2", "avx512", "avx512_bf16", "amx"). Read once.
 // Throws std::invalid_argument for another value of the variable.
 Isa best_isa();
 
@@ -23,7 +23,7 @@ const char* isa_built();
 
 }  // namespace mmfast
 
-// The copies of the CPU kernels that were built define MMFAST_AVX2, MMFAST_AVX512 and MMFAST_AMX; baseline always is.
+// The copies of the CPU kernels that were built define MMFAST_AVX2, MMFAST_AVX512, MMFAST_AVX512_BF16 and MMFAST_AMX; baseline always is.
 #if defined(MMFAST_AVX2)
 #define MMFAST_FROM_AVX2(isa, slice, name, otherwise) \
     ((isa) >= ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name : (otherwise))

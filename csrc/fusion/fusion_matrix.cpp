@@ -1,5 +1,6 @@
 // Attention of bfloat16 on the matrix unit: of keys that all stay in the second cache here, of more of them in
-// fusion_matrix_long.h. For the instruction set amx only; what it does not take, the kernels of avx512 do.
+// fusion_matrix_long.h. For the instruction set amx; and for avx512_bf16, where what is said of the matrix unit is done by vectors:
+// see [Products in vectors]. What they do not take, the kernels of avx512 do.
 //
 // Note: [Attention on the matrix unit]
 //   Rows of tiles are queries, unlike everywhere else: then queries, gradients of outputs and outputs are read and written as
@@ -7,6 +8,9 @@
 //   their sums. P is rounded to bfloat16 to be multiplied by values, as in torch's kernel and in FlashAttention, whose errors
 //   outputs have; its sums, and so log-sum-exps, are of what it was before. For gradients P and dS are a sum of two bfloat16,
 //   x = h + l to 16 bits, as which they are multiplied twice: sums over thousands of queries are rounded once, at the end.
+//   In vectors products are what takes the time, and those of gradients of keys and values are of P and dS rounded, in six products
+//   where there were eight: errors are then those of outputs, 1.4 times what rounding results leaves. Not so for queries: dS of
+//   a row add up to zero, so what keys have in common goes out of dQ, but for what rounding dS would leave of it.
 //   Each source begins a new tile of keys. Features that are multiplied are filled up with zeros to multiples of 32, keys and
 //   features that a product has as columns to multiples of 16. Gradients of keys and values are summed transposed, or dS and P
 //   would have to be.
@@ -144,7 +148,7 @@ void forward_panel(MatrixUnit& matrix, const ForwardJob<float>& job, int64_t hea
                    const Places& places, const ForwardBuffers& b, Ahead& ahead) {
     const Problem& p = *job.problem;
     const bool is_plain = plain(p);
-    const int64_t lanes = to_tiles(rows.n), dim = padded(p.dim), depth = padded(places.total);
+    const int64_t lanes = to_tiles(rows.n), dim = padded(p.dim), depth = to_depth(places.total);
     const uint32_t* const keys = b.keys + head * b.keys_size;
     const uint32_t* const values = b.values + head * b.values_size;
     Softmaxes softmaxes(p, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f);
@@ -218,6 +222,7 @@ void forward(const ForwardJob<float>& job, const Item& item, float* scratch) {
 
 void matrix_kernels_float(MatrixKernels& kernels) {
     kernels.panel = kRows;
+    kernels.rounds_sums = !kSumOnTheRight;
     kernels.forward_scratch = forward_scratch;
     kernels.forward = forward;
     kernels.forward_long_scratch = forward_long_scratch;

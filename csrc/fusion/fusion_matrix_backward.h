@@ -188,38 +188,39 @@ private:
         const bool query = by_query, key = by_key, value = by_value;
         const float by = factor;
         for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) MMFAST_LAMBDA {
-            // Of two rows, whose halves are put side by side; those of dS are given back.
+            // Of two rows, put side by side; dS is given back.
             struct Two {
-                Halves row[2];
+                Floats row[2];
             };
             const auto of_tile = [&](int64_t m, int64_t at) MMFAST_LAMBDA {
                 const auto row = [&](const float* x, int i)
                                      MMFAST_LAMBDA { return Simd<float>::load(x + i * stride + at); };
-                const auto put = [&](float* to, const Halves& upper, const Halves& lower) MMFAST_LAMBDA {
+                const auto put = [&]<bool kSmall>(float* to, const Two& x) MMFAST_LAMBDA {
                     uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
-                    put_pairs(words, words + stride, upper, lower);
+                    if constexpr (kSumOnTheRight)
+                        put_pairs(words, words + stride, split<kSmall>(x.row[0]), split<kSmall>(x.row[1]));
+                    else put_rounded_pair(words, x.row[0], x.row[1]);
                 };
                 const auto weight = [&](int i) MMFAST_LAMBDA {
                     const Floats x = row(weights, i);
                     return kFused ? mmfast::exp2(x * by - Simd<float>::splat(of[0].lse[r + i])) : x;
                 };
                 const Floats e[] = {weight(0), weight(1)};
-                const auto ds = [&](int i) MMFAST_LAMBDA {
-                    return split<false>(e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]));
-                };
-                const auto gated = [&](int i) MMFAST_LAMBDA {
-                    return split<!kGated>(kGated ? e[i] * of[m].gate[r + i] : e[i]);
-                };
+                const auto ds = [&](int i)
+                                    MMFAST_LAMBDA { return e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]); };
+                const auto gated = [&](int i) MMFAST_LAMBDA { return kGated ? e[i] * of[m].gate[r + i] : e[i]; };
                 const Two result{{ds(0), ds(1)}};
-                if (value) put(weights, gated(0), gated(1));
-                if (key) put(dp, result.row[0], result.row[1]);
+                if (value) put.template operator()<!kGated>(weights, Two{{gated(0), gated(1)}});
+                if (key) put.template operator()<false>(dp, result);
                 return result;
             };
             const Two first = of_tile(kGated ? places.source[tile] : 0, k);
             const Two second = kBoth ? of_tile(kGated ? places.source[tile + 1] : 0, k + kTile) : Two{};
             if (!query) return;
-            put_pairs(row_high + word, row_low + word, first.row[0], second.row[0]);
-            put_pairs(row_high + pair_stride + word, row_low + pair_stride + word, first.row[1], second.row[1]);
+            for (int i = 0; i < 2; ++i) {
+                const int64_t to = i * pair_stride + word;
+                put_pairs(row_high + to, row_low + to, split<false>(first.row[i]), split<false>(second.row[i]));
+            }
         });
     }
 };
@@ -241,7 +242,7 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const auto scores = [&](int64_t from, auto&& between) {
         multiply_scores(unit, p, from, half, rows_from(queries, from), {b.keys, b.key_stride}, places, b.p,
                         b.key_stride, between);
-        multiply(unit, half, value_dim, total, rows_from(grads, from), {b.values, b.key_stride},
+        multiply(unit, half, to_depth(p.value_dim), total, rows_from(grads, from), {b.values, b.key_stride},
                  {b.dp + from * b.key_stride, b.key_stride, nullptr, 0}, between);
         if (!is_plain) finish_scores(p, item.batch, rows, from, from + half, places, b.p, b.key_stride);
     };
@@ -255,11 +256,12 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     // Sums over the queries of all panels so far.
     const auto add = [&](int64_t width, const uint16_t* columns, const float* pairs, float* sums, auto&& between) {
         const auto* const words = reinterpret_cast<const uint32_t*>(pairs);
-        multiply(unit, to_tiles(width), before + lanes, total, {columns, kQueryStride},
-                 {words, 2 * b.key_stride, words + b.key_stride}, {sums, b.key_stride, sums, b.key_stride}, between);
+        multiply(unit, to_rows(width), before + lanes, total, {columns, kQueryStride},
+                 {words, 2 * b.key_stride, kSumOnTheRight ? words + b.key_stride : nullptr},
+                 {sums, b.key_stride, sums, b.key_stride}, between);
     };
     const auto calls_of = [&](int64_t width) {
-        return ends ? product_calls(to_tiles(width), before + lanes, total) : 1;
+        return ends ? product_calls(to_rows(width), before + lanes, total) : 1;
     };
     const auto weigh = [&](int64_t from, int64_t to) {
         if (item.whole) of.weigh(2 * from, 2 * to);

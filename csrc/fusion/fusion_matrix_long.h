@@ -214,7 +214,7 @@ void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Ite
                                 block.places, b.scores - first * kLongStride, kLongStride, ahead);
                 if (weighing.weigh(unit, of)) scale_out(p, b.value_stride, of);
                 float* const out = panel.out + first * b.value_stride;
-                multiply(unit, of.rows, padded(block.places.total), to_tiles(p.value_dim),
+                multiply(unit, of.rows, to_depth(block.places.total), to_tiles(p.value_dim),
                          rounded_rows(b.scores, kLongStride), {block.values, b.value_stride},
                          {out, b.value_stride, out, b.value_stride}, Nothing());
             }

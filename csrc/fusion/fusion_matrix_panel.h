@@ -123,7 +123,7 @@ Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, i
     const int64_t width = padded(count), stride = half_stride(width);
     if (rows.one_head && last <= rows.n) {
         const uint16_t* const from = data + x.at(batch, rows.head[0], rows.row[0]) + first * x.row;
-        if (count % kTwoTiles == 0) return {from, x.row};
+        if (to_depth(count) == count) return {from, x.row};
         copy_rows(from, x.row, last - first, count, width, buffer, stride);
         return {buffer, stride};
     }
@@ -190,7 +190,7 @@ void finish_scores(const Problem& p, int64_t batch, const Rows& rows, int64_t fr
 template <class F>
 void multiply_scores(MatrixUnit& unit, const Problem& p, int64_t from, int64_t count, const Left& queries,
                      const Right& keys, const Places& places, float* scores, int64_t stride, F&& between) {
-    multiply(unit, count, padded(p.dim), places.total, queries, keys,
+    multiply(unit, count, to_depth(p.dim), places.total, queries, keys,
              {scores + from * stride, stride, plain(p) && !places.full ? places.none : nullptr, 0}, between);
 }
 

@@ -99,9 +99,11 @@ struct TileKernels {
     void (*forward_weighing)(const ForwardJob<T>&, const WeightsJob<T>&, const Item&, T* scratch);
 };
 
-// Of bfloat16; `forward` of keys that all stay in the second cache: see fusion_matrix.cpp. `panel` is 0 where there are none.
+// Of bfloat16, on the matrix unit or in vectors; `forward` of keys that all stay in the second cache: see fusion_matrix.cpp. `panel`
+// is 0 where there are none.
 struct MatrixKernels {
     int64_t panel;
+    bool rounds_sums;  // P and dS are rounded where they are multiplied for gradients of values and keys (for tests)
     int64_t (*forward_scratch)(const Problem&, int64_t heads);
     void (*forward)(const ForwardJob<float>&, const Item&, float* scratch);
     int64_t (*forward_long_scratch)(const Problem&, int64_t panels);
@@ -117,6 +119,9 @@ struct MatrixKernels {
 // Those of this machine: fusion_isa.cpp.
 const MatrixKernels& matrix_kernels();
 
+namespace avx512_bf16 {
+void matrix_kernels_float(MatrixKernels& kernels);
+}  // namespace avx512_bf16
 namespace amx {
 void matrix_kernels_float(MatrixKernels& kernels);
 }  // namespace amx

@@ -48,8 +48,8 @@ def cross_attention(
 
     Args:
         query: ``(B, H, L, D)``; float32, float64, float16 or bfloat16, of any strides. Half precisions are computed in
-            float32, but that tensor cores and AMX multiply values by probabilities rounded to the dtype, as
-            ``scaled_dot_product_attention`` does. Under autocast query, keys and values but for float64 are taken in
+            float32, but that tensor cores, AMX and AVX512_BF16 multiply values by probabilities rounded to the dtype,
+            as ``scaled_dot_product_attention`` does. Under autocast query, keys and values but for float64 are taken in
             its dtype, as by that.
         sources: `Source` or pairs ``(key, value)``, or a single one of either. Batch sizes, of the query too, may be 1.
             A `torch.nested` query ``(B, H, ragged, D)`` or source of the jagged layout goes by `packed_attention`; then

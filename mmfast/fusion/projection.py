@@ -31,7 +31,7 @@ HAS_UNITS = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """``torch.nn.functional.linear``; on a CPU without units for the dtype (or autocast's) computed in float32.
 
-    On a CPU with a matrix unit our own kernels multiply bfloat16, unless ``backend`` says otherwise.
+    On a CPU with AMX or AVX512_BF16 our own kernels multiply bfloat16, unless ``backend`` says otherwise.
     """
     return linear_parts(x, weight, bias, 1, backend=backend)[0]
 

@@ -272,7 +272,7 @@ int main(int argc, char** argv) {
     check_scratch_of_threads();
     check_large_scratch();
     check_turns();
-    for (const char* limit : {"baseline", "avx2", "avx512", "amx", "sse9"}) {
+    for (const char* limit : {"baseline", "avx2", "avx512", "avx512_bf16", "amx", "sse9"}) {
         const int status = std::system((std::string(argv[0]) + " " + limit).c_str());
         assert(status == 0);
     }

@@ -284,10 +284,11 @@ void run(const Case& c) {
     const int softmaxes = p.softmaxes();
     const int64_t rows = p.batch * p.heads * p.rows;
     const double compute = sizeof(T) == 8 ? 0x1p-53 : 0x1p-24, store = epsilon(c.type);
-    // What the matrix unit multiplies: probabilities rounded to bfloat16 for outputs; those of gradients, and gradients of
-    // scores, have 16 bits.
+    // What is multiplied in bfloat16: probabilities rounded to it for outputs; those of gradients, and gradients of scores, have 16
+    // bits, or are rounded too for gradients of values and keys.
     const bool matrix = matrix_kernels().panel && c.type == ScalarType::bfloat16;
     const double factors = matrix ? store : 0, of_gradients = matrix ? 0x1p-21 : compute;
+    const double of_sums = matrix && matrix_kernels().rounds_sums ? store : 0;
     const ScalarType compute_type = scalar_type_of<T>();
     // What the kernels give.
     Result its_out({p.batch, p.heads, p.rows, p.value_dim}, c.type);
@@ -389,7 +390,8 @@ void run(const Case& c) {
                             o[e].add(gate * w * v, std::abs(gate * w * v) * (16 + 16 * size),
                                      std::abs(gate * w * v) * factors);
                             dv[j][flat(c.sources[j].value->sizes, b, kv, k) + e].add(
-                                gate * w * g, std::abs(gate * w * g) * (16 + 16 * size));
+                                gate * w * g, std::abs(gate * w * g) * (16 + 16 * size),
+                                std::abs(gate * w * g) * of_sums);
                         }
                         d.add(g * v);
                     }
@@ -414,7 +416,8 @@ void run(const Case& c) {
                     for (int64_t e = 0; e < p.dim; ++e) {
                         const double key = c.sources[j].key->at(b, kv, k, e), q = c.query->at(b, h, i, e);
                         dq[flat(c.query->sizes, b, h, i) + e].add(ds * key, magnitude * std::abs(key));
-                        dk[j][flat(c.sources[j].key->sizes, b, kv, k) + e].add(ds * q, magnitude * std::abs(q));
+                        dk[j][flat(c.sources[j].key->sizes, b, kv, k) + e].add(ds * q, magnitude * std::abs(q),
+                                                                               std::abs(ds * q) * of_sums);
                     }
                 }
             }

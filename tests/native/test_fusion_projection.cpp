@@ -1,4 +1,4 @@
-// Linear layers on the matrix unit, or on what emulates it, against their definition in double loops.
+// Linear layers on the matrix unit or in vectors, or on what emulates either, against their definition in double loops.
 #include <algorithm>
 #include <cmath>
 #include <string>
