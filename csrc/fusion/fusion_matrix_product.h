@@ -302,6 +302,33 @@ MMFAST_INLINE Floats add_products(Floats sum, Words a, Words b) {
 #endif
 }
 
+// Pairs of R rows, one after the other. A compiler would keep an address for each row, more than there are registers, and move some
+// back and forth at each step. Here every third row has one, and the next two are one and two strides on, which an address of x86
+// can say; how they go on is hidden, or there would be one for each again.
+template <int R>
+class Pairs {
+public:
+    MMFAST_INLINE Pairs(const uint16_t* first, int64_t stride) : stride_(2 * stride) {
+        for (int i = 0; i < kAddresses; ++i) at_[i] = reinterpret_cast<const char*>(first) + 3 * i * stride_;
+    }
+    MMFAST_INLINE Words operator[](int row) const {
+        uint32_t x;
+        __builtin_memcpy(&x, at_[row / 3] + row % 3 * stride_, sizeof x);
+        return Words{} + x;
+    }
+    MMFAST_INLINE void next() {
+        for (int i = 0; i < kAddresses; ++i) {
+            at_[i] += sizeof(uint32_t);
+            __asm__("" : "+r"(at_[i]));
+        }
+    }
+
+private:
+    static constexpr int kAddresses = (R + 2) / 3;
+    const char* at_[kAddresses];
+    int64_t stride_;
+};
+
 // R rows by S vectors of columns. Of a left factor that is a sum both parts are multiplied.
 template <int R, int S, bool kSum>
 MMFAST_INLINE void multiply_block(int64_t depth, const Left& left, const Right& right, const Sums& sums) {
@@ -310,32 +337,30 @@ MMFAST_INLINE void multiply_block(int64_t depth, const Left& left, const Right& 
         __builtin_memcpy(&x, from, sizeof x);
         return x;
     };
-    const auto broadcast = [](const uint16_t* from) MMFAST_LAMBDA {
-        uint32_t pair;
-        __builtin_memcpy(&pair, from, sizeof pair);
-        return Words{} + pair;
-    };
     Floats sum[R][S];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < S; ++v) sum[r][v] = Floats{};
-    for (int64_t k = 0; k < depth; k += 2) {
-        const int64_t at = k / 2 * right.stride;
+    Pairs<R> pairs(left.data, left.stride), low_pairs(kSum ? left.low : left.data, left.stride);
+    const uint32_t* at = right.data;
+    for (int64_t k = 0; k < depth; k += 2, at += right.stride) {
         Words columns[S];
 #pragma GCC unroll 4
-        for (int v = 0; v < S; ++v) columns[v] = load(right.data + at + v * kLanes);
+        for (int v = 0; v < S; ++v) columns[v] = load(at + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Words pair = broadcast(left.data + r * left.stride + k);
+            const Words pair = pairs[r];
 #pragma GCC unroll 4
             for (int v = 0; v < S; ++v) sum[r][v] = add_products(sum[r][v], pair, columns[v]);
             if constexpr (kSum) {
-                const Words low = broadcast(left.low + r * left.stride + k);
+                const Words low = low_pairs[r];
 #pragma GCC unroll 4
                 for (int v = 0; v < S; ++v) sum[r][v] = add_products(sum[r][v], low, columns[v]);
             }
         }
+        pairs.next();
+        if constexpr (kSum) low_pairs.next();
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
