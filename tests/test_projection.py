@@ -1,4 +1,7 @@
-"""Linear layers of half precision: by way of float32, or by units for it."""
+"""Linear layers of half precision: by way of float32, or by units for it. Of float32: by oneDNN."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +113,7 @@ def test_modules(units, dtype, compiled):
     torch.testing.assert_close(out.double(), expected, rtol=8 * _bound(dtype), atol=8 * _bound(dtype))
 
 
-# ---- Our own kernels, where the CPU has AMX or AVX512_BF16
+# ---- Our own kernels, where the CPU has AMX or AVX512_BF16, and oneDNN
 
 
 def _projects():
@@ -120,11 +123,23 @@ def _projects():
 needs_units = pytest.mark.skipif("not _projects()", reason="needs a CPU with AMX or AVX512_BF16")
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def kind(request, monkeypatch):
+    """What is multiplied, where it can be; oneDNN on every processor that torch has it for."""
+    if request.param == torch.bfloat16 and not _projects():
+        pytest.skip("needs a CPU with AMX or AVX512_BF16")
+    if request.param == torch.float32:
+        if _backend._C is None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            pytest.skip("needs the extension, and oneDNN in torch")
+        monkeypatch.setattr(projection, "prefers_onednn", lambda: True)
+    return request.param
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often our kernels were asked and took it; torch's product counts as a refusal."""
     seen = []
-    if _projects():
+    if _backend._C is not None:
         ours = _backend._C.fusion_linear
 
         def ask(*args):
@@ -136,13 +151,13 @@ def calls(monkeypatch):
     return seen
 
 
-def _large(rows=(2, 300), features=160, out=192, bias=True, seed=0):
-    """Enough multiply-adds to be worth our kernels."""
+def _large(rows=(2, 600), features=160, out=192, bias=True, seed=0, dtype=torch.bfloat16):
+    """Enough multiply-adds to be worth our kernels, or oneDNN's."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(*rows, features), (out, features)] + [(out,)] * bias
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors[1] *= features**-0.5
-    return [x.bfloat16().requires_grad_() for x in tensors]
+    return [x.to(dtype).requires_grad_() for x in tensors]
 
 
 def _error(got, exact):
@@ -150,13 +165,12 @@ def _error(got, exact):
     return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-@needs_units
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("rows", [(1500,), (3, 511), (5, 7, 19)])
-def test_as_exact_as_torch(calls, rows, parts, bias):
-    features, out = 256 if len(rows) == 3 else 96, 192
-    inputs = _large(rows, features, out, bias)
+def test_as_exact_as_torch(calls, kind, rows, parts, bias):
+    features, out = 288 if len(rows) == 3 else 128, 192
+    inputs = _large(rows, features, out, bias, dtype=kind)
     got = linear_parts(*inputs, *(() if bias else (None,)), parts)
     assert calls == [True] and len(got) == parts
     upstream = [torch.randn_like(y) for y in got]
@@ -168,30 +182,36 @@ def test_as_exact_as_torch(calls, rows, parts, bias):
     gold_grads = torch.autograd.grad(gold, exact, torch.cat(upstream, -1).double())
     ours = [torch.cat(got, -1), *grads]
     for mine, other, truth in zip(ours, [theirs, *their_grads], [gold, *gold_grads], strict=True):
-        assert mine.shape == truth.shape and mine.dtype == torch.bfloat16 and mine.is_contiguous()
-        assert _error(mine, truth) <= 1.1 * _error(other, truth) < 2.0**-7
+        assert mine.shape == truth.shape and mine.dtype == kind and mine.is_contiguous()
+        # Of float32 the order of sums is the libraries' own.
+        factor, most = {torch.bfloat16: (1.1, 2.0**-7), torch.float32: (2, 1e-6)}[kind]
+        assert _error(mine, truth) <= factor * _error(other, truth) < most
 
 
-@needs_units
-def test_strided_inputs_and_gradients(calls):
-    x, weight, bias = _large((300, 2), 160, 192)
+def test_strided_inputs_and_gradients(calls, kind):
+    def equal(got, expected):  # how rows of a weight lie may decide on the order of oneDNN's sums
+        if kind == torch.bfloat16:
+            assert torch.equal(got, expected)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * float(expected.detach().abs().max()))
+
+    x, weight, bias = _large((600, 2), dtype=kind)
     plain = linear(x.transpose(0, 1).contiguous(), weight, bias)
-    assert torch.equal(linear(x.transpose(0, 1), weight, bias), plain)
+    equal(linear(x.transpose(0, 1), weight, bias), plain)
     wide = torch.cat([x, x], -1)[..., :160]
-    assert torch.equal(linear(wide.transpose(0, 1), weight, bias), plain)
+    equal(linear(wide.transpose(0, 1), weight, bias), plain)
     inner = torch.cat([weight, weight], -1)[:, 160:]
-    assert torch.equal(linear(x.transpose(0, 1), inner, bias), plain)
+    equal(linear(x.transpose(0, 1), inner, bias), plain)
     expected = torch.autograd.grad(plain, (x, weight, bias), torch.ones_like(plain), retain_graph=True)
     for given in (plain.sum(), None):
-        upstream = torch.ones(192).bfloat16().expand_as(plain) if given is None else None
+        upstream = torch.ones(192, dtype=kind).expand_as(plain) if given is None else None
         got = torch.autograd.grad(plain if given is None else given, (x, weight, bias), upstream, retain_graph=True)
-        assert all(map(torch.equal, got, expected))
+        for mine, other in zip(got, expected, strict=True):
+            equal(mine, other)
     assert all(calls) and len(calls) == 4
 
 
-@needs_units
-def test_gradients_of_some(calls):
-    x, weight, bias = _large()
+def test_gradients_of_some(calls, kind):
+    x, weight, bias = _large(dtype=kind)
     k, v = linear_parts(x, weight, bias, 2)
     upstream = torch.randn_like(k)
     everything = torch.autograd.grad((k, v), (x, weight, bias), (upstream, torch.zeros_like(v)), retain_graph=True)
@@ -207,23 +227,23 @@ def test_gradients_of_some(calls):
     assert all(calls)
 
 
-@needs_units
-def test_gradients_of_gradients(calls):
-    inputs = _large()
+def test_gradients_of_gradients(calls, kind):
+    inputs = _large(dtype=kind)
+    off = {torch.bfloat16: 0.02, torch.float32: 1e-6}[kind]
 
     def second(function):
         (gradient,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[:1], create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), inputs[1:])
 
     for got, expected in zip(second(linear), second(F.linear), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+        torch.testing.assert_close(got, expected, rtol=2.5 * off, atol=off * float(expected.abs().max()))
     x, weight, bias = inputs
     out = linear(x, weight, bias)
     upstream = torch.randn(3, *out.shape, dtype=out.dtype)
     batched = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
     for i, one in enumerate(upstream):
         for got, expected in zip(batched, torch.autograd.grad(out, inputs, one, retain_graph=True), strict=True):
-            torch.testing.assert_close(got[i], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+            torch.testing.assert_close(got[i], expected, rtol=off, atol=off * float(expected.abs().max()))
     assert calls == [True, True]
 
 
@@ -250,6 +270,7 @@ def test_the_number_of_threads_changes_nothing(calls):
 
 @needs_units
 def test_autocast_and_what_is_left_to_torch(calls, monkeypatch):
+    monkeypatch.setattr(projection, "prefers_onednn", lambda: False)
     inputs = _large()
     numbers = [x.detach().float().requires_grad_() for x in inputs]
     with torch.autocast("cpu", torch.bfloat16):
@@ -302,3 +323,39 @@ def test_modules_use_them(calls):
         for mine, theirs in zip(grads, module.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs.grad, rtol=0.05, atol=0.02 * float(theirs.grad.abs().max()))
     assert len(calls) == 6
+
+
+def test_what_oneDNN_is_not_asked(calls, monkeypatch):
+    inputs = _large(dtype=torch.float32)
+    if _backend._C is None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("needs the extension, and oneDNN in torch")
+    monkeypatch.setattr(projection, "prefers_onednn", lambda: False)
+    linear(*inputs)
+    monkeypatch.setattr(projection, "prefers_onednn", lambda: True)
+    linear(*inputs, backend="reference")
+    with torch.autocast("cpu", torch.float16):
+        linear(*inputs)
+    torch.func.grad(lambda x: linear(x, *inputs[1:]).sum())(inputs[0])
+    torch.compile(linear, fullgraph=True, backend="eager")(*inputs)
+    linear(*(x.double() for x in inputs))
+    assert not calls
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(linear(*inputs), F.linear(*inputs))
+    for small in (_large((2, 300), dtype=torch.float32), _large((1, 1), dtype=torch.float32)):
+        assert torch.equal(linear(*small), F.linear(*small))
+    assert calls == [False, False, False]
+    linear(*inputs)
+    assert calls[3:] == [True]
+
+
+@pytest.mark.native
+@pytest.mark.skipif("not Path('/proc/cpuinfo').exists()", reason="reads /proc/cpuinfo")
+def test_oneDNN_is_preferred_on_processors_of_AMD():
+    flags = Path("/proc/cpuinfo").read_text()
+    of_amd = "AuthenticAMD" in flags and {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= set(
+        flags.split()
+    )
+    expected = of_amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert _backend._C.fusion_prefers_onednn() == (
+        expected and os.environ.get("MMFAST_CPU_ISA", "amx")[:6] in ("avx512", "amx")
+    )

@@ -1,4 +1,4 @@
-// Binds linear layers on the matrix unit, and their node in autograd's graph.
+// Binds linear layers of bfloat16 by our kernels and of float32 by oneDNN, and their node in autograd's graph.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -10,6 +10,7 @@
 #include "common/pages.h"
 #include "common/plain.h"
 #include "fusion/fusion_projection.h"
+#include "fusion/fusion_projection_float.h"
 
 namespace py = pybind11;
 
@@ -56,7 +57,12 @@ Projection problem_of(const Tensor& x, const Tensor& weight, at::IntArrayRef par
     return p;
 }
 
+bool is_float(const Tensor& t) {
+    return t.scalar_type() == at::kFloat;
+}
+
 vector<Tensor> project(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, at::IntArrayRef parts) {
+    if (is_float(x)) return fusion::project_float(x, weight, bias, parts);
     const Tensor rows = as_rows(x);
     Projection p = problem_of(rows, weight, parts);
     vector<Tensor> result;
@@ -91,7 +97,7 @@ struct Project : torch::autograd::Function<Project> {
         const vector<int64_t> parts = ctx->saved_data["parts"].toIntVector();
         Tensor grad_x, grad_weight, grad_bias;
         bool plain = nobody_looks_on() && !c10::GradMode::is_enabled() && is_plain(x) && is_plain(weight);
-        for (const Tensor& grad : grads) plain = plain && is_plain(grad) && grad.scalar_type() == at::kBFloat16;
+        for (const Tensor& grad : grads) plain = plain && is_plain(grad) && grad.scalar_type() == x.scalar_type();
         if (!plain) {  // in what can be differentiated again, or batched
             const Tensor grad = at::cat(grads, -1);
             const Tensor columns = grad.reshape({-1, grad.size(-1)});
@@ -99,6 +105,11 @@ struct Project : torch::autograd::Function<Project> {
             if (need_weight) grad_weight = columns.t().mm(x.reshape({-1, x.size(-1)}));
             if (need_bias) grad_bias = columns.sum(0);
             return {grad_x, grad_weight, grad_bias, Tensor()};
+        }
+        if (is_float(x)) {
+            const fusion::FloatGradients result =
+                fusion::project_float_backward(x, weight, grads, parts, need_x, need_weight, need_bias);
+            return {result.x, result.weight, result.bias, Tensor()};
         }
         const Tensor rows = as_rows(x);
         Projection p = problem_of(rows, weight, parts);
@@ -121,26 +132,30 @@ struct Project : torch::autograd::Function<Project> {
     }
 };
 
-bool is_half(const Tensor& t) {
-    return is_plain(t) && t.scalar_type() == at::kBFloat16;
+bool is_of(const Tensor& t, at::ScalarType type) {
+    return is_plain(t) && t.scalar_type() == type;
 }
 
 // Whether the kernels take it; else it is torch's.
 bool fits(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const vector<int64_t>& parts,
           bool tracked) {
-    constexpr int64_t kStep = fusion::kProjectionStep;
-    if (!fusion::projects() || parts.empty() || parts.size() > size_t(fusion::kMostParts)) return false;
-    if (!is_half(x) || !is_half(weight) || (bias && !is_half(*bias))) return false;
+    const at::ScalarType type = x.scalar_type();
+    const bool by_onednn = type == at::kFloat, possible = by_onednn ? fusion::may_ask_onednn() : fusion::projects();
+    const int64_t step = by_onednn ? 1 : fusion::kProjectionStep;
+    if (!possible || parts.empty() || parts.size() > size_t(fusion::kMostParts)) return false;
+    if ((!by_onednn && type != at::kBFloat16) || !is_of(x, type) || !is_of(weight, type)) return false;
     if (x.dim() < 2 || weight.dim() != 2 || weight.stride(1) != 1 || x.size(-1) != weight.size(1)) return false;
+    if (bias && !(is_of(*bias, type) && bias->dim() == 1 && bias->stride(0) == 1)) return false;
     int64_t total = 0;
     for (const int64_t part : parts) {
-        if (part <= 0 || part % kStep) return false;
+        if (part <= 0 || part % step) return false;
         total += part;
     }
-    const int64_t columns = x.size(-1);
-    if (total != weight.size(0) || columns % kStep || (!tracked && columns > kMostColumns)) return false;
-    if (x.numel() < kFewestRows * columns || x.numel() * total < kFewestProducts) return false;
-    return !bias || (bias->dim() == 1 && bias->size(0) == total && bias->stride(0) == 1);
+    if (total != weight.size(0) || (bias && bias->size(0) != total)) return false;
+    const int64_t columns = x.size(-1), products = x.numel() * total;
+    if (by_onednn) return products >= fusion::kFewestFloatProducts;
+    if (columns % step || (!tracked && columns > kMostColumns)) return false;
+    return x.numel() >= kFewestRows * columns && products >= kFewestProducts;
 }
 
 // The parts of x weightᵀ + bias; None for what is left to torch. Nobody may look on, nor may there be dual tensors: see
@@ -157,6 +172,7 @@ optional<vector<Tensor>> linear(const Tensor& x, const Tensor& weight, const opt
 
 void bind_fusion_projection(py::module_& m) {
     m.def("fusion_projects", &fusion::projects);
+    m.def("fusion_prefers_onednn", &fusion::prefers_onednn);
     m.def("fusion_linear", &linear, py::call_guard<py::gil_scoped_release>());
 }
 

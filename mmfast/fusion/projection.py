@@ -1,13 +1,16 @@
-"""Linear layers whose half precision does not depend on the units of the CPU.
+"""Linear layers that do not depend on what torch makes of the CPU.
 
 Where a CPU multiplies no float16 or bfloat16, torch's products of them take 3 times as long as those of float32
 (bfloat16), or 13 and with gradients 100 times (float16): measured with 512 features on AVX-512 without AVX512-BF16,
 torch 2.13. There they are computed in float32 and rounded once, which is what units for half precision give as well.
+
+Large products of float32 go by oneDNN where torch's own, MKL's, leave half of the CPU unused: see `prefers_onednn`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +31,17 @@ HAS_UNITS = {
 }
 
 
+@cache
+def prefers_onednn() -> bool:
+    """Whether this is a processor of AMD with AVX-512: see csrc/fusion/fusion_projection_float.h."""
+    return _backend._C is not None and _backend._C.fusion_prefers_onednn()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """``torch.nn.functional.linear``; on a CPU without units for the dtype (or autocast's) computed in float32.
 
-    On a CPU with AMX or AVX512_BF16 our own kernels multiply bfloat16, unless ``backend`` says otherwise.
+    On a CPU with AMX or AVX512_BF16 our own kernels multiply bfloat16, and on one of AMD with AVX-512 oneDNN float32
+    (unless ``torch.backends.mkldnn`` is switched off), if ``backend`` does not say otherwise.
     """
     return linear_parts(x, weight, bias, 1, backend=backend)[0]
 
@@ -41,10 +51,10 @@ def linear_parts(
 ) -> Sequence[Tensor]:
     """So many equal parts of the last dimension of `linear`. Each has memory of its own where our kernels run, and its
     gradient needs not be joined with the others'."""
-    half = _in_bfloat16(x, weight, bias, backend)
-    if half is not None:
+    given = _for_kernels(x, weight, bias, backend)
+    if given is not None:
         sizes = [weight.shape[0] // parts] * parts
-        if (result := _backend._C.fusion_linear(*half, sizes)) is not None:
+        if (result := _backend._C.fusion_linear(*given, sizes)) is not None:
             return result
     dtype = _by_way_of_float32(x, weight)
     if dtype is None:
@@ -68,8 +78,8 @@ def project_parts(layer: nn.Module, x: Tensor, parts: int, *, backend: str | Non
     return linear_parts(x, layer.weight, layer.bias, parts, backend=backend)
 
 
-def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple | None:
-    """Input, weight and bias for our kernels, as autocast would have them, or None where they cannot be asked."""
+def _for_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple | None:
+    """Input, weight and bias for the extension, as autocast would have them, or None where it cannot be asked."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.device.type != "cpu" or not is_plain(tensors) or _backend.choose("fusion", x.device, backend)[0] != "cpu":
         return None
@@ -78,8 +88,10 @@ def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | 
         if torch.get_autocast_dtype("cpu") != torch.bfloat16 or not kinds <= {torch.float32, torch.bfloat16}:
             return None
         tensors = tuple(t.to(torch.bfloat16) for t in tensors)
-    elif any(t.dtype != torch.bfloat16 for t in tensors):
-        return None
+    else:
+        dtype = torch.float32 if x.dtype == torch.float32 and prefers_onednn() else torch.bfloat16
+        if any(t.dtype != dtype for t in tensors):
+            return None
     return tensors if bias is not None else (*tensors, None)
 
 
