@@ -237,11 +237,32 @@ void check_exp2_limited() {
         CHECK(!(limited(x) >= 0 && limited(x) < 0x1.ffp119f), "exp2 %g is %g", double(x), double(limited(x)));
 }
 
+// Exp2NearSteps, from -kExp2Near to 0. What results have in common is what counts: of a sum of many it is all that is left.
+void check_exp2_near() {
+    using S = Simd<float>;
+    double common = 0;
+    int count = 0;
+    for (int i = 0; i <= int(mmfast::kExp2Near * 1e5f); ++i, ++count) {
+        const float x = float(i) * -1e-5f;
+        mmfast::Exp2NearSteps<1> steps;
+        steps.x[0] = S::splat(x + mmfast::kExp2NearMiddle);
+        steps.step<0>();
+        steps.step<1>();
+        steps.step<2>();
+        const double should = std::exp2(double(x)), is = steps.x[0][S::lanes - 1];
+        CHECK(std::fabs(is - should) <= 1.5 * ulp(float(should)), "exp2 near %a is %.9g beside %.9g", double(x), is,
+              should);
+        common += is / should - 1;
+    }
+    CHECK(std::fabs(common / count) < 2e-9, "exp2 near 0 is off by %g in the mean", common / count);
+}
+
 void check_exponentials() {
     check_exp2_each<float, 1>();
     check_exp2_each<float, 4>();
     check_exp2_each<double, 4>();
     check_exp2_limited();
+    check_exp2_near();
     const float infinity = std::numeric_limits<float>::infinity();
     double two = 0, e = 0;
     // Everything that is not positive, -0 and NaN too, with a prime step; what is positive as far as it stays small.
