@@ -8,7 +8,8 @@
 
 namespace mmfast {
 
-// Two are of use to some kernels only: avx512_bf16, AVX-512 with products of bfloat16, and amx, with the matrix unit for them too.
+// Two are of use to some kernels only: avx512_bf16, AVX-512 with products of bfloat16, and amx, with the matrix unit for
+// them too.
 enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // Best instruction set that was built and that the processor and the operating system support, but none above the
@@ -23,7 +24,8 @@ const char* isa_built();
 
 }  // namespace mmfast
 
-// The copies of the CPU kernels that were built define MMFAST_AVX2, MMFAST_AVX512, MMFAST_AVX512_BF16 and MMFAST_AMX; baseline always is.
+// The copies of the CPU kernels that were built define MMFAST_AVX2, MMFAST_AVX512, MMFAST_AVX512_BF16 and MMFAST_AMX;
+// baseline always is.
 #if defined(MMFAST_AVX2)
 #define MMFAST_FROM_AVX2(isa, slice, name, otherwise) \
     ((isa) >= ::mmfast::Isa::avx2 ? &::mmfast::slice::avx2::name : (otherwise))

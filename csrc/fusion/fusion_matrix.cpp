@@ -160,7 +160,8 @@ void forward_panel(MatrixUnit& matrix, const ForwardJob<float>& job, int64_t hea
     ahead.spread(larger(1, (lanes > kHalf ? 2 : 1) * product_calls(kHalf, dim, places.total)));
     for (int64_t unit = 0; unit < lanes; unit += kHalf) {
         const int64_t count = smaller(kHalf, lanes - unit);
-        const Left queries = panel_rows(p.query, item.batch, rows, p.dim, unit, unit + count, b.queries);
+        const Left queries =
+            panel_rows(p.query, item.batch, rows, p.dim, to_depth(p.dim), unit, unit + count, b.queries);
         float* const scores = b.scores - unit * b.key_stride;
         multiply_scores(matrix, p, unit, count, queries, {keys, b.key_stride}, places, scores, b.key_stride, ahead);
         if (!is_plain) finish_scores(p, item.batch, rows, unit, unit + count, places, scores, b.key_stride);

@@ -234,8 +234,8 @@ void backward_panel(MatrixUnit& unit, const BackwardJob<float>& job, const Backw
     const bool is_plain = plain(p);
     const int64_t lanes = padded(rows.n), half = smaller(lanes, kHalf);
     const int64_t dim = padded(p.dim), value_dim = padded(p.value_dim), total = places.total, depth = padded(total);
-    const Left queries = panel_rows(p.query, item.batch, rows, p.dim, 0, lanes, b.query_rows);
-    const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, 0, lanes, b.grad_rows);
+    const Left queries = panel_rows(p.query, item.batch, rows, p.dim, dim, 0, lanes, b.query_rows);
+    const Left grads = panel_rows(job.grad_out, item.batch, rows, p.value_dim, value_dim, 0, lanes, b.grad_rows);
     ScoreGradients of(job, places, b, is_plain ? float(p.scale * kLog2e) : 1.0f, item.whole);
     for (int m = 0; m < p.softmaxes(); ++m) set_lanes<float, kPanelWidth>(job, item.batch, rows, m, of.of[m]);
     if (!item.whole) of.set_delta_of_output(job, item.batch, rows, grads);

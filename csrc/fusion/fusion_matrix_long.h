@@ -69,7 +69,7 @@ void begin_panel(const ForwardJob<float>& job, const Item& item, int64_t i, cons
     const Problem& p = *job.problem;
     LongPanel& panel = b.panels[i];
     set_rows<float>(p, job.fold, item.head, item.panel + i, panel.rows);
-    panel.queries = panel_rows(p.query, item.batch, panel.rows, p.dim, 0, to_tiles(panel.rows.n),
+    panel.queries = panel_rows(p.query, item.batch, panel.rows, p.dim, to_depth(p.dim), 0, to_tiles(panel.rows.n),
                                b.queries + i * kRows * b.query_stride);
     panel.out = b.out + i * kRows * b.value_stride;
     for (int64_t k = 0; k < kRows * b.value_stride; k += kLanes) Simd<float>::store(panel.out + k, Floats{});

@@ -116,14 +116,15 @@ Left key_rows(const Problem& p, bool values, int64_t batch, int64_t head, const 
     return {buffer, half_stride(padded(width))};
 }
 
-// The queries first .. last - 1 of x, zeros where there are no more: where they lie or in `buffer`.
-Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t first, int64_t last,
-                uint16_t* buffer) {
+// The queries first .. last - 1 of x, zeros where there are no more: where they lie or in `buffer`. So many columns of them
+// are `read`, zeros from the `count`-th on.
+Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t read, int64_t first,
+                int64_t last, uint16_t* buffer) {
     const uint16_t* const data = static_cast<const uint16_t*>(x.data);
     const int64_t width = padded(count), stride = half_stride(width);
     if (rows.one_head && last <= rows.n) {
         const uint16_t* const from = data + x.at(batch, rows.head[0], rows.row[0]) + first * x.row;
-        if (to_depth(count) == count) return {from, x.row};
+        if (read == count) return {from, x.row};
         copy_rows(from, x.row, last - first, count, width, buffer, stride);
         return {buffer, stride};
     }

@@ -1,5 +1,5 @@
-// Packing for products of matrices of bfloat16, and those on the matrix unit or in vectors. For fusion_matrix.cpp, whose notes say
-// why.
+// Packing for products of matrices of bfloat16, and those on the matrix unit or in vectors. For fusion_matrix.cpp, whose notes
+// say why.
 //
 // Note: [Products in vectors]
 //   VDPBF16PS adds the products of two pairs of bfloat16 to each lane: twice the products of a multiply-add, at the same pace where

@@ -59,7 +59,8 @@ void weights_unit(MatrixUnit& unit, const WeightsJob<float>& job, const WeightsI
         float* const lse = shift[h % 2];
         gather(p, job.lse, item.batch, rows, -infinity<float>(), lse);
         for (int64_t r = from; r < from + count; ++r) lse[r] = shift_of(lse[r]);
-        const Left queries = panel_rows(p.query, item.batch, rows, p.dim, from, from + count, b.queries);
+        const Left queries =
+            panel_rows(p.query, item.batch, rows, p.dim, to_depth(p.dim), from, from + count, b.queries);
         float* const to = b.scores[h % 2] - from * kLongStride;
         multiply_scores(unit, p, from, count, queries, {b.keys + h * b.keys_size, kLongStride}, places, to, kLongStride,
                         between);

@@ -1,5 +1,5 @@
-// Linear layers of bfloat16 on the matrix unit, or in vectors: y = x wᵀ + bias, and its gradients. Their results may be several, each of some of
-// the rows of w: keys and values of one sequence.
+// Linear layers of bfloat16 on the matrix unit, or in vectors: y = x wᵀ + bias, and its gradients. Their results may be
+// several, each of some of the rows of w: keys and values of one sequence.
 #pragma once
 
 #include <cstdint>
