@@ -186,7 +186,7 @@ void forward_panel(MatrixUnit& matrix, const ForwardJob<float>& job, int64_t hea
 // As forward() of fusion_forward.cpp: see [Heads of an item] there.
 void forward(const ForwardJob<float>& job, const Item& item, float* scratch) {
     const Problem& p = *job.problem;
-    const bool together = item.panels > 1;
+    const bool together = item.panels > 1, far = !together && keys_are_far(p);
     ForwardBuffers b;
     lay_out(p, together ? item.heads : 1, scratch, b);
     Places places;
@@ -215,6 +215,8 @@ void forward(const ForwardJob<float>& job, const Item& item, float* scratch) {
             }
             set_rows<float>(p, job.fold, item.head + h * job.fold, item.panel + i, rows);
             if (!together) keep(h, 0);
+            if (far && h + 1 < item.heads)
+                keys_ahead(p, item.batch, item.head + (h + 1) * job.fold, true, 0, places.total, ahead);
             forward_panel(unit, job, together ? h : 0, item, rows, places, b, ahead);
         }
 }

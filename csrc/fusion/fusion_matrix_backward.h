@@ -355,7 +355,7 @@ void end_head(const BackwardJob<float>& job, const BackwardItem& item, const Pla
 // As backward() of fusion_backward.cpp.
 void backward(const BackwardJob<float>& job, const BackwardItem& item, float* scratch) {
     const Problem& p = *job.problem;
-    const bool together = item.panels > 1;
+    const bool together = item.panels > 1, far = !together && keys_are_far(p);
     BackwardBuffers all;
     lay_out(p, together ? item.heads : 1, item.last - item.first, scratch, all);
     Places places;
@@ -413,6 +413,8 @@ void backward(const BackwardJob<float>& job, const BackwardItem& item, float* sc
     for (int64_t h = 0; h < item.heads; ++h) {
         const BackwardBuffers b = head(h);
         begin_head(p, now, places, b);
+        if (far && h + 1 < item.heads)
+            keys_ahead(p, item.batch, now.head + job.fold, false, item.first, item.last, ahead);
         panels(0, item.panels, h, item.panels, 0);
         head(h);
         end_head(job, now, places, b);

@@ -87,14 +87,6 @@ void arrange(const Problem& p, int64_t batch, int64_t head, const LongBuffers& b
     pair_rows<1>(values.data, values.stride, to_tiles(p.value_dim), places.total, block.values, b.value_stride);
 }
 
-void block_ahead(const Problem& p, int64_t batch, int64_t head, int64_t from, int64_t to, Ahead& ahead) {
-    for_tiles(p, batch, true, from, to, [&](int j, int64_t first, int64_t count) {
-        const View &key = p.sources[j].key, &value = p.sources[j].value;
-        ahead.add(key, batch, key_head(p, j, head), first, count, p.dim);
-        ahead.add(value, batch, key_head(p, j, head), first, count, p.value_dim);
-    });
-}
-
 // Half a panel and a block.
 struct LongUnit {
     LongPanel& panel;
@@ -202,7 +194,7 @@ void forward_long_head(MatrixUnit& unit, const ForwardJob<float>& job, const Ite
         if (p.causal && !seen(p, item.batch, block.from, block.to, last)) continue;
         set_places(p, item.batch, true, block.from, block.to, block.places);
         arrange(p, item.batch, item.head, b, block);
-        block_ahead(p, item.batch, item.head, block.to, smaller(block.to + kLongBlock, hi), ahead);
+        keys_ahead(p, item.batch, item.head, true, block.to, smaller(block.to + kLongBlock, hi), ahead);
         ahead.spread(2 * item.panels * product_calls(kHalf, padded(p.dim), kLongBlock));
         for (int64_t i = 0; i < item.panels; ++i) {
             LongPanel& panel = b.panels[i];

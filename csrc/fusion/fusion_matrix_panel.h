@@ -116,6 +116,25 @@ Left key_rows(const Problem& p, bool values, int64_t batch, int64_t head, const 
     return {buffer, half_stride(padded(width))};
 }
 
+// What is wanted soon of a head's keys and values, counted as for_tiles() does.
+void keys_ahead(const Problem& p, int64_t batch, int64_t head, bool existing, int64_t from, int64_t to, Ahead& ahead) {
+    for_tiles(p, batch, existing, from, to, [&](int j, int64_t first, int64_t count) {
+        const View &key = p.sources[j].key, &value = p.sources[j].value;
+        ahead.add(key, batch, key_head(p, j, head), first, count, p.dim);
+        ahead.add(value, batch, key_head(p, j, head), first, count, p.value_dim);
+    });
+}
+
+// Whether a head's keys and values are to be asked for while the head before is worked on: they are more than what caches keep from
+// who made them to here. Else to ask takes longer than to wait.
+bool keys_are_far(const Problem& p) {
+    constexpr int64_t kNear = 8 << 20;
+    int64_t bytes = 0;
+    for (int j = 0; j < p.count; ++j)
+        bytes += p.batch * p.sources[j].heads * p.sources[j].keys * (p.dim + p.value_dim) * int64_t(sizeof(uint16_t));
+    return bytes > kNear;
+}
+
 // The queries first .. last - 1 of x, zeros where there are no more: where they lie or in `buffer`. So many columns of them
 // are `read`, zeros from the `count`-th on.
 Left panel_rows(const View& x, int64_t batch, const Rows& rows, int64_t count, int64_t read, int64_t first,
