@@ -120,6 +120,10 @@ def _projects():
     return _backend._C is not None and _backend._C.fusion_projects()
 
 
+def _has_onednn():
+    return _backend._C is not None and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 needs_units = pytest.mark.skipif("not _projects()", reason="needs a CPU with AMX or AVX512_BF16")
 
 
@@ -129,7 +133,7 @@ def kind(request, monkeypatch):
     if request.param == torch.bfloat16 and not _projects():
         pytest.skip("needs a CPU with AMX or AVX512_BF16")
     if request.param == torch.float32:
-        if _backend._C is None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        if not _has_onednn():
             pytest.skip("needs the extension, and oneDNN in torch")
         monkeypatch.setattr(projection, "prefers_onednn", lambda: True)
     return request.param
@@ -325,10 +329,9 @@ def test_modules_use_them(calls):
     assert len(calls) == 6
 
 
+@pytest.mark.skipif("not _has_onednn()", reason="needs the extension, and oneDNN in torch")
 def test_what_oneDNN_is_not_asked(calls, monkeypatch):
     inputs = _large(dtype=torch.float32)
-    if _backend._C is None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("needs the extension, and oneDNN in torch")
     monkeypatch.setattr(projection, "prefers_onednn", lambda: False)
     linear(*inputs)
     monkeypatch.setattr(projection, "prefers_onednn", lambda: True)

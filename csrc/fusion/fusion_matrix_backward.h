@@ -188,18 +188,17 @@ private:
         const bool query = by_query, key = by_key, value = by_value;
         const float by = factor;
         for_pairs(places.total, [&]<bool kBoth>(int64_t tile, int64_t k, int64_t word) MMFAST_LAMBDA {
-            // Of two rows, put side by side; dS is given back.
+            // Of two rows, whose halves are put side by side; those of dS are given back.
             struct Two {
-                Floats row[2];
+                Halves row[2];
             };
             const auto of_tile = [&](int64_t m, int64_t at) MMFAST_LAMBDA {
                 const auto row = [&](const float* x, int i)
                                      MMFAST_LAMBDA { return Simd<float>::load(x + i * stride + at); };
-                const auto put = [&]<bool kSmall>(float* to, const Two& x) MMFAST_LAMBDA {
+                const auto put = [&](float* to, const auto& upper, const auto& lower) MMFAST_LAMBDA {
                     uint32_t* const words = reinterpret_cast<uint32_t*>(to + at);
-                    if constexpr (kSumOnTheRight)
-                        put_pairs(words, words + stride, split<kSmall>(x.row[0]), split<kSmall>(x.row[1]));
-                    else put_rounded_pair(words, x.row[0], x.row[1]);
+                    if constexpr (kSumOnTheRight) put_pairs(words, words + stride, upper, lower);
+                    else put_rounded_pair(words, upper, lower);
                 };
                 const auto weight = [&](int i) MMFAST_LAMBDA {
                     const Floats x = row(weights, i);
@@ -209,9 +208,15 @@ private:
                 const auto ds = [&](int i)
                                     MMFAST_LAMBDA { return e[i] * (row(dp, i) * slope[m][r + i] + offset[m][r + i]); };
                 const auto gated = [&](int i) MMFAST_LAMBDA { return kGated ? e[i] * of[m].gate[r + i] : e[i]; };
-                const Two result{{ds(0), ds(1)}};
-                if (value) put.template operator()<!kGated>(weights, Two{{gated(0), gated(1)}});
-                if (key) put.template operator()<false>(dp, result);
+                const Floats of_rows[] = {ds(0), ds(1)};
+                const Two result{{split<false>(of_rows[0]), split<false>(of_rows[1])}};
+                if constexpr (kSumOnTheRight) {
+                    if (value) put(weights, split<!kGated>(gated(0)), split<!kGated>(gated(1)));
+                    if (key) put(dp, result.row[0], result.row[1]);
+                } else {
+                    if (value) put(weights, gated(0), gated(1));
+                    if (key) put(dp, of_rows[0], of_rows[1]);
+                }
                 return result;
             };
             const Two first = of_tile(kGated ? places.source[tile] : 0, k);
@@ -219,7 +224,7 @@ private:
             if (!query) return;
             for (int i = 0; i < 2; ++i) {
                 const int64_t to = i * pair_stride + word;
-                put_pairs(row_high + to, row_low + to, split<false>(first.row[i]), split<false>(second.row[i]));
+                put_pairs(row_high + to, row_low + to, first.row[i], second.row[i]);
             }
         });
     }

@@ -5,7 +5,7 @@
 //   VDPBF16PS adds the products of two pairs of bfloat16 to each lane: twice the products of a multiply-add, at the same pace where
 //   it was measured (processors of the fifth generation of EPYC: two a cycle, six cycles from one sum to the next). Pairs are laid
 //   out as for the matrix unit. A block keeps R x S sums in registers; a step loads S vectors of columns and broadcasts a pair of
-//   each row, 11 loads for 24 products, where two of each are done a cycle. Products begin in 80 to 97 of 100 cycles that the
+//   each row, 11 loads for 24 products, where two of each are done a cycle. Products begin in 91 to 99 of 100 cycles that the
 //   blocks of a head take; linear layers reach 1.0 of the 1.08 TFLOP/s that two such cores have.
 #pragma once
 

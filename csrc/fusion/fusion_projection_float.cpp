@@ -19,8 +19,8 @@ using std::vector;
 using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
                          c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
 
-// oneDNN sums up all terms in their order, MKL some hundred at a time. Of 700 x n random ones: with 1024 terms its errors are 1.6 times
-// MKL's, with 1536 and more they would be 2.1 to 2.3 times.
+// oneDNN sums up all terms in their order, MKL some hundred at a time. Of random ones: with 1024 terms its errors are 1.6
+// times MKL's, with 1536 and more they would be 2.1 to 2.3 times.
 constexpr int64_t kLongestSum = 1024;
 
 // What torch.compile makes of linear layers, with nothing behind them. Not in every build of torch.
